@@ -1,0 +1,60 @@
+"settings.ini, the package and the notebooks agree; the floors of the house hold"
+
+import ast
+import re
+from configparser import ConfigParser
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CFG = ConfigParser(delimiters=["="])
+CFG.read(ROOT / "settings.ini")
+FLOORS = ["model", "data", "parallel", "zero", "checkpoint", "hub", "train", "perf", "apps"]
+MODULES = sorted(p for p in (ROOT / "internlm_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+
+
+def imports(path: Path) -> set[str]:
+    "Every module that a file imports, lazily or not"
+    out = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            out |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            out |= {f"{node.module}.{a.name}" for a in node.names}
+    return out
+
+
+def test_version():
+    init = (ROOT / "internlm_nb/__init__.py").read_text()
+    version = re.search(r'__version__ = "(.*)"', init)
+    assert version and version[1] == CFG["DEFAULT"]["version"]
+
+
+def test_every_module_has_its_notebook():
+    for p in MODULES:
+        m = re.search(r"File to edit: (.*\.ipynb)\.", p.read_text())
+        assert m, f"{p} was not made from a notebook"
+        assert (p.parent / m[1]).exists(), f"{p}: its notebook {m[1]} is gone"
+
+
+def test_floors():
+    "A folder imports only what stands above it in DESIGN's list"
+    for p in MODULES:
+        folder = p.parent.name
+        allowed = FLOORS[: FLOORS.index(folder) + 1]
+        for name in imports(p):
+            if name.startswith("internlm_nb."):
+                assert name.split(".")[1] in allowed, f"{p} imports {name}, which stands below it"
+
+
+def test_the_model_knows_no_parallelism():
+    for p in MODULES:
+        if p.parent.name == "model":
+            assert not any(n.startswith("torch.distributed") for n in imports(p)), p
+
+
+def test_no_unpickling():
+    for p in MODULES:
+        text = p.read_text()
+        assert "import pickle" not in text, p
+        for call in re.findall(r"torch\.load\([^\n]*", text):
+            assert "weights_only=True" in call, f"{p}: {call}"
