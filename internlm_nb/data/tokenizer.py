@@ -14,11 +14,12 @@ from pathlib import Path
 import sentencepiece as spm
 
 # %% auto #0
-__all__ = ['MARKS', 'MARK_PIECES', 'Tokenizer', 'train_tokenizer']
+__all__ = ['MARKS', 'MARK_PIECES', 'OLDER_MARKS', 'Tokenizer', 'train_tokenizer']
 
 # %% ../../nbs/data/01_tokenizer.ipynb #dabda6a6
 MARKS = ("<|im_start|>", "<|im_end|>", "<|action_start|>", "<|action_end|>", "<|interpreter|>", "<|plugin|>")
 MARK_PIECES = {mark: f"[UNUSED_TOKEN_{146 - i}]" for i, mark in enumerate(MARKS)}
+OLDER_MARKS = ("<eoh>", "<eoa>")  # of InternLM 1, pieces of their own: end of human, end of assistant
 
 # %% ../../nbs/data/01_tokenizer.ipynb #f6ddf46f
 class Tokenizer:
@@ -42,17 +43,23 @@ class Tokenizer:
         self.eos_id: int = self.sp.eos_id()
         self.unk_id: int = self.sp.unk_id()
         self.pad_id: int = self.sp.pad_id()
-        # a mark is a piece of its own (our trained models) or a name for a piece kept free (InternLM2)
-        ids = {mark: self._find(mark, piece) for mark, piece in MARK_PIECES.items()}
-        self.marks: dict[str, int] = {mark: id for mark, id in ids.items() if id is not None}
+        # a mark is a piece of its own (our trained models, InternLM 1) or a name for a piece kept free (InternLM2)
+        self.marks: dict[str, int] = {}
+        pieces, named = [], []
+        for mark in (*MARKS, *OLDER_MARKS):
+            for piece in (mark, MARK_PIECES.get(mark, mark)):
+                if mark not in self.marks and self._has(piece):
+                    self.marks[mark] = self.sp.piece_to_id(piece)
+                    pieces.append(piece)
+                    named.extend([mark] * (piece != mark))
         self._names = {id: mark for mark, id in self.marks.items()}
-        self._split = re.compile("(" + "|".join(map(re.escape, self.marks)) + ")") if self.marks else None
+        # SentencePiece finds pieces itself; names have to be found for it
+        self._split = re.compile("(" + "|".join(map(re.escape, named)) + ")") if named else None
+        # what keeps it from finding a piece: a cut behind the piece's first character
+        self._cut = re.compile("|".join(f"(?<={re.escape(p[0])})(?={re.escape(p[1:])})" for p in pieces)) if pieces else None
 
-    def _find(self, *pieces: str) -> int | None:
-        for piece in pieces:
-            if (id := self.sp.piece_to_id(piece)) != self.unk_id:
-                return id
-        return None
+    def _has(self, piece: str) -> bool:
+        return self.sp.piece_to_id(piece) != self.unk_id or piece == self.sp.id_to_piece(self.unk_id)
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -65,12 +72,11 @@ class Tokenizer:
         piece: str,  # a piece as the model spells it, or a mark
     ) -> int:
         "The id of one piece; KeyError where the model has no such piece"
-        id = self.marks.get(piece)
-        if id is None:
-            id = self._find(piece)
-        if id is None and piece != self.sp.id_to_piece(self.unk_id):
+        if piece in self.marks:
+            return self.marks[piece]
+        if not self._has(piece):
             raise KeyError(f"{self.path} has no piece {piece!r}")
-        return self.unk_id if id is None else id
+        return self.sp.piece_to_id(piece)
 
     def id_to_piece(
         self,
@@ -87,9 +93,9 @@ class Tokenizer:
         marks: bool = True,  # read `<|im_start|>` and its kin as the one id they name
     ) -> list[int]:
         "Text to ids"
-        if not marks and any(mark in text for mark in self.marks):
-            ids = self._encode_spelled(text)
-        elif self._split is None or "<|" not in text:
+        if not marks and self._cut is not None:
+            ids = [id for part in self._cut.split(text) for id in self.sp.encode(part)]
+        elif not marks or self._split is None or "<|" not in text:
             ids = self.sp.encode(text)
         else:
             ids = []
@@ -104,11 +110,6 @@ class Tokenizer:
             ids.append(self.eos_id)
         return ids
 
-    def _encode_spelled(self, text: str) -> list[int]:
-        # a model in which the marks are pieces would find them: cut each mark behind its first character
-        cut = re.compile("|".join(f"(?<={re.escape(mark[0])})(?={re.escape(mark[1:])})" for mark in self.marks))
-        return [id for part in cut.split(text) for id in self.sp.encode(part)]
-
     def encode_batch(
         self,
         texts: Sequence[str],  # documents
@@ -117,8 +118,8 @@ class Tokenizer:
         marks: bool = True,  # read marks as the ids they name
     ) -> list[list[int]]:
         "Many texts to ids, in one thread (processes are the caller's to choose)"
-        plain = self._split is None or not any("<|" in text for text in texts)
-        if not plain:
+        by_one = any(self._split is not None and "<|" in text for text in texts) if marks else self._cut is not None
+        if by_one:
             return [self.encode(text, bos, eos, marks) for text in texts]
         rows = self.sp.encode(list(texts), num_threads=1)
         head, tail = [self.bos_id] * bos, [self.eos_id] * eos
