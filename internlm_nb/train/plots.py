@@ -8,13 +8,13 @@ __all__ = ['Run', 'Picture', 'series', 'smooth', 'draw_loss', 'draw_lr', 'draw_g
 
 # %% ../../nbs/train/07_plots.ipynb #b655a577
 import io
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ..checkpoint.durable import write_file
 from .sinks import METRICS_FILE, Record, read_metrics
 
 # %% ../../nbs/train/07_plots.ipynb #0ee17b5b
@@ -37,9 +37,7 @@ class Picture(Figure):
         "Write the PNG atomically"
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".tmp")
-        beside.write_bytes(self.png())
-        os.replace(beside, path)
+        write_file(path, self.png())
         return path
 
 # %% ../../nbs/train/07_plots.ipynb #15c16f81

@@ -21,16 +21,20 @@ def parse_steps(
     text: str,  # "3-5,9": steps 3, 4, 5 and 9; empty: none
 ) -> tuple[tuple[int, int], ...]:
     "Ranges (first, last) in rising order, neighbours joined. ValueError names the part that is not understood"
-    steps: set[int] = set()
+    ranges: list[tuple[int, int]] = []
     for part in filter(None, (p.strip() for p in text.split(","))):
         found = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not found or int(found[2] or found[1]) < int(found[1]):
             raise ValueError(f"{part!r} in {text!r} is no step or range of steps: write for instance 3-5,9")
-        steps |= set(range(int(found[1]), int(found[2] or found[1]) + 1))
+        ranges.append((int(found[1]), int(found[2] or found[1])))
 
-    firsts = sorted(s for s in steps if s - 1 not in steps)
-    lasts = sorted(s for s in steps if s + 1 not in steps)
-    return tuple(zip(firsts, lasts))
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if joined and first <= joined[-1][1] + 1:
+            before = joined.pop()
+            first, last = before[0], max(last, before[1])
+        joined.append((first, last))
+    return tuple(joined)
 
 # %% ../../nbs/train/10_profile.ipynb #c3ea2733
 def write_whole(
@@ -57,6 +61,8 @@ class StepProfiler:
         self.ranges = parse_steps(steps)
         self.folder, self.memory, self.rank = Path(run_dir) / "profile", memory, rank
         self.cuda = torch.cuda.is_available()
+        if memory and self.ranges and not self.cuda:
+            logging.getLogger(__name__).warning("memory snapshots need CUDA: on this device the table lists memory by operator instead")
         self.running: tuple[profile, int] | None = None  # the profiler and the first step that it saw
         self.last = -1  # the last step that it saw
 
@@ -80,8 +86,6 @@ class StepProfiler:
     def _start(self, number: int) -> None:
         if self.memory and self.cuda:
             torch.cuda.memory._record_memory_history(max_entries=200_000)
-        elif self.memory:
-            logging.getLogger(__name__).warning("memory snapshots need CUDA: on this device the table lists memory by operator instead")
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]
         recorder = profile(activities=activities, profile_memory=self.memory, record_shapes=True)
         recorder.start()

@@ -94,7 +94,7 @@ def lr_at(
     if step < act.decay_start or cfg.kind == "constant":
         return base_lr
 
-    x = min((step - act.decay_start) / max(act.end - act.decay_start, 1), 1.0)
+    x = (step - act.decay_start) / (act.end - act.decay_start) if step < act.end else 1.0
     left = falling(x, cfg.decay_shape if cfg.kind == "wsd" else cfg.kind)
     return cfg.min_lr + (base_lr - cfg.min_lr) * left
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from ..checkpoint.durable import write_file
 from .metrics import log_line
 
 # %% ../../nbs/train/06_sinks.ipynb #ea4275d5
@@ -98,12 +99,7 @@ def keep_before(
     if new != raw:
         if dropped:
             _append(path.with_suffix(".dropped.jsonl"), b"".join(line + b"\n" for line in dropped))
-        beside = path.with_suffix(".jsonl.tmp")
-        with beside.open("wb") as f:
-            f.write(new)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(beside, path)
+        write_file(path, new)
     return len(dropped)
 
 
