@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -54,7 +55,7 @@ def test_schedule_has_three_acts(cfg, total):
     assert np.allclose(np.diff(warm), 1e-3 / max(len(warm), 1), rtol=1e-9)
     assert not warm or warm[-1] == 1e-3
     main = rates[act.warmup_end :]
-    assert all(a >= b for a, b in zip(main, main[1:]))
+    assert all(a >= b for a, b in itertools.pairwise(main))
     if cfg.kind == "constant":
         assert set(main) == {1e-3}
     else:
@@ -525,7 +526,7 @@ def test_ranges_cover_what_was_asked(parts):
     ranges = parse_steps(text)
     covered = [s for a, b in ranges for s in range(a, b + 1)]
     assert covered == sorted({s for a, n in parts for s in range(a, a + n + 1)})
-    assert all(b + 1 < c for (_, b), (c, _) in zip(ranges, ranges[1:]))
+    assert all(b + 1 < c for (_, b), (c, _) in itertools.pairwise(ranges))
 
 
 @pytest.mark.parametrize("bad", ["3-", "-3", "a", "1;2", "5-3", "1.5", "1-2-3"])
