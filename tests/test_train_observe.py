@@ -55,6 +55,7 @@ def test_schedule_has_three_acts(cfg, total):
     assert np.allclose(np.diff(warm), 1e-3 / max(len(warm), 1), rtol=1e-9)
     assert not warm or warm[-1] == 1e-3
     main = rates[act.warmup_end :]
+    assert max(lr_at(e, 1e-6, total, cfg) for e in range(total)) <= 1e-6  # never raised to min_lr
     assert all(a >= b for a, b in itertools.pairwise(main))
     if cfg.kind == "constant":
         assert set(main) == {1e-3}

@@ -15,12 +15,12 @@ from typing import Literal
 class ScheduleConfig:
     "Shape of the learning rate over a run; the numbers it is applied to (rate, steps) are arguments of `lr_at`"
 
-    kind: Literal["cosine", "constant", "linear", "wsd"] = "cosine"  # what follows the warm-up; wsd: stable, then a short decay
-    warmup_ratio: float = 0.01  # share of all steps spent in linear warm-up
-    init_steps: int = 0  # steps at learning rate 0 before the warm-up
-    min_lr: float = 0.0  # learning rate at the end of cosine, linear and wsd (eta_min)
-    decay_ratio: float = 0.1  # wsd: share of all steps, at the end, spent in the decay
-    decay_shape: Literal["linear", "sqrt"] = "linear"  # wsd: straight to min_lr, or as 1 - sqrt(x), fast at first
+    kind: Literal["cosine", "constant", "linear", "wsd"] = "cosine"  # What follows the warm-up; wsd: stable, then a short decay
+    warmup_ratio: float = 0.01  # Share of all steps spent in linear warm-up
+    init_steps: int = 0  # Steps at learning rate 0 before the warm-up
+    min_lr: float = 0.0  # Learning rate at the end of cosine, linear and wsd (eta_min)
+    decay_ratio: float = 0.1  # Share of all steps, at the end, spent in the decay of wsd
+    decay_shape: Literal["linear", "sqrt"] = "linear"  # Decay of wsd: straight to min_lr, or as 1 - sqrt(x), fast at first
 
     def __post_init__(self):
         if self.kind not in ("cosine", "constant", "linear", "wsd"):
@@ -80,11 +80,9 @@ def lr_at(
     total_steps: int,  # steps of the whole run
     cfg: ScheduleConfig,
 ) -> float:
-    "Learning rate of one step. ValueError for a negative step, for parts that do not fit, and for a rate under its own minimum"
+    "Learning rate of one step; a `base_lr` under `min_lr` stays at its height. ValueError for a negative step and for parts that do not fit"
     if step < 0:
         raise ValueError(f"step is {step}: steps count from 0")
-    if cfg.kind != "constant" and base_lr < cfg.min_lr:
-        raise ValueError(f"the learning rate {base_lr:g} is under the schedule's min_lr {cfg.min_lr:g}, so it would rise: lower min_lr or raise lr")
 
     act = acts(total_steps, cfg)
     if step < act.warmup_start:
@@ -96,7 +94,8 @@ def lr_at(
 
     x = (step - act.decay_start) / (act.end - act.decay_start) if step < act.end else 1.0
     left = falling(x, cfg.decay_shape if cfg.kind == "wsd" else cfg.kind)
-    return cfg.min_lr + (base_lr - cfg.min_lr) * left
+    floor = min(cfg.min_lr, base_lr)
+    return floor + (base_lr - floor) * left
 
 # %% ../../nbs/train/03_schedules.ipynb #90a844ef
 def beta2_at(
