@@ -49,7 +49,9 @@ def raw(
     tensor: Tensor,  # any device, contiguous or not
 ) -> memoryview:  # its bytes, in CPU memory
     "A tensor's bytes in row-major order; copies only what is not contiguous or not on the CPU"
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    dense = tensor.detach().cpu().contiguous()
+    dense = dense.as_strided((dense.numel(),), (1,))  # one element or none may have any stride and still call itself contiguous
+    return dense.view(torch.uint8).numpy().data
 
 
 def checksum(
