@@ -96,7 +96,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             if grad_x is not None:
                 torch.mm(narrow, weight, out=grad_x[rows])
             if grad_weight is not None and x.dtype == dtype:
-                grad_weight.addmm_(narrow.T, x[rows])
+                torch.addmm(grad_weight, narrow.T, x[rows], out=grad_weight)
             elif grad_weight is not None:
                 grad_weight += narrow.T @ x[rows]
         ctx.save_for_backward(grad_x, grad_weight)
