@@ -56,7 +56,8 @@ class Tokenizer:
         # SentencePiece finds pieces itself; names have to be found for it
         self._split = re.compile("(" + "|".join(map(re.escape, named)) + ")") if named else None
         # what keeps it from finding a piece: a cut behind the piece's first character
-        self._cut = re.compile("|".join(f"(?<={re.escape(p[0])})(?={re.escape(p[1:])})" for p in pieces)) if pieces else None
+        self._pieces = pieces
+        self._cut = re.compile("|".join(f"(?<={re.escape(p[0])})(?={re.escape(p[1:])})" for p in pieces) or "(?!)")
 
     def _has(self, piece: str) -> bool:
         return self.sp.piece_to_id(piece) != self.unk_id or piece == self.sp.id_to_piece(self.unk_id)
@@ -93,7 +94,7 @@ class Tokenizer:
         marks: bool = True,  # read `<|im_start|>` and its kin as the one id they name
     ) -> list[int]:
         "Text to ids"
-        if not marks and self._cut is not None:
+        if not marks and any(piece in text for piece in self._pieces):
             ids = [id for part in self._cut.split(text) for id in self.sp.encode(part)]
         elif not marks or self._split is None or "<|" not in text:
             ids = self.sp.encode(text)
@@ -118,8 +119,8 @@ class Tokenizer:
         marks: bool = True,  # read marks as the ids they name
     ) -> list[list[int]]:
         "Many texts to ids, in one thread (processes are the caller's to choose)"
-        by_one = any(self._split is not None and "<|" in text for text in texts) if marks else self._cut is not None
-        if by_one:
+        special = self._split is not None and ["<|"] if marks else self._pieces
+        if special and any(piece in text for text in texts for piece in special):
             return [self.encode(text, bos, eos, marks) for text in texts]
         rows = self.sp.encode(list(texts), num_threads=1)
         head, tail = [self.bos_id] * bos, [self.eos_id] * eos

@@ -1,0 +1,8 @@
+"Text to token files and back: `python scripts/prepare_data.py --help`"
+
+import sys
+
+from internlm_nb.apps.prepare import main
+
+if __name__ == "__main__":
+    sys.exit(main())
