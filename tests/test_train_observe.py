@@ -378,6 +378,25 @@ def test_tensorboard_file_is_readable(tmp_path):
     assert b"lr = 1" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
 
+def test_a_closed_run_goes_on(tmp_path):
+    "An interrupted run closes its sinks, and goes on in the next cell with the same ones"
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    JsonlSink(tmp_path).write({"step": 0, "loss": 1.0})
+    group = open_sinks(["tensorboard", "jsonl"], tmp_path, start_step=1)
+    for k in range(1, 4):
+        group.write({"step": k, "loss": 1.0})
+    group.close()
+    for k in range(4, 6):
+        group.write({"step": k, "loss": 1.0})
+    group.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+    assert [r["step"] for r in read_metrics(tmp_path)] == list(range(6))
+
+
 def test_missing_tensorboard_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ImportError, match=r"pip install 'internlm_nb\[tensorboard\]'"):
