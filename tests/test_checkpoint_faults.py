@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -294,24 +293,17 @@ def test_links(tmp_path):
 # --- damage ---
 
 
-def test_every_flipped_bit_is_an_error_or_changes_nothing(tmp_path):
-    path = save_state(tmp_path / "1", {"a": torch.arange(3.0), "b": torch.tensor([True, False])}, {"step": 1, "text": "é"})
-    want = {n: Checkpoint(path).read(n) for n in ("a", "b")}
-    rng, caught, total = random.Random(0), 0, 0
+def test_every_flipped_bit_is_an_error_that_names_the_file(tmp_path):
+    path = save_state(tmp_path / "1", {"a": torch.arange(3.0), "b": torch.tensor([True, False])}, {"step": 1, "text": "é", "small": 1e-5})
+    rng = random.Random(0)
     for file in sorted(path.iterdir()):
         good = file.read_bytes()
         for at in range(len(good)):
             file.write_bytes(good[:at] + bytes([good[at] ^ (1 << rng.randrange(8))]) + good[at + 1 :])
-            total += 1
-            try:
+            with pytest.raises(CheckpointError, match=file.name):  # reading alone finds it, without a call of verify
                 checkpoint = Checkpoint(path)
-                got = {n: checkpoint.read(n) for n in checkpoint.names}  # reading alone must find it: no call of verify
-                assert got.keys() == want.keys() and all(torch.equal(got[n], want[n]) for n in want) and checkpoint.state == {"step": 1, "text": "é"}
-            except CheckpointError as error:
-                caught += 1
-                assert file.name in str(error)
+                [checkpoint.read(name) for name in checkpoint.names]
         file.write_bytes(good)
-    assert caught >= total - 6, "only a letter of an escape or an exponent may change its case unnoticed"
 
 
 def test_every_truncation_is_named(tmp_path):
@@ -327,7 +319,7 @@ def test_every_truncation_is_named(tmp_path):
         with pytest.raises(CheckpointError, match=file.name):
             Checkpoint(path)
         file.write_bytes(good)
-    with pytest.raises(CheckpointError, match="1: .*not a complete|not a complete"):
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         Checkpoint(tmp_path)
 
 
@@ -405,7 +397,7 @@ def test_what_is_no_index(tmp_path):
 def test_a_shard_that_is_none(tmp_path):
     for data in (b"", b"\x01", b"\xff" * 8, (2).to_bytes(8, "little")):
         (tmp_path / "a.safetensors").write_bytes(data)
-        with pytest.raises(CheckpointError, match="a.safetensors: the header is damaged"):
+        with pytest.raises(CheckpointError, match=r"a\.safetensors: the header is damaged"):
             Shard(tmp_path / "a.safetensors")
 
 

@@ -33,7 +33,11 @@ def random_bits(shape, dtype, seed):
 
 def bits(tensor):
     "Type, shape and bytes, element by element: equality that NaN, -0.0 and strides cannot blur"
-    return tensor.dtype, tuple(tensor.shape), torch.cat([torch.empty(0, dtype=torch.uint8), *(x.reshape(1).clone().view(torch.uint8) for x in tensor.reshape(-1))]).tolist()
+    return (
+        tensor.dtype,
+        tuple(tensor.shape),
+        torch.cat([torch.empty(0, dtype=torch.uint8), *(x.reshape(1).clone().view(torch.uint8) for x in tensor.reshape(-1))]).tolist(),
+    )
 
 
 def cut(data, low, high, most=3):
@@ -182,6 +186,7 @@ def test_a_file_of_another_writer_is_read_even_unaligned(tmp_path):
     assert Shard(tmp_path / "odd.safetensors").tensor("b").item() == 2.5
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_pytorchs_distributed_checkpoint_reads_and_writes_the_same_shards(tmp_path):
     "DCP through its safetensors storage as a second opinion, in both directions"
     import torch.distributed.checkpoint as dcp
@@ -264,6 +269,17 @@ def test_what_a_killed_save_left_does_not_get_into_the_next(tmp_path):
     assert sorted(p.name for p in (tmp_path / "1").iterdir()) == ["index.json", "rank-00000-00000.safetensors"]
 
 
+def test_a_rank_that_has_not_written_is_not_replaced_by_its_former_self(tmp_path):
+    "The same save was killed before: rank 1's fragment of then must not count for now"
+    for writer in [Writer(tmp_path / "1", r, 2) for r in range(2)]:
+        writer.add(f"w{writer.rank}", torch.ones(9))
+        writer.write()
+    again = [Writer(tmp_path / "1", r, 2) for r in range(2)]
+    again[0].write()
+    with pytest.raises(CheckpointError, match="rank 1 of 2 has not written its part"):
+        again[0].commit()
+
+
 def test_shards_keep_their_size(tmp_path):
     tensors = {f"w{i}": torch.full((10,), float(i)) for i in range(7)} | {"large": torch.zeros(100)}
     save_state(tmp_path / "1", tensors, shard_bytes=100)  # two and a half of the small ones
@@ -300,6 +316,11 @@ def test_a_load_that_fails_changes_nothing(tmp_path):
         load_into(mine, Checkpoint(tmp_path / "1"))
     assert all(word in str(error.value) for word in ("not in the checkpoint: c", "only in the checkpoint: d", "b: has shape (2,)"))
     assert not any(t.any() for t in mine.values())
+    for wrong in ({"b": torch.zeros(4), "d": torch.zeros(1)}, {"b": torch.zeros(2), "d": torch.zeros(1, dtype=torch.int64)}):
+        mine = {"a": torch.zeros(3), **wrong}  # the first tensor alone would fit
+        with pytest.raises(CheckpointError, match="does not fit"):
+            load_into(mine, Checkpoint(tmp_path / "1"))
+        assert not any(t.any() for t in mine.values())
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path):

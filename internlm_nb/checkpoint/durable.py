@@ -113,7 +113,11 @@ def publish(
             raise CheckpointError(f"{folder} exists and is not overwritten; choose another folder, delete it, or ask for overwrite=True")
         remove_tree(old)
         os.rename(folder, old)
-    os.rename(saving, folder)
+    try:
+        os.rename(saving, folder)
+    except OSError:
+        restore(folder)
+        raise
     sync_folder(folder.parent)
     remove_tree(old)
 
