@@ -120,7 +120,8 @@ class Tokenizer:
     ) -> list[list[int]]:
         "Many texts to ids, in one thread (processes are the caller's to choose)"
         special = self._split is not None and ["<|"] if marks else self._pieces
-        if special and any(piece in text for text in texts for piece in special):
+        joined = "\0".join(texts) if special else ""
+        if special and any(piece in joined for piece in special):
             return [self.encode(text, bos, eos, marks) for text in texts]
         rows = self.sp.encode(list(texts), num_threads=1)
         head, tail = [self.bos_id] * bos, [self.eos_id] * eos
