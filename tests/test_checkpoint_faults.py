@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -508,3 +509,32 @@ def test_publish_and_remove_do_not_trip_over_leftovers(tmp_path):
     assert list(tmp_path.iterdir()) == [] and standing(tmp_path / "100") == tmp_path / "100"
     remove_tree(tmp_path / "100")
     assert durable.restore(tmp_path / "100") is False
+
+
+def test_a_rename_that_fails_half_way_puts_the_old_one_back(tmp_path, monkeypatch):
+    save(tmp_path / "100", 1)
+    real = os.rename
+
+    def rename(source, target):
+        if Path(source).name == ".100.saving":
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        save(tmp_path / "100", 2, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["100"] and content(tmp_path / "100") == 1
+
+
+def test_sweep_puts_back_what_a_replacement_left(tmp_path):
+    save(tmp_path / "100", 1)
+    os.rename(tmp_path / "100", sibling(tmp_path / "100", "old"))
+    assert "put back" in sweep(tmp_path)[0] and (tmp_path / "100").is_dir()
+
+
+def test_resume_from_a_folder_without_checkpoints(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty is not a complete checkpoint"):
+        resolve(tmp_path / "empty", tmp_path)
+    save(tmp_path / "other" / "checkpoints" / "7", 7)
+    assert resolve(tmp_path / "other", tmp_path) == resolve(tmp_path / "other" / "checkpoints", tmp_path) == tmp_path / "other" / "checkpoints" / "7"

@@ -365,3 +365,23 @@ def write_fixture(folder):
     for w in writers:
         w.write()
     writers[0].commit({"step": 100, "tokens": 12800, "data": {"epoch": 0, "skipped": []}, "note": "版本一"})
+
+
+def test_regions_and_chunks_that_make_no_sense():
+    one, two = torch.zeros(4), torch.zeros(2, 2)
+    for make, message in (
+        (lambda: Region((0,), (1, 2)), "not a region"),
+        (lambda: Region((-1,), (2,)), "not a region"),
+        (lambda: Region((0,), (2,), 1), "not a region"),
+        (lambda: Region((0,), (2,), 1, 3), "outside of a box of 2"),
+        (lambda: Chunk(two, (2, 2), sizes=(1, 2)), "sizes are for flat ranges"),
+        (lambda: Chunk(two, (2, 2), start=0), "one-dimensional"),
+        (lambda: Chunk(one, (2, 4), offsets=(1, 0), start=0), "needs the box's sizes"),
+        (lambda: Chunk(one, (2, 4), start=5), "outside of a box of 8"),
+        (lambda: Chunk(two, (3, 2), offsets=(2, 0)), "lies outside"),
+        (lambda: Chunk(two, (2, 2, 2)), "lies outside"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+    with pytest.raises(CheckpointError, match="part 0: .* lies outside"):
+        check_cover((2,), [(Region((1,), (2,)), "part 0")])
