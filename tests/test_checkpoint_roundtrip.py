@@ -383,5 +383,5 @@ def test_regions_and_chunks_that_make_no_sense():
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    with pytest.raises(CheckpointError, match="part 0: .* lies outside"):
+    with pytest.raises(CheckpointError, match=r"part 0: .* lies outside"):
         check_cover((2,), [(Region((1,), (2,)), "part 0")])
