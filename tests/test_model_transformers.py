@@ -162,7 +162,7 @@ def test_float32_cached(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_bfloat16(case):
-    "In bfloat16 we are as near to the float32 truth as transformers is: both round at every operation, by 2^-9 relative"
+    "In bfloat16 we are no further from the float32 truth than transformers is: both round at every operation, by up to 2^-8 relative"
     model = ours(replace(CASES[case])).bfloat16()
     truth_model = ours(CASES[case])
     with torch.no_grad():
@@ -172,6 +172,6 @@ def test_bfloat16(case):
         truth, mine, want = truth_model(doc), model(doc).float(), theirs(model)(doc[None]).logits[0].float()
     scale = truth.square().mean().sqrt()
     mine_error, their_error = ((x - truth).square().mean().sqrt() / scale for x in (mine, want))
-    # about 3 layers × 10 roundings of at most 2^-9, adding up like a random walk: sqrt(30) · 2^-9 = 1 %; measured 0.5 to 1.5 %
+    # about 3 layers × 10 roundings of up to 2^-8 (half that on average), adding up like a random walk: sqrt(30) · 2^-9 = 1 %; measured 1.4 to 2.0 % (transformers 1.9 to 3.0 %)
     assert mine_error <= 0.03, mine_error
-    assert mine_error <= 1.25 * their_error, (mine_error, their_error)
+    assert mine_error <= their_error, (mine_error, their_error)

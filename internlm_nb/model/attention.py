@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,7 @@ def flash_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Se
 
 
 @functools.cache
-def torch_varlen() -> tuple[Callable[..., Tensor], bool]:
+def torch_varlen() -> tuple[Callable[..., Any], bool]:
     "PyTorch's varlen_attn, and whether this release lets query heads share a key head"
     from torch.nn.attention.varlen import varlen_attn
 

@@ -59,11 +59,13 @@ class ModelConfig:
             require(value in choices, f"{field} is {value!r}: choose one of {', '.join(choices)}")
         for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "multiple_of", "max_position_embeddings"):
             value = getattr(self, field)
-            require(isinstance(value, int) and value > 0, f"{field} is {value!r}: it must be a positive integer")
+            require(type(value) is int and value > 0, f"{field} is {value!r}: it must be a positive integer")
         for field in ("mlp_ratio", "rope_base", "norm_eps"):
             require(getattr(self, field) > 0, f"{field} is {getattr(self, field)}: it must be positive")
-        for field in ("intermediate_size", "head_dim_override", "init_std_embedding"):
-            require(getattr(self, field) is None or getattr(self, field) > 0, f"{field} is {getattr(self, field)}: it must be positive, or None to derive it")
+        for field in ("intermediate_size", "head_dim_override"):
+            value = getattr(self, field)
+            require(value is None or (type(value) is int and value > 0), f"{field} is {value!r}: it must be a positive integer, or None to derive it")
+        require(self.ffn_size > 0, f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} leaves the feed-forward no width: make it larger")
         require(
             self.head_dim_override is not None or self.hidden_size % self.num_heads == 0,
             f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}: change one of them, or give head_dim_override",
@@ -80,7 +82,9 @@ class ModelConfig:
             f"rope_factor is {self.rope_factor} but rope_scaling is 'none': choose linear or dynamic, or leave the factor at 1",
         )
         require(0 <= self.embed_grad_scale <= 1, f"embed_grad_scale is {self.embed_grad_scale}: it is a share, between 0 and 1")
-        require(self.init_std >= 0, f"init_std is {self.init_std}: a standard deviation is not negative")
+        for field in ("init_std", "init_std_embedding"):
+            value = getattr(self, field)
+            require(value is None or value >= 0, f"{field} is {value}: a standard deviation is not negative")
 
     @property
     def head_dim(self) -> int:
