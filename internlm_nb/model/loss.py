@@ -118,7 +118,7 @@ def linear_cross_entropy(
     weight: Tensor,  # (vocab, hidden), the head
     labels: Tensor,  # (tokens,) int64, `IGNORE` where there is no target
     label_smoothing: float = 0.0,  # share of the target spread evenly over the vocabulary
-    chunk: int = 1024,  # tokens whose logits exist at one time; smaller ones measured slower, larger ones no faster
+    chunk: int = 1024,  # tokens whose logits exist at one time; larger ones measured no faster
 ) -> LossOutput:
     "Cross entropy of `x @ weight.T` that never holds more than `chunk` rows of logits; raises `ValueError` for a label outside the vocabulary"
     if labels.shape != x.shape[:1]:
