@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SNAPSHOT', 'Say', 'Found', 'steps', 'snapshots', 'newest', 'resolve', 'snapshot_folder', 'to_delete', 'prune',
-           'mark_best', 'read_best', 'Stop', 'read_stop']
+           'mark_best', 'read_best', 'set_aside', 'Stop', 'read_stop']
 
 # %% ../../nbs/checkpoint/08_keep.ipynb #1dfd73d0
 import json
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .durable import CheckpointError, remove_folder, standing, write_file
+from .durable import CheckpointError, remove_folder, standing, sync_folder, write_file
 from .index import NewerFormat
 from .reader import Checkpoint
 
@@ -179,6 +179,29 @@ def read_best(
         return {"step": int(best["step"]), "value": float(best["value"])}
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f'{path}: not of the form {{"step": 100, "value": 2.5}} ({error}); repair or delete it') from error
+
+# %% ../../nbs/checkpoint/08_keep.ipynb #43f28fc9
+def set_aside(
+    folder: str | Path,  # run/checkpoints
+    after: int,  # the step that the run goes back to
+) -> list[Found]:  # what was moved, with its former path
+    "Move checkpoints and snapshots of later steps into `superseded/`"
+    folder, moved = Path(folder), []
+    for found in [*steps(folder), *snapshots(folder)]:
+        if found.step > after:
+            target = folder / "superseded" / str(found.step)
+            target.parent.mkdir(exist_ok=True)
+            n = 0
+            while target.exists():
+                n += 1
+                target = target.with_name(f"{found.step}.{n}")
+            os.rename(standing(found.path), target)
+            sync_folder(target.parent)
+            moved.append(found)
+    best = read_best(folder)
+    if best and best["step"] > after:
+        (folder / "best.json").unlink()
+    return moved
 
 # %% ../../nbs/checkpoint/08_keep.ipynb #55e976af
 @dataclass(frozen=True)

@@ -1,0 +1,18 @@
+"InternLM 20B: sequences of 2048, packs of 2, activations recomputed, bf16"
+
+from internlm_nb.data.loader import DataConfig
+from internlm_nb.model.config import preset
+from internlm_nb.train.config import CheckpointConfig, RunConfig, TrainConfig
+from internlm_nb.train.optim import OptimConfig
+from internlm_nb.train.schedules import ScheduleConfig
+
+
+def run() -> RunConfig:
+    return RunConfig(
+        name="internlm-20b",
+        model=preset("internlm-20b"),
+        data=DataConfig(seq_len=2048, micro_bsz=2, micro_num=4),
+        optim=OptimConfig(lr=1e-4, schedule=ScheduleConfig(warmup_ratio=0.01, min_lr=1e-5)),
+        train=TrainConfig(steps=50_000, recompute=1.0),
+        checkpoint=CheckpointConfig(every=1000, keep_every=10_000, snapshot_every=100),
+    )
