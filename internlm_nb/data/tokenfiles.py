@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import secrets
 import threading
 from array import array
 from collections import OrderedDict
@@ -46,7 +47,8 @@ class TokenWriter:
 
     def __enter__(self) -> TokenWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._beside = [p.with_name(f".{p.name}.{os.getpid()}.tmp") for p in (self.path, self.meta_path)]
+        unique = f"{os.getpid()}.{secrets.token_hex(4)}.tmp"
+        self._beside = [p.with_name(f".{p.name}.{unique}") for p in (self.path, self.meta_path)]
         self._file = open(self._beside[0], "wb", buffering=1 << 20)
         return self
 
@@ -56,7 +58,11 @@ class TokenWriter:
     ) -> None:
         "Append one document"
         line = token_line(tokens)
-        self.write_lines(line, [len(line)], [len(tokens)])
+        self._rows.extend((self._offset, len(tokens)))
+        self._offset += len(line)
+        self.tokens += len(tokens)
+        self.documents += 1
+        self._file.write(line)
 
     def write_lines(
         self,
@@ -106,7 +112,8 @@ def write_tokens(
     return Path(path)
 
 # %% ../../nbs/data/05_tokenfiles.ipynb #0870de46
-_DROP_AFTER = 4096  # documents read from a file between two times that its pages are given back
+_TOUCH = 1 << 16  # bytes that one touch of a mapped file may map
+_RESIDENT = 1 << 23  # bytes that may stay mapped before they are given back
 
 
 def _give_back(mapped: mmap.mmap) -> None:
@@ -141,7 +148,7 @@ class TokenFile:
             raise TokenFileError(meta, None, f"expected int32 or int64 rows of 2 or 3 columns, found {rows.dtype} {rows.shape}")
         if len(rows) == 0:
             raise TokenFileError(meta, None, "the file has no rows")
-        self._touched = 0
+        self.touched = 0  # bytes that may be mapped now, at most
         last = int(rows[-1, 0])
         if int(rows[0, 0]) != 0:
             raise TokenFileError(meta, 1, f"the first document should start at byte 0, not {int(rows[0, 0])}")
@@ -161,6 +168,8 @@ class TokenFile:
         "The ids of one document, int64, signs kept; TokenFileError when its line or its meta row is wrong"
         start, count = int(self.rows[row, 0]), int(self.rows[row, 1])
         end = int(self.rows[row + 1, 0]) if row + 1 < len(self.rows) else self.bytes
+        if count < 0:
+            raise TokenFileError(f"{self.path}.meta", row + 1, f"a document cannot have {count} tokens")
         if not 0 <= start < end <= self.bytes:
             raise TokenFileError(f"{self.path}.meta", row + 1, f"offsets {start} and {end} do not follow each other in a file of {self.bytes} bytes")
         line = self._map[start:end]
@@ -176,17 +185,18 @@ class TokenFile:
             raise TokenFileError(self.path, row + 1, f"{len(ids)} tokens, but the meta file says {count}")
         if vocab_size is not None and count and int(abs(ids).max()) >= vocab_size:
             raise TokenFileError(self.path, row + 1, f"token id {int(abs(ids).max())} is outside the vocabulary of {vocab_size}: was the file made with another tokenizer?")
-        self.touched(1)
+        self.touched += 2 * _TOUCH + end - start
+        if self.touched >= _RESIDENT:
+            self.give_back()
         return ids
 
-    def touched(self, documents: int) -> None:
-        "Count documents touched, and give pages back now and then"
-        self._touched += documents
-        if self._touched >= _DROP_AFTER:
-            self._touched = 0
-            _give_back(self._map)
-            if isinstance(base := self.rows, np.memmap) and base._mmap is not None:  # type: ignore[attr-defined]
-                _give_back(base._mmap)  # type: ignore[attr-defined]
+    def give_back(self) -> None:
+        "Give the mapped pages back to the system"
+        self.touched = 0
+        _give_back(self._map)
+        base = getattr(self.rows, "_mmap", None)
+        if isinstance(base, mmap.mmap):
+            _give_back(base)
 
 # %% ../../nbs/data/05_tokenfiles.ipynb #0622dd94
 class Kept:
@@ -246,6 +256,7 @@ class TokenFolder(Sequence):
         self._lock = threading.RLock()
         self._open: OrderedDict[int, TokenFile] = OrderedDict()
         self._kept: dict[int, Kept] = {}
+        self._touched = 0  # bytes that may be mapped now, over all open files
         counts = []
         total = 0
         for i in range(len(self.files)):
@@ -258,7 +269,7 @@ class TokenFolder(Sequence):
                     raise TokenFileError(f"{file.path}.meta", start + int(column.argmin()) + 1, f"a document cannot have {least} tokens")
                 shortest = least if shortest is None else min(shortest, least)
                 tokens += int(column[column >= min_length].sum(dtype=np.int64))
-                file.touched(len(column))
+                file.give_back()
             if shortest is not None and shortest < min_length:
                 self._kept[i] = Kept(file.rows, min_length)
                 count = len(self._kept[i])
@@ -313,7 +324,23 @@ class TokenFolder(Sequence):
         if not 0 <= number < len(self):
             raise IndexError(f"document {index} of {len(self)} in {self.root}")
         i, row = self.locate(int(number))
-        return self._file(i).read(row, self.vocab_size)
+        file = self._file(i)
+        before = file.touched
+        tokens = file.read(row, self.vocab_size)
+        self._touch(file, max(0, file.touched - before), counted=True)
+        return tokens
+
+    def _touch(self, file: TokenFile, touched: int, counted: bool = False) -> None:
+        "Count what is mapped over all open files, and give all of it back when it is much"
+        if not counted:
+            file.touched += touched
+        self._touched += touched
+        if self._touched >= _RESIDENT:
+            with self._lock:
+                self._touched = 0
+                for other in self._open.values():
+                    if other.touched:
+                        other.give_back()
 
     def length_of(
         self,
@@ -332,7 +359,7 @@ class TokenFolder(Sequence):
                 rows = self._kept[i].select(rows)
             file = self._file(i)
             lengths[group] = file.rows[rows, 1]
-            file.touched(len(rows))
+            self._touch(file, min(len(rows) * _TOUCH, file.rows.nbytes))
         return lengths
 
     def type_of(

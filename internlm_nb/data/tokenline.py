@@ -5,9 +5,7 @@
 # %% ../../nbs/data/04_tokenline.ipynb #4d69f045
 from __future__ import annotations
 
-import contextlib
 import json
-import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -61,8 +59,19 @@ def token_lines(
 
 # %% ../../nbs/data/04_tokenline.ipynb #a9af9e3d
 _HEAD, _TAIL = b'{"tokens": [', b"]}\n"
-_NUMBER_BYTES = b"0123456789, -"
+_DIGITS = b"0123456789"
 _LARGEST_ID = 2**31 - 1
+
+
+def _plain_numbers(body: bytes) -> bool:
+    "Is it integers with `, ` between them, and nothing else?"
+    if not body or body.translate(None, b"0123456789, -") or body[-1] not in _DIGITS or body[0] in b", ":
+        return False
+    commas = body.count(b",")
+    if not commas == body.count(b" ") == body.count(b", ") or b" ," in body:
+        return False
+    signs = body.count(b"-")
+    return not signs or (signs == body.count(b" -") + body.startswith(b"-") and b"-," not in body)
 
 
 def parse_line(
@@ -71,13 +80,10 @@ def parse_line(
     "The ids of one line, int64. ValueError says what is wrong with it."
     if line.startswith(_HEAD) and line.endswith(_TAIL):
         body = line[len(_HEAD) : -len(_TAIL)]
-        if body and not body.translate(None, _NUMBER_BYTES):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with contextlib.suppress(ValueError):
-                    ids = np.fromstring(body.decode("ascii"), dtype=np.int64, sep=",")
-                    if len(ids) == body.count(b",") + 1 and (abs(ids) <= _LARGEST_ID).all():
-                        return ids
+        if _plain_numbers(body):
+            ids = np.fromstring(body.decode("ascii"), dtype=np.int64, sep=",")
+            if len(ids) == body.count(b",") + 1 and ids.max() <= _LARGEST_ID and ids.min() >= -_LARGEST_ID:
+                return ids
     try:
         record = json.loads(line)
     except ValueError as error:
