@@ -228,3 +228,16 @@ def test_a_block_compiles(variant, backend):
     assert torch.allclose(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
     for a, b in zip(got_grads, want_grads):
         assert torch.allclose(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
+
+
+@pytest.mark.slow
+def test_the_whole_model_compiles():
+    "Embedding to loss in one graph, recomputation included"
+    model, tokens, segments = Transformer(CFG), ids(20), Segments.from_lengths([13, 7])
+    want = {n: g.clone() for n, g in gradients(model, tokens, segments).items()}
+    recompute(model, 0.5)
+    compiled = torch.compile(model, fullgraph=True)
+    model.zero_grad()
+    compiled(tokens, segments, labels=tokens.roll(-1)).loss_sum.backward()
+    for name, p in model.named_parameters():
+        assert torch.allclose(p.grad, want[name], rtol=0, atol=1e-5 * want[name].abs().max().item()), name

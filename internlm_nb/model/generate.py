@@ -96,9 +96,8 @@ def stream(
         if not rows:
             return
         segments = Segments.from_lengths(lengths, device)
-        logits = model(torch.tensor(fed, device=device), segments, cache=cache)
-        assert isinstance(logits, Tensor)
-        chosen = choose(logits[segments.cu_seqlens[1:].long() - 1], sampling, rows, step).tolist()
+        logits = model(torch.tensor(fed, device=device), segments, cache=cache, last_only=True)  # (sequences, vocab)
+        chosen = choose(logits, sampling, rows, step).tolist()
         going = [i for i, token in enumerate(chosen) if token not in stop_ids]
         if len(going) < len(rows):
             cache.select(going)

@@ -162,6 +162,7 @@ class Transformer(nn.Module):
         max_seqlen: int | None = None,  # longest sequence; only checked, the lengths say it already
         labels: Tensor | None = None,  # (tokens,) targets, -100 where there is none
         cache: KVCache | None = None,  # earlier tokens of the same sequences; it takes up the new ones
+        last_only: bool = False,  # logits of each sequence's last token only, (sequences, vocab): all that generation needs
     ) -> Tensor | LossOutput:  # logits (tokens, vocab), or the loss when labels are given
         "Logits of a pack, or its loss; raises `ValueError` when ids, positions or lengths do not fit together"
         check_ids(input_ids, self.cfg.vocab_size)
@@ -177,6 +178,8 @@ class Transformer(nn.Module):
             cache.lengths = inputs.key_segments.lengths  # the new tokens are old now
         if inputs.wanted is not None:
             x = x[inputs.wanted]
+        if last_only:
+            x = x[segments.cu_seqlens[1:].long() - 1]
         return self.head(x, labels, self.embedding.weight if self.cfg.tie_embeddings else None)
 
 # %% ../../nbs/model/07_transformer.ipynb #4fa94ebb
