@@ -183,7 +183,8 @@ def train_tokenizer(
             pad_id=-1,
         )
     except Exception as error:
-        raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained on these texts ({error}): give more text or a smaller vocab_size") from error
+        advice = "raise vocab_size, or lower character_coverage" if "required_chars" in str(error) else "give more text or a smaller vocab_size"
+        raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained on these texts ({error}): {advice}") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
