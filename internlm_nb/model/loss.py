@@ -53,7 +53,7 @@ def check_labels(
 
 # %% ../../nbs/model/05_loss.ipynb #5f489210
 def chunk_loss(
-    logits: Tensor,  # (chunk, vocab), float32 or float64; overwritten with the gradient when that is wanted
+    logits: Tensor,  # (chunk, vocab), float32 or float64; overwritten, with the gradient when that is wanted
     labels: Tensor,  # (chunk,)
     label_smoothing: float,  # share spread over the vocabulary
     want_grad: bool,  # whether to turn the logits into their gradient
@@ -61,18 +61,22 @@ def chunk_loss(
     "Loss of a chunk from its logits, and their gradient in place"
     valid = labels != IGNORE
     target = labels.where(valid, 0).unsqueeze(1)  # (chunk, 1)
-    log_z = logits.logsumexp(-1)
-    plain = (log_z - logits.gather(1, target).squeeze(1)).where(valid, 0.0)
-    correct = (logits.argmax(-1) == labels) & valid
+    top, best = logits.max(-1)
+    target_logit = logits.gather(1, target).squeeze(1) - top
+    mean_logit = logits.mean(-1) - top if label_smoothing else target_logit
+    total = logits.sub_(top.unsqueeze(1)).exp_().sum(-1)
+    log_total = total.log()  # log of the sum of exponentials, less `top`
+    plain = (log_total - target_logit).where(valid, 0.0)
     loss = plain
     if label_smoothing:
-        loss = (1 - label_smoothing) * plain + label_smoothing * (log_z - logits.mean(-1)).where(valid, 0.0)
+        loss = (1 - label_smoothing) * plain + label_smoothing * (log_total - mean_logit).where(valid, 0.0)
+    correct = (best == labels) & valid
     if want_grad:
-        logits.sub_(log_z.unsqueeze(1)).exp_()
+        keep = valid.to(logits.dtype).unsqueeze(1)
+        logits.mul_(keep / total.unsqueeze(1))  # probabilities, 0 where ignored
         if label_smoothing:
-            logits.sub_(label_smoothing / logits.shape[1])
-        logits.scatter_add_(1, target, logits.new_full(target.shape, label_smoothing - 1.0))
-        logits.mul_(valid.unsqueeze(1))
+            logits.sub_(keep * (label_smoothing / logits.shape[1]))
+        logits.scatter_add_(1, target, keep * (label_smoothing - 1.0))
     return loss, plain, correct
 
 # %% ../../nbs/model/05_loss.ipynb #bf29cb08
