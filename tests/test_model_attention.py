@@ -1,5 +1,9 @@
 "All attention backends equal the plain reference, on random packs; caches and positions"
 
+import inspect
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -90,10 +94,45 @@ def test_the_varlen_kernel_is_called_as_it_wants(monkeypatch, grouped_kernel):
     assert (seen.get("enable_gqa"), seen["kv"]) == ((True, 2) if grouped_kernel else (None, 6))
 
 
+def test_the_flash_kernel_is_called_as_it_wants(monkeypatch):
+    "With flash_attn's signature, standing in for the package"
+
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)
+    ):
+        assert (max_seqlen_q, max_seqlen_k, dropout_p, cu_seqlens_q.dtype) == (3, 5, 0.0, torch.int32)
+        return module.reference_attention(q, k, v, Segments.of(cu_seqlens_q), Segments.of(cu_seqlens_k), causal, softmax_scale)
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
+    monkeypatch.setattr(module, "why_not", lambda *a: None)
+    q, k, v = tensors(5, 9, 2, 3, torch.float64, 1)
+    s, ks = Segments.from_lengths([2, 3]), Segments.from_lengths([4, 5])
+    assert choose_backend("cuda", torch.bfloat16, 64) == "flash"
+    assert torch.allclose(attention(q, k, v, s, "flash", ks), attention(q, k, v, s, "reference", ks), atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "dtype,head_dim,capability,reason",
+    [
+        (torch.bfloat16, 128, (9, 0), None),
+        (torch.float32, 128, (9, 0), "float16 or bfloat16, not float32"),
+        (torch.bfloat16, 512, (9, 0), "at most 256, not 512"),
+        (torch.bfloat16, 12, (9, 0), "multiple of 8"),
+        (torch.bfloat16, 128, (7, 5), "compute capability 8.0"),
+    ],
+)
+def test_what_a_gpu_kernel_asks_for(monkeypatch, dtype, head_dim, capability, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    got = why_not("varlen", "cuda", dtype, head_dim)
+    assert got is None if reason is None else reason in got
+    assert choose_backend("cuda", dtype, head_dim) == ("varlen" if reason is None else "sdpa")
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    assert why_not("varlen", "cuda", dtype, head_dim) is not None
+
+
 def test_the_real_signature_has_what_is_used():
     kernel, _ = module.torch_varlen()
-    import inspect
-
     names = list(inspect.signature(kernel).parameters)
     assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"] and {"scale", "window_size"} <= set(names)
 

@@ -89,6 +89,7 @@ def test_positions_may_be_given():
         (lambda: model(tokens[:0]), "packed integer ids"),
         (lambda: model(-tokens - 1), "outside the vocabulary"),
         (lambda: model(tokens, cache=KVCache.empty(2)), "the cache holds 2 sequences"),
+        (lambda: model(tokens, torch.tensor([0, 0, 6]), last_only=True), "sequence 0 is empty"),
         (lambda: recompute(model, 1.5), "between 0 and 1"),
         (lambda: recompute(model, 0.5, "some"), "choose full or selective"),
         (lambda: Sampling(temperature=-1), "temperature is -1"),

@@ -41,8 +41,16 @@ def causal_mask(
     return mask & (keys.indexes()[None, :] <= (queries.indexes() + late)[:, None])
 
 
-def reference_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
-    "Masked softmax written out, in float32 or float64"
+def reference_attention(
+    q: Tensor,  # (query tokens, heads, head_dim)
+    k: Tensor,  # (key tokens, kv_heads, head_dim)
+    v: Tensor,  # (key tokens, kv_heads, head_dim)
+    queries: Segments,  # sequences of the queries
+    keys: Segments,  # sequences of the keys
+    causal: bool,  # whether later keys are hidden
+    scale: float,  # of the scores
+) -> Tensor:  # (query tokens, heads, head_dim), in q's dtype
+    "Masked softmax written out, in float32 or float64; all backends share these arguments"
     group, dtype = q.shape[1] // k.shape[1], wide_dtype(q.dtype)
     wide_q, wide_k, wide_v = q.to(dtype), *(x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", wide_q, wide_k) * scale
@@ -50,8 +58,14 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys
     return torch.einsum("hqk,khd->qhd", probabilities, wide_v).to(q.dtype)
 
 # %% ../../nbs/model/04_attention.ipynb #90532aea
-def one_shape(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-    "SDPA on a batch of equal sequences: q (batch, queries, heads, head_dim), k and v (batch, keys, kv_heads, head_dim)"
+def one_shape(
+    q: Tensor,  # (batch, queries, heads, head_dim)
+    k: Tensor,  # (batch, keys, kv_heads, head_dim)
+    v: Tensor,  # (batch, keys, kv_heads, head_dim)
+    causal: bool,  # whether later keys are hidden
+    scale: float,  # of the scores
+) -> Tensor:  # (batch, queries, heads, head_dim)
+    "SDPA on a batch of equally long sequences"
     nq, nk = q.shape[1], k.shape[1]
     mask = None
     if causal and 1 < nq < nk:  # `is_causal` aligns at the top left, a cache needs the bottom right
@@ -63,7 +77,7 @@ def one_shape(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Te
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
-    "PyTorch's scaled_dot_product_attention, one call for each document, or one for all when they are equally long"
+    "PyTorch's scaled_dot_product_attention, one call for each document, or one for all when they are equally long; arguments as `reference_attention`"
     n = len(queries.lengths)
     if len(set(queries.lengths)) == 1 and len(set(keys.lengths)) == 1 and queries.max_seqlen > 0:
         return one_shape(q.unflatten(0, (n, -1)), k.unflatten(0, (n, -1)), v.unflatten(0, (n, -1)), causal, scale).flatten(0, 1)
@@ -72,7 +86,7 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Seg
 
 # %% ../../nbs/model/04_attention.ipynb #1067f00f
 def flash_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
-    "The flash_attn package's kernel for packs"
+    "The flash_attn package's kernel for packs; arguments as `reference_attention`"
     from flash_attn import flash_attn_varlen_func  # type: ignore[reportMissingImports]  # optional
 
     lengths = queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen
@@ -88,7 +102,7 @@ def torch_varlen() -> tuple[Callable[..., Any], bool]:
 
 
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
-    "PyTorch's own kernel for packs"
+    "PyTorch's own kernel for packs; arguments as `reference_attention`"
     kernel, grouped = torch_varlen()
     options: dict = dict(scale=scale, window_size=(-1, 0) if causal else (-1, -1))
     if q.shape[1] != k.shape[1]:
@@ -210,7 +224,12 @@ class Attention(nn.Module):
         self.wqkv = linear(cfg.hidden_size, cfg.qkv_size, cfg.qkv_bias, device, dtype)
         self.wo = linear(cfg.num_heads * cfg.head_dim, cfg.hidden_size, cfg.out_bias, device, dtype)
 
-    def forward(self, x: Tensor, positions: Positions, cache: KVCache | None = None) -> Tensor:  # (tokens, hidden) -> (tokens, hidden)
+    def forward(
+        self,
+        x: Tensor,  # (tokens, hidden)
+        positions: Positions,  # segments and rotary tables of this pass
+        cache: KVCache | None = None,  # earlier keys and values; it takes up the new ones
+    ) -> Tensor:  # (tokens, hidden)
         q, k, v = split_heads(self.wqkv(x), self.group, self.head_dim)
         q, k = (apply_rope(t, positions.cos, positions.sin, self.interleaved) for t in (q, k))
         if cache is not None:

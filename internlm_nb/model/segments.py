@@ -102,18 +102,32 @@ class KVCache:
         "A cache for this many sequences, with nothing in it"
         return cls((0,) * sequences)
 
-    def append(self, old: Tensor | None, new: Tensor, segments: Segments) -> Tensor:
+    def append(
+        self,
+        old: Tensor | None,  # (cached tokens, ...); None: nothing is cached yet
+        new: Tensor,  # (new tokens, ...)
+        segments: Segments,  # of the new tokens
+    ) -> Tensor:  # (cached + new tokens, ...)
         "Each sequence's cached part followed by its new one"
         return new if old is None else interleave(old, self.lengths, new, segments.lengths)
 
-    def extend(self, layer: int, k: Tensor, v: Tensor, new: Segments) -> tuple[Tensor, Tensor]:
+    def extend(
+        self,
+        layer: int,  # index of the block
+        k: Tensor,  # (new tokens, kv_heads, head_dim), rotated
+        v: Tensor,  # (new tokens, kv_heads, head_dim)
+        new: Segments,  # of the new tokens
+    ) -> tuple[Tensor, Tensor]:  # keys and values of cached and new tokens
         "Add a layer's new keys and values; returns all of them"
         old_k, old_v = self.entries.get(layer, (None, None))
         self.entries[layer] = (self.append(old_k, k, new), self.append(old_v, v, new))
         return self.entries[layer]
 
-    def select(self, rows: Sequence[int]) -> None:
-        "Keep these sequences, in this order (a row may be repeated)"
+    def select(
+        self,
+        rows: Sequence[int],  # of the sequences to keep, in their new order; a row may be repeated
+    ) -> None:
+        "Keep some of the sequences: finished ones go, the branches of a search multiply"
         offsets = list(itertools.accumulate(self.lengths, initial=0))
         pick = lambda x: torch.cat([x[:0], *(x[offsets[r] : offsets[r + 1]] for r in rows)])  # noqa: E731
         self.entries = {layer: (pick(k), pick(v)) for layer, (k, v) in self.entries.items()}
@@ -169,6 +183,10 @@ class Inputs:
         wanted = positions_from(begins, segments.lengths, device)
         return cls(cache.input_ids, cache.indexes, keys, keys, wanted)
 
-    def positions(self, cfg: ModelConfig, dtype: torch.dtype = torch.float32) -> Positions:
+    def positions(
+        self,
+        cfg: ModelConfig,  # architecture
+        dtype: torch.dtype = torch.float32,  # of the model
+    ) -> Positions:
         "Rotary tables for these tokens"
         return Positions(self.segments, *rope_tables(cfg, self.indexes, self.segments.lengths, dtype), self.key_segments)

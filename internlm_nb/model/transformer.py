@@ -26,7 +26,12 @@ from .segments import Inputs, KVCache, Positions, Segments
 class Embedding(nn.Module):
     "Token embedding (vocab, hidden), with an optional damping of its gradient"
 
-    def __init__(self, cfg: ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        cfg: ModelConfig,  # architecture
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.grad_scale = cfg.embed_grad_scale
         self.weight = nn.Parameter(torch.empty(cfg.vocab_size, cfg.hidden_size, device=device, dtype=dtype))
@@ -63,12 +68,18 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, device, dtype)
         self.feed_forward = FeedForward(cfg.hidden_size, cfg.ffn_size, device, dtype)
 
-    def compute(self, x: Tensor, positions: Positions, cache: KVCache | None = None) -> Tensor:  # (tokens, hidden) -> (tokens, hidden)
+    def compute(
+        self,
+        x: Tensor,  # (tokens, hidden)
+        positions: Positions,  # segments and rotary tables of this pass
+        cache: KVCache | None = None,  # earlier keys and values
+    ) -> Tensor:  # (tokens, hidden)
         "The block itself"
         x = x + self.attention(self.attention_norm(x), positions, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
-    def forward(self, x: Tensor, positions: Positions, cache: KVCache | None = None) -> Tensor:  # (tokens, hidden) -> (tokens, hidden)
+    def forward(self, x: Tensor, positions: Positions, cache: KVCache | None = None) -> Tensor:
+        "`compute`, with or without recomputation; without, when nothing is kept for a backward pass"
         if self.recompute == "none" or cache is not None or not torch.is_grad_enabled():
             return self.compute(x, positions, cache)
         options: dict = dict(use_reentrant=False, preserve_rng_state=False)  # nothing in a block is random
@@ -84,7 +95,12 @@ class Head(nn.Module):
 
     weight: nn.Parameter | None  # (vocab, hidden); None when tied
 
-    def __init__(self, cfg: ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        cfg: ModelConfig,  # architecture
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
         self.norm_head = cfg.norm_head
         self.label_smoothing = 0.0  # set from outside
@@ -169,6 +185,8 @@ class Transformer(nn.Module):
         segments = as_segments(input_ids, cu_seqlens, max_seqlen)
         if indexes is not None and indexes.shape != input_ids.shape:
             raise ValueError(f"indexes have shape {tuple(indexes.shape)}, but there are {input_ids.shape[0]} tokens: give one position a token")
+        if last_only and not min(segments.lengths):
+            raise ValueError(f"last_only asks for each sequence's last token, but sequence {segments.lengths.index(0)} is empty: leave it out")
         inputs = Inputs.of(self.cfg, input_ids, segments, indexes, cache)
         x = self.embedding(inputs.input_ids)  # (tokens, hidden)
         positions = inputs.positions(self.cfg, x.dtype)
