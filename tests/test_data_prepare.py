@@ -280,6 +280,21 @@ def test_decode_gives_the_text_back(tmp_path, sources, tok):
     assert main(["decode", str(tmp_path / "en" / "b.bin"), str(tmp_path / "back.txt"), "--tokenizer", str(tok.path)]) == 2
 
 
+def test_verify_and_show_in_process(tmp_path, tok, capsys):
+    "The same commands without a process of their own"
+    assert main(["corpus", str(tmp_path), "--vocab-size", "6000"]) == 0
+    assert "train: cn" in capsys.readouterr().out
+    model = str(tmp_path / "tokenizer.model")
+    assert main(["corpus", str(tmp_path), "--vocab-size", "6000"]) == 2 and "exists" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "valid"), "--tokenizer", model, "--processes", "1"]) == 0 and "sound" in capsys.readouterr().out
+    assert main(["verify", str(tmp_path / "valid"), "--vocab-size", "300", "--processes", "1"]) == 1
+    said = capsys.readouterr()
+    assert "outside the vocabulary of 300" in said.out and "faults in" in said.err
+    assert main(["show", str(tmp_path / "valid"), "--tokenizer", model, "--first", "1", "--count", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "document 1, type cn" in said and corpus("valid")["cn"][2] in said
+
+
 def test_the_script(tmp_path, tok):
     "As a user runs it: corpus, verify, and verify of a broken folder"
 

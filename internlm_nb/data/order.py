@@ -71,7 +71,7 @@ class Permutation:
         return x.astype(np.int64)
 
 # %% ../../nbs/data/08_order.ipynb #6e103a4e
-_BLOCK = 4096  # documents between two entries of the table
+_BLOCK = 1024  # documents between two entries of the table
 
 
 class ShuffledPacks:
@@ -105,6 +105,17 @@ class ShuffledPacks:
         "The order of the documents in one epoch"
         return Permutation(len(self.documents), derive_key(self.seed, self.source, epoch))
 
+    def cut(
+        self,
+        index: int,  # running number of the pack, over all epochs
+    ) -> tuple[int, int]:
+        "(epoch, which cut of its stream) of a pack"
+        epoch, local = divmod(index, self.packs_per_epoch)
+        if local < self.packs_per_epoch - 1:
+            cuts = Permutation(self.packs_per_epoch - 1, derive_key(self.seed, self.source, epoch, 1))
+            local = int(cuts(np.array([local]))[0])
+        return epoch, local
+
     def _table(self, epoch: int) -> tuple[Permutation, np.ndarray]:
         "(the order, tokens before each block)"
         # the reading thread and the main one may both ask: each ends with a right table, at worst made twice
@@ -134,7 +145,7 @@ class ShuffledPacks:
         index: int,  # running number of the pack, over all epochs
     ) -> list[Part]:
         "The parts of documents that pack `index` is made of"
-        epoch, local = divmod(index, self.packs_per_epoch)
+        epoch, local = self.cut(index)
         order, table = self._table(epoch)
         at, end = local * self.size, min((local + 1) * self.size, int(table[-1]))
         parts: list[Part] = []

@@ -112,7 +112,7 @@ def write_tokens(
     return Path(path)
 
 # %% ../../nbs/data/05_tokenfiles.ipynb #0870de46
-_TOUCH = 1 << 16  # bytes that one touch of a mapped file may map
+_TOUCH = 1 << 18  # bytes that one touch of a mapped file may map (measured with large pages in the cache)
 _RESIDENT = 1 << 23  # bytes that may stay mapped before they are given back
 
 
