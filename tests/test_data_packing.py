@@ -304,7 +304,7 @@ def test_prefetch_thread_stops_with_its_consumer():
 
 
 def test_config_says_what_is_wrong(tmp_path):
-    for bad in ({"seq_len": 0}, {"micro_num": 0}, {"min_length": -1}, {"rampup": "a b c"}, {"skip_batches": "5-1"}, {"train_folder": ("a=1", "b")}, {"train_folder": ("a=0",)}):
+    for bad in ({"seq_len": 0}, {"micro_num": 0}, {"min_length": -1}, {"valid_micro_bsz": 0}, {"synthetic_shortest": 0}, {"rampup": "a b c"}, {"skip_batches": "5-1"}, {"train_folder": ("a=1", "b")}, {"train_folder": ("a=0",)}):
         with pytest.raises(ValueError, match="|".join(bad)):
             DataConfig(**bad)
     (tmp_path / "odd=1").mkdir()

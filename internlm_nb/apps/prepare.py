@@ -173,7 +173,7 @@ def run_corpus(args: argparse.Namespace) -> int:
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:
-    "The main of scripts/prepare_data.py; the exit code: 0 well, 1 faults found, 2 could not be done"
+    "The main of scripts/prepare_data.py; the exit code: 0 well, 1 faults found, 2 could not be done, 130 interrupted"
     args = parser().parse_args(argv)
     try:
         if args.command == "build":
@@ -188,6 +188,9 @@ def main(
         else:
             print(show(args.src, tokenizer, args.first, args.count))
         return 0
+    except KeyboardInterrupt:
+        print(f"prepare_data.py {args.command}: stopped; the file in work was not written", file=sys.stderr)
+        return 130
     except (OSError, ValueError, LookupError) as error:
         print(f"prepare_data.py {args.command}: {error}", file=sys.stderr)
         return 2

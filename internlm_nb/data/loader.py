@@ -33,7 +33,7 @@ class DataConfig:
     micro_num: int = 4  # packs of a step, over all data ranks
     pack_sample_into_one: bool = False  # attention crosses document borders
     min_length: int = 0  # drop documents with fewer tokens
-    rampup: str = ""  # "start increment every": grow the batch, in packs, packs and steps
+    rampup: str = ""  # "start increment every": grow the batch from start packs by increment packs every so many batches, up to micro_num
     skip_batches: str = ""  # batches never to train, as in "3-5,9"
     valid_packs: int = 0  # packs of the validation set; 0: all
     valid_micro_bsz: int | None = None  # sequences of a validation pack; none: micro_bsz
@@ -48,6 +48,9 @@ class DataConfig:
         for name in ("min_length", "valid_packs", "prefetch"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("valid_micro_bsz", "synthetic_shortest", "synthetic_longest"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"data.{name} must be at least 1, not {value}")
         if isinstance(self.train_folder, str):
             object.__setattr__(self, "train_folder", (self.train_folder,) if self.train_folder else ())
         BatchSizes(self.micro_num, self.rampup)

@@ -32,6 +32,7 @@ class Tokenizer:
         self.path = Path(path)
         if not self.path.is_file():
             raise FileNotFoundError(f"no tokenizer model at {self.path}: give the path of a SentencePiece .model file, or train one with train_tokenizer")
+        spm.SetMinLogLevel(2)  # it warns, in every process, of a piece that is a NUL
         try:
             self.sp = spm.SentencePieceProcessor(model_file=str(self.path))
             self.vocab_size: int = self.sp.vocab_size()
