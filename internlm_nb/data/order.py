@@ -123,20 +123,23 @@ class ShuffledPacks:
         if table is None:
             order = self.order(epoch)
             count = len(self.documents)
-            blocks = [self._lengths(order, start)[1].sum() for start in range(0, count, _BLOCK)]
-            table = order, np.concatenate([[0], np.cumsum(blocks)])
+            blocks = [np.zeros(1, dtype=np.int64)]
+            for start in range(0, count, 64 * _BLOCK):  # many at a time: four times as fast as one by one
+                lengths = self._lengths(order, start, 64 * _BLOCK)[1]
+                blocks.append(np.add.reduceat(lengths, np.arange(0, len(lengths), _BLOCK)))
+            table = order, np.cumsum(np.concatenate(blocks))
             self._tables = {**dict(list(self._tables.items())[-1:]), epoch: table}
         return table
 
-    def _lengths(self, order: Permutation, start: int) -> tuple[np.ndarray, np.ndarray]:
-        documents = order(np.arange(start, min(start + _BLOCK, len(self.documents))))
+    def _lengths(self, order: Permutation, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        documents = order(np.arange(start, min(start + count, len(self.documents))))
         return documents, self.documents.length_of(documents)
 
     def _block_of(self, epoch: int, block: int, order: Permutation, before: int) -> tuple[np.ndarray, np.ndarray]:
         "(documents of the block, token at which each ends); the last block asked for is kept"
         kept = self._block
         if kept is None or kept[0] != (epoch, block):
-            documents, lengths = self._lengths(order, block * _BLOCK)
+            documents, lengths = self._lengths(order, block * _BLOCK, _BLOCK)
             kept = self._block = (epoch, block), documents, before + np.cumsum(lengths)
         return kept[1], kept[2]
 
