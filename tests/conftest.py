@@ -5,6 +5,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    "Training tests are about numbers: drawing at the end of each of their runs would take most of their time"
+    monkeypatch.setattr("internlm_nb.train.trainer.save_plots", lambda run_dir: [run_dir / "plots" / "none"])

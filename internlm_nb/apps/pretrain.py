@@ -15,9 +15,12 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import NoReturn
 
 import tyro
 
+from ..checkpoint.durable import CheckpointError
+from ..data.tokenline import TokenFileError
 from ..train.config import RunConfig
 from ..train.trainer import Trainer
 
@@ -41,6 +44,7 @@ def load_run_file(
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} is no Python file: its name must end in .py")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses of the file look their module up
     try:
         spec.loader.exec_module(module)
     except Exception as e:
@@ -65,11 +69,17 @@ def parse_run(
     return tyro.cli(RunConfig, prog=prog, description=module.__doc__ or f"The run {base.name}", default=base, args=list(args))
 
 # %% ../../nbs/apps/02_pretrain.ipynb #e5003538
+def _leave(message: str, code: int) -> NoReturn:
+    "Say why, and end the process"
+    print(f"train.py: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
 def main(
     args: Sequence[str] | None = None,  # Command line without the program's name; None: of this process
     runs: Path = Path("scripts/configs"),  # Folder of the shipped runs
 ) -> Trainer:  # After training
-    "Parse, prepare, train, finish. Exits with code 2 for a wrong command line; an interruption that was saved is a clean end"
+    "Parse, prepare, train, finish. Exits with code 2 for what cannot be started, 1 for what went wrong on the way (data, disk, gradients), 130 when stopped at once; an interruption that was saved is a clean end"
     argv = list(sys.argv[1:] if args is None else args)
     names = ", ".join(sorted(p.stem for p in runs.glob("*.py")))
     parser = argparse.ArgumentParser(
@@ -85,20 +95,24 @@ def main(
         sys.exit(0 if argv else 2)
     own, rest = parser.parse_known_args(argv)
     try:
-        if own.run is None:
-            raise UsageError(f"name a run first. Runs: {names}")
+        if own.run is None or (argv[0].startswith("-") and not argv[0].startswith("--run-dir")):
+            raise UsageError(f"name a run first, then its options. Runs: {names}; or the path of a Python file with a function run()")
         module = load_run_file(own.run, runs)
         run = parse_run(module, rest, prog=f"train.py {own.run}")
         try:
             if hasattr(module, "prepare"):
                 run = module.prepare(run)
             trainer = Trainer(run, own.run_dir, command=shlex.join(["train.py", *argv]))
-        except (ValueError, FileNotFoundError, OSError) as e:
+        except (ValueError, OSError, CheckpointError) as e:
             raise UsageError(str(e)) from e
+        try:
+            trainer.fit()
+        except (TokenFileError, OSError, CheckpointError, FloatingPointError) as e:
+            _leave(f"stopped after step {trainer.state.step}: {e}", 1)
+        if trainer.done and hasattr(module, "finish"):
+            module.finish(trainer)
     except UsageError as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    trainer.fit()
-    if trainer.done and hasattr(module, "finish"):
-        module.finish(trainer)
+        _leave(str(e), 2)
+    except KeyboardInterrupt:
+        _leave("stopped at once; the same command goes on from the newest checkpoint, if there is one", 130)
     return trainer

@@ -103,16 +103,16 @@ def datasheet_tflops(
 # %% ../../nbs/train/05_metrics.ipynb #b8268c4a
 def measured_tflops(
     dtype: torch.dtype,  # of the product
-    size: int = 512,  # rows and columns
-    repeats: int = 5,  # products timed; the fastest counts
+    size: int = 1024,  # rows and columns
+    spend_s: float = 0.2,  # seconds to measure for; the fastest product counts, so that a busy machine does the least harm
 ) -> float:
-    "TFLOP/s of a square matrix product on the CPU: takes some tens of milliseconds"
+    "TFLOP/s of a square matrix product on the CPU"
     a = torch.ones(size, size, dtype=dtype)
     b = torch.ones(size, size, dtype=dtype)
     out = torch.mm(a, b)  # the first product sets up the library
 
-    best = math.inf
-    for _ in range(repeats):
+    best, begin = math.inf, time.perf_counter()
+    while best == math.inf or time.perf_counter() - begin < spend_s:
         start = time.perf_counter()
         torch.mm(a, b, out=out)
         best = min(best, time.perf_counter() - start)

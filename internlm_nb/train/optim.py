@@ -6,6 +6,7 @@
 __all__ = ['OptimConfig', 'ParamGroup', 'param_groups', 'UpdateInfo', 'Optimizer']
 
 # %% ../../nbs/train/04_optim.ipynb #e7a8a702
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -32,6 +33,14 @@ class OptimConfig:
     frozen: tuple[str, ...] = ()  # Patterns of parameters that are not trained
     own_lr: tuple[str, ...] = ()  # "PATTERN=LR": parameters with a peak learning rate of their own
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # How the learning rate moves
+
+    def __post_init__(self):
+        for name in ("lr", "beta2_c", "eps", "weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"--optim.{name.replace('_', '-')} is {getattr(self, name)}: give 0 or a positive number")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--optim.{name} is {getattr(self, name)}: a moment's decay lies from 0 to below 1")
 
 # %% ../../nbs/train/04_optim.ipynb #da97d261
 @dataclass(frozen=True)
@@ -66,8 +75,8 @@ def param_groups(
         try:
             own = float(value)
         except ValueError:
-            eq = ""
-        if not eq:
+            own = math.nan
+        if not eq or not 0 <= own < math.inf:
             raise ValueError(f"--optim.own-lr: {rule!r} is not PATTERN=LR, for example 'embedding.*=1e-5'")
         lr.update(dict.fromkeys(_matching((pattern,), names, "own-lr"), own))
     groups: dict[tuple[float, float], list[str]] = {}

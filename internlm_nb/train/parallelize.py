@@ -8,6 +8,7 @@ __all__ = ['choose_device', 'build_model']
 # %% ../../nbs/train/11_parallelize.ipynb #f3a2f829
 import torch
 
+from ..model.attention import why_not
 from ..model.init import init_weights
 from ..model.transformer import Transformer, recompute
 from .config import RunConfig
@@ -24,8 +25,12 @@ def choose_device(
         device = torch.device(name)
     except RuntimeError as e:
         raise ValueError(f"--train.device is {name!r}, which is no device: write auto, cpu, cuda or cuda:N") from e
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--train.device is {name!r}, on which nothing here was ever tried: write auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--train.device is {name!r}, but this PyTorch ({torch.__version__}) finds no CUDA device: write auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--train.device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, counted from 0")
     return device
 
 # %% ../../nbs/train/11_parallelize.ipynb #4feea014
@@ -33,13 +38,16 @@ def build_model(
     run: RunConfig,  # Architecture, precision, recomputation
     device: torch.device,  # Where the weights live
 ) -> Transformer:
-    "A model ready to train: built on meta, allocated, drawn, recomputation and compilation applied"
-    model = Transformer(run.model, device="meta", dtype=PRECISIONS[run.train.precision].param)
+    "A model ready to train: built on meta, allocated, drawn, recomputation and compilation applied. Raises ValueError for an attention backend that cannot run here"
+    backend, dtype = run.train.attention, PRECISIONS[run.train.precision].param
+    if backend != "auto" and (reason := why_not(backend, device, dtype, run.model.head_dim)):
+        raise ValueError(f"--train.attention {backend} cannot run here: {reason}; write auto, or another backend")
+    model = Transformer(run.model, device="meta", dtype=dtype)
     model.to_empty(device=device)
     init_weights(model, run.train.seed)
     model.head.label_smoothing = run.train.label_smoothing
     for block in model.blocks:
-        block.attention.backend = run.train.attention  # type: ignore[union-attr]
+        block.attention.backend = backend  # type: ignore[union-attr]
     recompute(model, run.train.recompute, run.train.recompute_policy)
     if run.train.compile:
         for block in model.blocks:
