@@ -14,7 +14,9 @@ import lzma
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -68,7 +70,7 @@ def prepare(
     "Put the embedded corpus in place, unless the user named an own train folder"
     if run.data.train_folder:
         return run
-    print("preparing the embedded corpus (English, Chinese, code) ...", flush=True)
+    print("preparing the embedded corpus (English, Chinese and code): tokenizer and token files, kept for the next time", flush=True)
     folder = prepare_corpus({s: corpus(s) for s in ("train", "valid")}, run.model.vocab_size, cache_dir())
     print(f"tokenizer and token files: {folder}")
     return replace(run, data=replace(run.data, train_folder=(str(folder / "train"),), valid_folder=str(folder / "valid")))
@@ -121,9 +123,10 @@ def compare(
     primer = joined(t for docs in train.values() for t in docs)
     columns = {kind: joined(docs) for kind, docs in held_out.items()} | {"all": joined(t for docs in held_out.values() for t in docs)}
     rows: dict[str, dict[str, float]] = {"this model": dict(model_bits)}
-    for kind, text in columns.items():
-        for name, bits in compressor_bits(primer, text).items():
-            rows.setdefault(name, {})[kind] = bits
+    with ThreadPoolExecutor(2) as pool:  # the compressors let go of the interpreter's lock
+        for kind, bits in zip(columns, pool.map(partial(compressor_bits, primer), columns.values())):
+            for name, value in bits.items():
+                rows.setdefault(name, {})[kind] = value
     return rows
 
 
@@ -171,6 +174,7 @@ def finish(
         return
     tokenizer, train, held_out = Tokenizer(prepared / "tokenizer.model"), corpus("train"), corpus("valid")
     bits = bits_per_byte(trainer.model, tokenizer, held_out, trainer.run.data.seq_len, trainer.device)
+    print("comparing with gzip, bzip2 and xz on the held-out text ...", flush=True)
     rows = compare(bits, train, held_out)
     wrote = samples(trainer.model, tokenizer, held_out)
     text = table(rows) + "\n\n" + "\n\n".join(f"-- {kind}: {start}|{rest}" for kind, (start, rest) in wrote.items()) + "\n"

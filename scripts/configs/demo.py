@@ -5,6 +5,7 @@ from internlm_nb.data.loader import DataConfig
 from internlm_nb.model.config import ModelConfig
 from internlm_nb.train.config import CheckpointConfig, RunConfig, TrainConfig
 from internlm_nb.train.optim import OptimConfig
+from internlm_nb.train.precision import fast_bf16
 from internlm_nb.train.schedules import ScheduleConfig
 
 __all__ = ["finish", "prepare", "run"]
@@ -12,13 +13,14 @@ __all__ = ["finish", "prepare", "run"]
 
 def run() -> RunConfig:
     model = ModelConfig(
-        family="internlm2", vocab_size=8192, hidden_size=256, num_layers=6, num_heads=4, num_kv_heads=2, mlp_ratio=3.5, multiple_of=128, max_position_embeddings=2048
-    )
+        family="internlm2", vocab_size=8192, hidden_size=256, num_layers=6, num_heads=4, num_kv_heads=2,
+        mlp_ratio=3.5, multiple_of=128, max_position_embeddings=256, rope_base=10_000.0,
+    )  # fmt: skip
     return RunConfig(
         name="demo",
         model=model,
-        data=DataConfig(seq_len=256, micro_bsz=8, micro_num=1),
-        optim=OptimConfig(lr=2e-3, weight_decay=0.1, schedule=ScheduleConfig(warmup_ratio=0.05, min_lr=2e-4)),
-        train=TrainConfig(steps=400, precision="float32", valid_every=100),
-        checkpoint=CheckpointConfig(every=100, keep_last=2),
+        data=DataConfig(seq_len=256, micro_bsz=4, micro_num=1, valid_packs=20, valid_micro_bsz=8),
+        optim=OptimConfig(lr=2e-3, weight_decay=0.1, schedule=ScheduleConfig(warmup_ratio=0.05, min_lr=1e-4)),
+        train=TrainConfig(steps=700, precision="bfloat16" if fast_bf16() else "float32", valid_every=175),
+        checkpoint=CheckpointConfig(every=175, keep_last=2),
     )

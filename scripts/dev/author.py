@@ -5,7 +5,6 @@ NB is a path under nbs/ without its ending, e.g. model/01_config. Cell ids and o
 
 import subprocess
 import sys
-from pathlib import Path
 
 from clean_nbs import clean
 from nbdev.config import get_config
