@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'Template', 'template', 'chat_text', 'turn_ids', 'chat_ids', 'conversation_ids', 'alpaca_ids']
+__all__ = ['TEMPLATES', 'Message', 'Template', 'template', 'said', 'chat_text', 'turn_ids', 'first_ids', 'chat_ids', 'stop_ids',
+           'Conversation', 'conversation_ids', 'alpaca_ids']
 
 # %% ../../nbs/data/02_chat.ipynb #0e7b7013
 @dataclass(frozen=True)
@@ -45,15 +46,28 @@ def template(
         raise ValueError(f"no chat template {name!r}: choose one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
+# %% ../../nbs/data/02_chat.ipynb #e92099c9
+Message = tuple[str, str] | Mapping[str, str]
+
+
+def said(
+    message: Message,  # ("user", "Hi!") or {"role": "user", "content": "Hi!"}
+) -> tuple[str, str]:  # role and words
+    "One message, from either way to write it; ValueError for anything else"
+    pair = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else tuple(message)
+    if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        raise ValueError(f'{message!r} is no message: write ("user", "Hi!") or {{"role": "user", "content": "Hi!"}}')
+    return pair  # type: ignore[return-value]
+
 # %% ../../nbs/data/02_chat.ipynb #3defc2b0
 def chat_text(
-    messages: Sequence[Mapping[str, str]],  # {"role": ..., "content": ...}, in order
+    messages: Sequence[Message],  # what was said, in order
     style: str = "v2",  # "v1" or "v2"
     answer: bool = True,  # end with the beginning of an answer
 ) -> str:
     "A conversation as one text"
     form = template(style)
-    turns = [form.around(m["role"]) + (m["content"],) for m in messages]
+    turns = [(*form.around(role), words) for role, words in map(said, messages)]
     return "".join(f"{before}{words}{behind}" for before, behind, words in turns) + form.around("assistant")[0] * answer
 
 # %% ../../nbs/data/02_chat.ipynb #4114d67e
@@ -76,32 +90,80 @@ def turn_ids(
     return head + tokenizer.encode(sign + words, marks=False) + end, []
 
 
+def first_ids(
+    tokenizer: Tokenizer,  # of the model
+) -> list[int]:  # bos; nothing when there is none, or when it is the mark that opens every turn anyway
+    "What stands in front of a conversation"
+    return [] if tokenizer.bos_id < 0 or tokenizer.bos_id in tokenizer.marks.values() else [tokenizer.bos_id]
+
+
 def chat_ids(
     tokenizer: Tokenizer,  # a model that has the template's marks
-    messages: Sequence[Mapping[str, str]],  # {"role": ..., "content": ...}, in order
+    messages: Sequence[Message],  # what was said, in order
     style: str = "v2",  # "v1" or "v2"
     answer: bool = True,  # end with the beginning of an answer
 ) -> list[int]:
     "A conversation as the ids that a model reads, bos in front"
-    form = template(style)
-    ids = [tokenizer.bos_id]
+    form, ids = template(style), first_ids(tokenizer)
     for message in messages:
-        read, written = turn_ids(tokenizer, message["role"], message["content"], form)
+        read, written = turn_ids(tokenizer, *said(message), form)
         ids += read + written
     return ids + turn_ids(tokenizer, "assistant", "", form)[0] * answer
+
+# %% ../../nbs/data/02_chat.ipynb #dbd621fa
+def stop_ids(
+    tokenizer: Tokenizer,  # a model that has the template's marks
+    style: str = "v2",  # "v1" or "v2"
+) -> list[int]:
+    "The ids that end an answer: the format's end sign, and eos where the tokenizer has one"
+    end = turn_ids(tokenizer, "assistant", "", template(style))[1][0]
+    return [end] if tokenizer.eos_id in (-1, end) else [end, tokenizer.eos_id]
+
+
+class Conversation:
+    "A chat that goes on: what was said as messages, and as the ids that the model reads"
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,  # a model that has the template's marks
+        style: str = "v2",  # "v1" or "v2"
+        history: Sequence[Message] = (),  # what was said before, a system message for instance
+    ):
+        self.tokenizer, self.style, self.form = tokenizer, style, template(style)
+        self.stop_ids = stop_ids(tokenizer, style)
+        self.messages = [said(message) for message in history]
+        self.ids = chat_ids(tokenizer, self.messages, style, answer=False)
+
+    def ask(
+        self,
+        words: str,  # of the user
+    ) -> list[int]:  # all ids so far, ready for the answer
+        "Say something as the user"
+        self.messages.append(("user", words))
+        self.ids += turn_ids(self.tokenizer, "user", words, self.form)[0] + turn_ids(self.tokenizer, "assistant", "", self.form)[0]
+        return list(self.ids)
+
+    def answered(
+        self,
+        ids: Sequence[int],  # that the model wrote, without the stop id
+    ) -> str:  # the answer in words
+        "Take up the model's answer, complete or interrupted, and close its turn"
+        words = self.tokenizer.decode(ids)
+        self.messages.append(("assistant", words))
+        self.ids += [*ids, *turn_ids(self.tokenizer, "assistant", "", self.form)[1]]
+        return words
 
 # %% ../../nbs/data/02_chat.ipynb #4c901f21
 def conversation_ids(
     tokenizer: Tokenizer,  # a model that has the template's marks
-    messages: Sequence[Mapping[str, str]],  # {"role": ..., "content": ...}, in order
+    messages: Sequence[Message],  # what was said, in order
     style: str = "v1",  # "v1" or "v2"
     max_length: int | None = None,  # tokens at most, eos included
 ) -> list[int]:
     "A conversation as a training document: bos, negative ids for what is read, positive for what is to be learned, eos"
-    form = template(style)
-    ids = [tokenizer.bos_id]
+    form, ids = template(style), first_ids(tokenizer)
     for message in messages:
-        read, written = turn_ids(tokenizer, message["role"], message["content"], form)
+        read, written = turn_ids(tokenizer, *said(message), form)
         ids += [-id for id in read] + written
     return [*ids, tokenizer.eos_id][:max_length]
 
