@@ -157,7 +157,7 @@ class Optimizer:
             raise RuntimeError(f"parameter {lost!r} got no gradient: it takes no part in the loss. Freeze it with --optim.frozen '{lost}'")
         norm = torch.nn.utils.get_total_norm(grads) / self.loss_scale.scale
         coef = (self.cfg.clip / (norm + 1e-6)).clamp(max=1.0) if self.cfg.clip > 0 else torch.ones_like(norm)
-        torch._foreach_mul_(grads, coef / self.loss_scale.scale)
+        torch._foreach_mul_(grads, coef / self.loss_scale.scale)  # type: ignore[reportPrivateImportUsage]
         skipped = (~torch.isfinite(norm)).float()
         self.inner.found_inf = skipped  # type: ignore[attr-defined]  # the fused kernel's own switch, as torch.amp.GradScaler sets it
         self.inner.step()
@@ -169,7 +169,7 @@ class Optimizer:
         "Round the masters into the weights (nothing to do where they are the same tensors)"
         pairs = [(p, self.masters[n]) for n, p in self.params.items() if self.masters[n] is not p]
         if pairs:
-            torch._foreach_copy_([p.data for p, _ in pairs], [m for _, m in pairs])
+            torch._foreach_copy_([p.data for p, _ in pairs], [m for _, m in pairs])  # type: ignore[reportPrivateImportUsage]
 
     def named_state(self) -> Mapping[str, Tensor]:
         "Every tensor a checkpoint keeps, by logical name: `exp_avg.*`, `exp_avg_sq.*`, `adam_step.*`, and `master.*` where masters are copies. Load by writing into them"

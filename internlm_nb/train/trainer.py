@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..checkpoint.durable import CheckpointError, require_space, sweep, write_file
-from ..checkpoint.keep import Found, mark_best, prune, read_best, read_stop, resolve, set_aside, snapshot_folder, steps
+from ..checkpoint.durable import require_space, sweep, write_file
+from ..checkpoint.keep import Found, mark_best, prune, read_stop, resolve, set_aside, snapshot_folder, steps
 from ..checkpoint.reader import Checkpoint
 from ..data.loader import Loader, make_validation
 from ..data.order import ShuffledPacks
