@@ -168,6 +168,10 @@ class Checkpoint:
                         source = self._source(name, chunk, check=True)
                         bar.update(source.numel() * source.element_size())
 
+    def release(self) -> None:
+        "Unmap the files; they are mapped again when they are needed. For who reads more than memory holds"
+        self._shards.clear()
+
 
 def _touches(a: Region, b: Region) -> bool:
     "Cheap test that two pieces may share elements"
