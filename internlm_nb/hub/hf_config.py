@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .keys import Layout
 from ..model.config import ModelConfig, RopeScaling, require
@@ -93,42 +93,48 @@ def _own(config: Mapping[str, Any], ffn: int, biases: dict[str, bool]) -> dict[s
     own = {k: v for k, v in (config.get("internlm_nb") or {}).items() if k in _OWN}
     if biases["qkv_bias"] != biases["out_bias"] or not all(biases.values()):
         own = {k: v for k, v in own.items() if k not in biases}
+    shape: dict[str, Any] = dict(family="llama", vocab_size=1, hidden_size=config["hidden_size"], num_layers=1, num_heads=1, num_kv_heads=1, head_dim_override=4)
+    width = ("mlp_ratio", "multiple_of", "intermediate_size")
     try:
-        same = ModelConfig(**dict(family="llama", vocab_size=1, hidden_size=config["hidden_size"], num_layers=1, num_heads=1, num_kv_heads=1, head_dim_override=4)
-                           | {k: own[k] for k in ("mlp_ratio", "multiple_of", "intermediate_size")}).ffn_size == ffn  # fmt: skip
+        same = ModelConfig(**shape, **{k: own[k] for k in width}).ffn_size == ffn
     except (KeyError, ValueError, TypeError):
         same = False
-    return own if same else {k: v for k, v in own.items() if k not in ("mlp_ratio", "multiple_of", "intermediate_size")}
+    return own if same else {k: v for k, v in own.items() if k not in width}
+
+
+def _both(switch: Any) -> dict[str, bool]:
+    "One switch for the biases of q, k, v and o"
+    return dict(qkv_bias=bool(switch), out_bias=bool(switch))
 
 
 def read_config(
     config: Mapping[str, Any],  # of config.json
 ) -> tuple[ModelConfig, Layout]:  # architecture, and whose tensor names the folder has
     "An architecture from `config.json`; raises `ValueError` naming the field that is missing or not supported"
-    kinds: tuple[Layout, ...] = ("llama", "internlm", "internlm2", "internlm3")
     kind = config.get("model_type")
-    layout = next((k for k in kinds if k == kind), None)
-    require(layout is not None, f"model_type is {kind!r}, which is not supported: only {', '.join(kinds)} are")
-    assert layout is not None
+    if kind not in get_args(Layout):
+        raise ValueError(f"model_type is {kind!r}, which is not supported: only {', '.join(get_args(Layout))} are")
+    layout: Layout = kind
     refuse_unsupported(config)
     missing = [f for f in _NEEDED if not isinstance(config.get(f), int)]
     require(not missing, f"{', '.join(missing)} missing, or not a whole number")
     hidden, heads, ffn = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
     head_dim = config.get("head_dim")
     if layout == "llama":
-        biases = dict.fromkeys(("qkv_bias", "out_bias"), bool(config.get("attention_bias", False)))
+        biases = _both(config.get("attention_bias", False))
     elif layout == "internlm3":
         require(not config.get("bias"), "bias is true, which in internlm3 means a bias in the feed-forward too: that is not supported")
         biases = dict(qkv_bias=bool(config.get("qkv_bias", False)), out_bias=False)
     else:
-        biases = dict.fromkeys(("qkv_bias", "out_bias"), bool(config.get("bias", True)))
+        biases = _both(config.get("bias", True))
     values: dict[str, Any] = dict(
         family=layout, vocab_size=config["vocab_size"], hidden_size=hidden, num_layers=config["num_hidden_layers"], num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads, head_dim_override=None if head_dim is None or head_dim * heads == hidden else head_dim,
         max_position_embeddings=config.get("max_position_embeddings", 2048), norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)), init_std=float(config.get("initializer_range", 0.02)),
     )  # fmt: skip
-    return ModelConfig(**values | _width(hidden, ffn) | read_rope(config) | biases | _own(config, ffn, biases)), layout
+    values |= {**_width(hidden, ffn), **read_rope(config), **biases, **_own(config, ffn, biases)}
+    return ModelConfig(**values), layout
 
 
 def load_config(

@@ -243,8 +243,11 @@ class JsonTokenizer:
         self,
         id: int,  # 0 <= id < vocab_size
     ) -> str:
-        "The spelling of one id"
-        return self.fast.id_to_token(id)
+        "The spelling of one id; IndexError where there is none"
+        piece = self.fast.id_to_token(id)
+        if piece is None:
+            raise IndexError(f"{self.path} has no id {id}")
+        return piece
 
     def encode(
         self,
