@@ -1,0 +1,8 @@
+"Weights to and from Hugging Face folders and checkpoints of the older system: `python scripts/convert.py --help`"
+
+import sys
+
+from internlm_nb.apps.convert import main
+
+if __name__ == "__main__":
+    sys.exit(main())
