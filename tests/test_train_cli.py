@@ -183,7 +183,7 @@ def test_no_room(place, monkeypatch, tmp_path):
 
     real = durable.shutil.disk_usage
     monkeypatch.setattr(durable.shutil, "disk_usage", lambda p: real(p)._replace(free=1000))
-    code, out, err = call(place, f"mine.py --run-dir {tmp_path}/r", monkeypatch)
+    code, _, err = call(place, f"mine.py --run-dir {tmp_path}/r", monkeypatch)
     assert code == 2 and "needs 0.00 GB" in err and not (tmp_path / "r").exists()
     monkeypatch.setattr(durable.shutil, "disk_usage", real)
     fsync, calls = os.fsync, []
@@ -195,7 +195,7 @@ def test_no_room(place, monkeypatch, tmp_path):
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", full)
-    code, out, err = call(place, f"mine.py --run-dir {tmp_path}/r --checkpoint.every 2", monkeypatch)
+    code, _, err = call(place, f"mine.py --run-dir {tmp_path}/r --checkpoint.every 2", monkeypatch)
     assert code == 1 and "stopped after step 4" in err and "No space left" in err
     assert [f.step for f in steps(tmp_path / "r" / "checkpoints")] == [2]
 
@@ -209,7 +209,7 @@ def test_without_tensorboard(place, monkeypatch, tmp_path):
 
     real = importlib.util.find_spec
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name, *a: None if name == "tensorboard" else real(name, *a))
-    code, out, err = call(place, f"mine.py --run-dir {tmp_path}/r --train.steps 2 --log.sinks console tensorboard", monkeypatch)
+    code, out, _ = call(place, f"mine.py --run-dir {tmp_path}/r --train.steps 2 --log.sinks console tensorboard", monkeypatch)
     assert code == 0 and "no TensorBoard files: pip install" in out and not (tmp_path / "r" / "tensorboard").exists()
 
 
@@ -260,7 +260,7 @@ def test_script_second_interrupt(place, tmp_path):
     os.kill(p.pid, signal.SIGCONT)
     time.sleep(0.002)
     p.send_signal(signal.SIGINT)
-    out, err = p.communicate(timeout=60)
+    _, err = p.communicate(timeout=60)
     assert p.returncode in (0, 130) and "Traceback" not in err, err  # 0: the step was over before the second one came
     assert p.returncode == 0 or "stopped at once" in err
     assert steps(tmp_path / "b" / "checkpoints")

@@ -186,7 +186,7 @@ def test_disk_full_at_a_save_costs_no_checkpoint(tmp_path, monkeypatch):
         t.fit()
     monkeypatch.setattr(os, "fsync", real)
     assert [f.step for f in steps(tmp_path / "b" / "checkpoints")] == [2]
-    assert not [p for p in (tmp_path / "b" / "checkpoints").iterdir() if p.name.startswith(".")]
+    assert {p.name for p in (tmp_path / "b" / "checkpoints").iterdir()} == {"2", ".lock"}
     t.fit()  # the same object goes on: state and weights are those of step 4
     same(tmp_path / "a", tmp_path / "b", 10)
 
@@ -273,6 +273,8 @@ def test_time_limit_saves_in_time(tmp_path):
     assert time.monotonic() - begin < 1.2 + 1.0  # a busy machine may be slow once more
     assert [f.step for f in steps(tmp_path / "a" / "checkpoints")][-1] == t.state.step
     assert trainer(run, tmp_path / "a").state.step == t.state.step
+    made = t.state.step
+    assert t.fit() is Stopped.TIME and t.state.step > made + 1  # a further call has time of its own
 
 
 def test_stop_file(tmp_path):
@@ -295,6 +297,26 @@ def test_stop_file(tmp_path):
     (tmp_path / "elsewhere").write_text("soon")
     trainer(with_fields(run, checkpoint_stop_file=str(tmp_path / "elsewhere"), train_steps=1), tmp_path / "c", said).fit()
     assert any("write one integer" in line for line in said)
+
+
+def test_two_processes_in_one_folder(tmp_path):
+    "The second is refused before it sweeps away what the first one writes; when the first is dead, it may"
+    run = tiny_run(train_steps=100_000)
+    child = os.fork()
+    if child == 0:
+        trainer(run, tmp_path / "a").fit()
+        os._exit(0)
+    try:
+        while not (tmp_path / "a" / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        (tmp_path / "a" / "checkpoints" / ".77.saving").mkdir()
+        with pytest.raises(CheckpointError, match="another process trains in this folder"):
+            trainer(run, tmp_path / "a")
+        assert (tmp_path / "a" / "checkpoints" / ".77.saving").exists()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert trainer(run, tmp_path / "a").fit(1) is Stopped.PAUSED
 
 
 # what is kept
@@ -398,7 +420,7 @@ def test_a_harmless_change_is_said(tmp_path):
 def test_fewer_steps_than_made(tmp_path):
     run = tiny_run(train_steps=6, checkpoint_every=3)
     trainer(run, tmp_path / "a").fit()
-    with pytest.raises(ValueError, match="--train.steps is 2, but .* has made 6 steps"):
+    with pytest.raises(ValueError, match=r"--train.steps is 2, but .* has made 6 steps"):
         trainer(with_fields(run, train_steps=2), tmp_path / "a")
     said: list[str] = []
     assert trainer(run, tmp_path / "a", said).fit() is Stopped.DONE and any("is complete" in line for line in said)
