@@ -5,14 +5,16 @@
 # %% ../../nbs/data/02_chat.ipynb #818b17d1
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'Message', 'Template', 'template', 'said', 'chat_text', 'turn_ids', 'first_ids', 'chat_ids', 'stop_ids',
-           'Conversation', 'conversation_ids', 'alpaca_ids']
+__all__ = ['TEMPLATES', 'Message', 'Template', 'template', 'AnyTokenizer', 'said', 'chat_text', 'turn_ids', 'first_ids',
+           'chat_ids', 'stop_ids', 'guess_style', 'Conversation', 'conversation_ids', 'alpaca_ids']
 
 # %% ../../nbs/data/02_chat.ipynb #0e7b7013
 @dataclass(frozen=True)
@@ -47,6 +49,24 @@ def template(
     return TEMPLATES[name]
 
 # %% ../../nbs/data/02_chat.ipynb #e92099c9
+class AnyTokenizer(Protocol):
+    "What a chat needs of a tokenizer; `data.tokenizer.Tokenizer` is one"
+
+    path: Path  # for messages
+    vocab_size: int
+    bos_id: int  # -1 where there is none
+    eos_id: int
+    marks: dict[str, int]  # signs that are one id
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False, marks: bool = True) -> list[int]:
+        "Text to ids; with `marks=False` signs in it are spelled out"
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        "Ids to text"
+        ...
+
+
 Message = tuple[str, str] | Mapping[str, str]
 
 
@@ -72,7 +92,7 @@ def chat_text(
 
 # %% ../../nbs/data/02_chat.ipynb #4114d67e
 def turn_ids(
-    tokenizer: Tokenizer,  # a model that has the template's marks
+    tokenizer: AnyTokenizer,  # a model that has the template's marks
     role: str,  # who speaks
     words: str,  # what is said
     form: Template,  # the format
@@ -91,14 +111,14 @@ def turn_ids(
 
 
 def first_ids(
-    tokenizer: Tokenizer,  # of the model
+    tokenizer: AnyTokenizer,  # of the model
 ) -> list[int]:  # bos; nothing when there is none, or when it is the mark that opens every turn anyway
     "What stands in front of a conversation"
     return [] if tokenizer.bos_id < 0 or tokenizer.bos_id in tokenizer.marks.values() else [tokenizer.bos_id]
 
 
 def chat_ids(
-    tokenizer: Tokenizer,  # a model that has the template's marks
+    tokenizer: AnyTokenizer,  # a model that has the template's marks
     messages: Sequence[Message],  # what was said, in order
     style: str = "v2",  # "v1" or "v2"
     answer: bool = True,  # end with the beginning of an answer
@@ -112,7 +132,7 @@ def chat_ids(
 
 # %% ../../nbs/data/02_chat.ipynb #dbd621fa
 def stop_ids(
-    tokenizer: Tokenizer,  # a model that has the template's marks
+    tokenizer: AnyTokenizer,  # a model that has the template's marks
     style: str = "v2",  # "v1" or "v2"
 ) -> list[int]:
     "The ids that end an answer: the format's end sign, and eos where the tokenizer has one"
@@ -120,12 +140,20 @@ def stop_ids(
     return [end] if tokenizer.eos_id in (-1, end) else [end, tokenizer.eos_id]
 
 
+def guess_style(
+    tokenizer: AnyTokenizer,  # any
+) -> str | None:  # "v2", "v1", or None
+    "The format whose end sign a tokenizer has. It does not show whether the model has learned that format"
+    ends = {"v2": "<|im_end|>", "v1": "<eoa>"}
+    return next((style for style, end in ends.items() if end in tokenizer.marks), None)
+
+
 class Conversation:
     "A chat that goes on: what was said as messages, and as the ids that the model reads"
 
     def __init__(
         self,
-        tokenizer: Tokenizer,  # a model that has the template's marks
+        tokenizer: AnyTokenizer,  # a model that has the template's marks
         style: str = "v2",  # "v1" or "v2"
         history: Sequence[Message] = (),  # what was said before, a system message for instance
     ):
@@ -137,25 +165,24 @@ class Conversation:
     def ask(
         self,
         words: str,  # of the user
-    ) -> list[int]:  # all ids so far, ready for the answer
-        "Say something as the user"
-        self.messages.append(("user", words))
-        self.ids += turn_ids(self.tokenizer, "user", words, self.form)[0] + turn_ids(self.tokenizer, "assistant", "", self.form)[0]
-        return list(self.ids)
+    ) -> list[int]:  # all ids so far, the question and the beginning of an answer
+        "What the model is to read now. Nothing is kept of it before there is an answer"
+        return self.ids + turn_ids(self.tokenizer, "user", words, self.form)[0] + turn_ids(self.tokenizer, "assistant", "", self.form)[0]
 
     def answered(
         self,
+        words: str,  # of the user
         ids: Sequence[int],  # that the model wrote, without the stop id
     ) -> str:  # the answer in words
-        "Take up the model's answer, complete or interrupted, and close its turn"
-        words = self.tokenizer.decode(ids)
-        self.messages.append(("assistant", words))
-        self.ids += [*ids, *turn_ids(self.tokenizer, "assistant", "", self.form)[1]]
-        return words
+        "Take up a question and its answer, complete or interrupted; the turn is closed"
+        answer = self.tokenizer.decode(ids)
+        self.ids = [*self.ask(words), *ids, *turn_ids(self.tokenizer, "assistant", "", self.form)[1]]
+        self.messages += [("user", words), ("assistant", answer)]
+        return answer
 
 # %% ../../nbs/data/02_chat.ipynb #4c901f21
 def conversation_ids(
-    tokenizer: Tokenizer,  # a model that has the template's marks
+    tokenizer: AnyTokenizer,  # a model that has the template's marks
     messages: Sequence[Message],  # what was said, in order
     style: str = "v1",  # "v1" or "v2"
     max_length: int | None = None,  # tokens at most, eos included

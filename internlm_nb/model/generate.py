@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .sampling import Sampling, choose, penalise, seen_tokens
+from .sampling import GREEDY, Sampling, choose, penalise, seen_tokens
 from .segments import KVCache, Segments
 from .transformer import Transformer
 
@@ -32,7 +32,7 @@ def stream(
     model: Transformer,  # in the state it should run in
     prompts: Sequence[Sequence[int]],  # token ids of each prompt, at least one
     max_new_tokens: int,  # for each sequence
-    sampling: Sampling | Sequence[Sampling] = Sampling(temperature=0),  # how tokens are chosen: one for all, or one a prompt
+    sampling: Sampling | Sequence[Sampling] = GREEDY,  # how tokens are chosen: one for all, or one a prompt
     stop_ids: Sequence[int] = (),  # tokens that end a sequence
 ) -> Iterator[dict[int, int]]:  # in each step: row -> its new token, for rows that go on
     "Generate step by step; raises `ValueError` for an empty prompt"
@@ -68,7 +68,7 @@ def generate(
     model: Transformer,  # in the state it should run in
     prompts: Sequence[Sequence[int]],  # token ids of each prompt, at least one
     max_new_tokens: int,  # for each sequence
-    sampling: Sampling | Sequence[Sampling] = Sampling(temperature=0),  # how tokens are chosen: one for all, or one a prompt
+    sampling: Sampling | Sequence[Sampling] = GREEDY,  # how tokens are chosen: one for all, or one a prompt
     stop_ids: Sequence[int] = (),  # tokens that end a sequence
 ) -> list[list[int]]:  # new tokens of each prompt, without the stop token
     "Generate for a batch of prompts of any lengths"

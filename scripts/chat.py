@@ -1,0 +1,8 @@
+"Talk to a model: `python scripts/chat.py MODEL_FOLDER`, or `--help`"
+
+import sys
+
+from internlm_nb.apps.chat import main
+
+if __name__ == "__main__":
+    sys.exit(main())
