@@ -14,12 +14,15 @@ from pathlib import Path
 from ..checkpoint.durable import CheckpointError, write_file
 from ..checkpoint.keep import resolve
 from ..checkpoint.reader import Checkpoint
-from ..hub.internevo import internevo_to_native, native_to_internevo, shard_grid
+from ..data.tokenizer import Tokenizer
+from ..hub.huggingface import hf_to_native, native_to_hf
+from ..hub.internevo import internevo_to_native, native_to_internevo
 from ..hub.native import native_config
+from ..hub.source import kind_of
 from ..model.config import num_params, preset
 
 # %% auto #0
-__all__ = ['COMMANDS', 'parser', 'kind_of', 'native_source', 'keep_tokenizer', 'convert', 'main']
+__all__ = ['COMMANDS', 'parser', 'native_source', 'keep_tokenizer', 'convert', 'main']
 
 # %% ../../nbs/apps/04_convert.ipynb #a88ad1bc
 COMMANDS = ("to-hf", "from-hf", "to-internevo", "from-internevo")
@@ -44,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     p = command("to-hf", "native weights to a Hugging Face folder that transformers and servers load without remote code", native, new)
     p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model to export with the weights (default: the run's own, if it is found)")
     p = command("from-hf", "a Hugging Face folder (internlm, internlm2, internlm3, llama) to native weights", "a folder with config.json and safetensors", new)
-    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model to keep with the weights (default: tokenizer.model of SRC, if there is one)")
+    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model to keep with the weights (default: that of SRC)")
 
     p = command("to-internevo", "native weights to a checkpoint of the older system", native, new + "; name it by the step, as the older system does")
     p.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks to cut for")
@@ -59,18 +62,6 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 # %% ../../nbs/apps/04_convert.ipynb #f1f3e4e2
-def kind_of(
-    folder: str | Path,  # any path
-) -> str:  # native, huggingface, internevo, or unknown
-    "What a folder is, by the files in it"
-    folder = Path(folder)
-    if (folder / "index.json").is_file() or (folder / "checkpoints").is_dir():
-        return "native"
-    if any(folder.glob("model_tp*_pp*.pt")):
-        return "internevo"
-    return "huggingface" if (folder / "config.json").is_file() else "unknown"
-
-
 def native_source(
     src: str | Path,  # a checkpoint, or a run
     command: str,  # for messages
@@ -109,19 +100,14 @@ def convert(
         return f"{dst}: {args.tp} x {args.pp} shards of the older system"
     if args.command == "to-hf":
         from internlm_nb.apps.load import find_tokenizer
-        from internlm_nb.hub.huggingface import native_to_hf
 
         found = native_source(src, args.command)
-        tokenizer = tokenizer or find_tokenizer(found, Checkpoint(found).state)
-        native_to_hf(found, dst, tokenizer=tokenizer)
-        return f"{dst}: a Hugging Face folder, {f'with the tokenizer {tokenizer}' if tokenizer else 'without a tokenizer: give one with --tokenizer'}"
+        own = Tokenizer(tokenizer) if tokenizer else find_tokenizer(found, Checkpoint(found).state)
+        native_to_hf(found, dst, own, progress=True)
+        return f"{dst}: a Hugging Face folder, {f'with the tokenizer {own.path}' if own else 'without a tokenizer: give one with --tokenizer'}"
     if args.command == "from-hf":
-        from internlm_nb.hub.huggingface import hf_to_native
-
-        hf_to_native(src, dst)
-        tokenizer = tokenizer or (src / "tokenizer.model" if (src / "tokenizer.model").is_file() else None)
+        hf_to_native(src, dst, progress=True)  # its own tokenizer comes along
     else:
-        shard_grid(src, args.allow_incomplete)
         internevo_to_native(src, dst, args.ffn_order, preset(args.model) if args.model else None, args.allow_incomplete, progress=True)
     keep_tokenizer(tokenizer, dst)
     cfg = native_config(Checkpoint(dst))

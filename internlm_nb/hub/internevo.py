@@ -154,7 +154,7 @@ class InternEvoFolder:
         except (KeyError, ValueError):
             return ""
         order = "new" if part.name.endswith("w2.weight") == part.disk[0].endswith("w3.weight") else "old"
-        return f"; {other} has that shape, so the files are of the other feed-forward order: ask for ffn_order {order} (--ffn-order {order})"
+        return f"; {other} has that shape, so the files are of the other feed-forward order: ask for ffn_order {order} (convert.py from-internevo --ffn-order {order})"
 
     @property
     def names(self) -> list[str]:
