@@ -20,8 +20,8 @@ def imports(path: Path) -> set[str]:
             out |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
             package = path.relative_to(ROOT).parent.parts  # nbdev writes imports of the own package relative
-            base = [*package[: len(package) + 1 - node.level], node.module or ""] if node.level else [node.module or ""]
-            out |= {".".join([*base, a.name]) for a in node.names}
+            base = [*package[: len(package) + 1 - node.level], node.module] if node.level else [node.module]
+            out |= {".".join([*filter(None, base), a.name]) for a in node.names}
     return out
 
 
