@@ -58,6 +58,8 @@ def place(tmp_path_factory):
     (root / "fails.py").write_text("def run(): return {}['a']")
     (root / "file").write_text("x")
     (root / "empty").mkdir()
+    (root / "foreign").mkdir()
+    (root / "foreign" / "config.json").write_text("[1]")
     for name in ("good", "cut", "lonely", "json"):
         write_folder(root / name, kinds=("en",), count=20)
     write_folder(root / "big", kinds=("en",), top=500)
@@ -147,6 +149,7 @@ WRONG = [  # the line, and words that the message must have: what is wrong, and 
     ("mine.py --name a/b --run-dir out", "--name a/b --run-dir"),
     ("mine.py --run-dir /proc/x", "/proc/x cannot be written another folder"),
     ("mine.py --run-dir file/x", "file cannot be written"),
+    ("mine.py --run-dir foreign", "foreign/config.json is no run's"),
     ("internlm-20b", "internlm-20b needs GB make the model smaller"),
     ("sft", "sft needs data --data.train-folder"),
 ]  # fmt: skip
@@ -162,6 +165,16 @@ def test_wrong_is_named_before_work_starts(line, words, place, monkeypatch):
     assert not missing, said
     assert "Traceback" not in err or "broken.py" in line or "syntax.py" in line
     assert sorted(p for p in place.rglob("*") if "__pycache__" not in p.parts) == [p for p in before if "__pycache__" not in p.parts]
+
+
+def test_help_lists_every_field(place, monkeypatch):
+    "With its type, its comment and the run's own value"
+    code, out, _ = call(place, "--help", monkeypatch)
+    assert code == 0 and all(p.stem in out for p in RUNS.glob("*.py"))
+    code, out, _ = call(place, "mine.py --help", monkeypatch)
+    from internlm_nb.train.config import flatten
+
+    assert code == 0 and all("--" + name.replace("_", "-") in out for name, _ in flatten(tiny_run())) and "(default: 10)" in out
 
 
 @pytest.mark.usefixtures("no_plots")

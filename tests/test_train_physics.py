@@ -352,6 +352,29 @@ def test_the_step_runs_without_values(precision, policy):
             out.loss.item()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("policy", ["none", "full", "selective"])
+def test_the_step_never_waits_for_the_gpu(precision, policy):
+    "PyTorch itself raises where the host would wait for the device"
+    packs = list(pack([list(range(1, 20)), list(range(5, 30))], 16, 2))
+    p, device = PRECISIONS[precision], torch.device("cuda")
+    model = Transformer(TINY, device=device, dtype=p.param)
+    if policy != "none":
+        recompute(model, 1.0, policy)
+    opt = Optimizer(model, OptimConfig(beta2_c=0.8), p, LossScale(LossScaleConfig(), device, enabled=p.loss_scale))
+    meter = TypeMeter(["a", "b"], device)
+    for step in range(3):
+        batches = [Batch.of(k, device) for k in packs]
+        opt.set_schedule(step, 10)
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step sets libraries up
+        try:
+            train_step(model, opt, batches, sum(k.num_targets for k in packs), meter)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert math.isfinite(meter.read()["loss"])
+
+
 def test_evaluate_leaves_the_model_as_it_was():
     model = Transformer(TINY).train()
     got = evaluate(model, pack([[1, 2, 3, 4]], 4, 1), ["x"])

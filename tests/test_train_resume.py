@@ -217,6 +217,11 @@ def test_a_signal_saves(number, tmp_path):
     same(tmp_path / "a", tmp_path / "b", 10)
 
 
+def test_interrupted_at_the_last_step_is_done(tmp_path):
+    t = trainer(tiny_run(train_steps=2), tmp_path / "a", sinks=[At(1, lambda: t.stop())])
+    assert t.fit() is Stopped.DONE and t.done
+
+
 def test_a_signal_during_the_first_validation(tmp_path, monkeypatch):
     "Ctrl-C while step 0 is validated is heard: one step, saved, and a clean end"
     import internlm_nb.train.trainer as module

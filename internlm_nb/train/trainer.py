@@ -259,7 +259,10 @@ class Trainer:
         if self.run.checkpoint.best and self.state.best_step == self.state.step and self.state.step in {f.step for f in steps(self.checkpoints)}:
             mark_best(self.checkpoints, self.state.step, self.state.best_loss or 0.0)  # again: the run may have died between saving it and saying so
         path = self.run_dir / "config.json"
-        earlier = json.loads(path.read_text(encoding="utf-8")).get("starts", []) if path.exists() else []
+        try:
+            earlier = json.loads(path.read_text(encoding="utf-8")).get("starts", []) if path.exists() else []
+        except (ValueError, AttributeError) as e:
+            raise ValueError(f"{path} is no run's config.json ({e}): move it away, or choose another --run-dir") from e
         start = {"step": self.state.step, "from": str(resume) if resume else None, "command": self.command, "versions": versions(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         write_file(path, json.dumps({"run": to_dict(self.run), "command": self.command, "versions": versions(), "starts": [*earlier, start]}, indent=1))
 
@@ -387,14 +390,16 @@ class Trainer:
         stop = read_stop(run.checkpoint.stop_file or self.run_dir / "stop", step, say=self.say)
         c = run.checkpoint
         reason = None
-        if stop.quit:
+        if self.done:
+            reason = Stopped.DONE
+        elif stop.quit:
             reason = Stopped.STOP_FILE
         elif self.request.asked:
             reason = Stopped.INTERRUPTED
         elif step < end and run.train.max_minutes and self._time_is_up():
             reason = Stopped.TIME
         elif step >= end:
-            reason = Stopped.DONE if self.done else Stopped.PAUSED
+            reason = Stopped.PAUSED
         if (reason and reason is not Stopped.PAUSED) or stop.save or (c.every and step % c.every == 0):
             self.save()
         elif c.snapshot_every and step % c.snapshot_every == 0:
