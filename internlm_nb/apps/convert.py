@@ -11,10 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .load import find_tokenizer, open_tokenizer
 from ..checkpoint.durable import CheckpointError, write_file
 from ..checkpoint.keep import resolve
 from ..checkpoint.reader import Checkpoint
 from ..data.tokenizer import Tokenizer
+from ..hub.hf_tokenizer import JsonTokenizer
 from ..hub.huggingface import hf_to_native, native_to_hf
 from ..hub.internevo import internevo_to_native, native_to_internevo
 from ..hub.native import native_config
@@ -45,9 +47,9 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("--ffn-order", choices=("new", "old"), default="new", help="old: internlm checkpoints from before 2024-01-30, where w3 is the down projection and w2 the up projection")
 
     p = command("to-hf", "native weights to a Hugging Face folder that transformers and servers load without remote code", native, new)
-    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model to export with the weights (default: the run's own, if it is found)")
+    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model (or tokenizer.json) to export with the weights (default: the run's own, if it is found)")
     p = command("from-hf", "a Hugging Face folder (internlm, internlm2, internlm3, llama) to native weights", "a folder with config.json and safetensors", new)
-    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model to keep with the weights (default: that of SRC)")
+    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model (or tokenizer.json) to keep with the weights (default: that of SRC)")
 
     p = command("to-internevo", "native weights to a checkpoint of the older system", native, new + "; name it by the step, as the older system does")
     p.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks to cut for")
@@ -58,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     ffn_order(p)
     p.add_argument("--model", metavar="PRESET", help="architecture, where model_config.pt is missing, e.g. internlm-7b")
     p.add_argument("--allow-incomplete", action="store_true", help="read a folder that has no STEP.step file: its save may not have been finished")
-    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model to keep with the weights")
+    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model (or tokenizer.json) to keep with the weights")
     return top
 
 # %% ../../nbs/apps/04_convert.ipynb #f1f3e4e2
@@ -77,12 +79,12 @@ def native_source(
 
 
 def keep_tokenizer(
-    file: str | Path | None,  # a SentencePiece .model; None: nothing to do
+    file: str | Path | None,  # a SentencePiece .model or a tokenizer.json; None: nothing to do
     folder: Path,  # the new native checkpoint
 ) -> None:
     "Copy a tokenizer beside weights, where chat and training look for it"
     if file is not None:
-        write_file(folder / "tokenizer.model", Path(file).read_bytes())
+        write_file(folder / f"tokenizer{'.json' if Path(file).suffix == '.json' else '.model'}", Path(file).read_bytes())
 
 
 def convert(
@@ -99,10 +101,9 @@ def convert(
         native_to_internevo(native_source(src, args.command), dst, args.tp, args.pp, args.ffn_order, args.embed_cut == "hidden", progress=True)
         return f"{dst}: {args.tp} x {args.pp} shards of the older system"
     if args.command == "to-hf":
-        from internlm_nb.apps.load import find_tokenizer
-
         found = native_source(src, args.command)
-        own = Tokenizer(tokenizer) if tokenizer else find_tokenizer(found, Checkpoint(found).state)
+        own = open_tokenizer(tokenizer) if tokenizer else find_tokenizer(found, Checkpoint(found).state)
+        assert own is None or isinstance(own, (Tokenizer, JsonTokenizer))
         native_to_hf(found, dst, own, progress=True)
         return f"{dst}: a Hugging Face folder, {f'with the tokenizer {own.path}' if own else 'without a tokenizer: give one with --tokenizer'}"
     if args.command == "from-hf":

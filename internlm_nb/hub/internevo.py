@@ -91,17 +91,18 @@ class InternEvoFolder:
         self._grid = shard_grid(self.folder, allow_incomplete)
         self._facts = [[facts_of(path) for path in row] for row in self._grid]
         first = self._facts[0][0]
-        self.cfg = self._config(family_of(first, self._grid[0][0]), first) if config is None else config
+        self.cfg = self._config(family_of(first, self._grid[0][0])) if config is None else config
         self._stages = self._parts(ffn_order)
         self._check()
         self._where: dict[str, tuple[int, Part]] = {part.name: (stage, part) for stage, parts in enumerate(self._stages) for part in parts}
         self._open: dict[Path, Mapping[str, Tensor]] = {}
 
-    def _config(self, family: Family, facts: Facts) -> ModelConfig:
+    def _config(self, family: Family) -> ModelConfig:
         path = self.folder / "model_config.pt"
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; copy it, or say which model it is (config=, --model)")
-        biases = (any(re.search(rf"\.({names})\.bias$", name) for name in facts) for names in ("Wqkv|wqkv|wq", "out_proj|wo"))
+        found = {name for row in self._facts for facts in row for name in facts}
+        biases = (any(re.search(rf"\.({names})\.bias$", name) for name in found) for names in ("Wqkv|wqkv|wq", "out_proj|wo"))
         return config_from_section(load_pt(path), family, *biases, where=str(path))
 
     def _parts(self, ffn_order: FfnOrder) -> list[list[Part]]:
