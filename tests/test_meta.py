@@ -62,6 +62,6 @@ def test_the_model_knows_no_parallelism():
 def test_no_unpickling():
     for p in MODULES:
         text = p.read_text()
-        assert "import pickle" not in text, p
+        assert not re.search(r"pickle\.(loads?|Unpickler)\b|allow_pickle=True", text), p
         for call in re.findall(r"torch\.load\([^\n]*", text):
             assert "weights_only=True" in call, f"{p}: {call}"
