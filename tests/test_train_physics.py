@@ -297,13 +297,17 @@ def test_tf32_on_a_cpu_is_close_to_float32(tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
 
 
-@pytest.mark.slow
-def test_compiled_run_is_close_to_the_plain_one(tmp_path):
-    "Fused kernels round otherwise: float32 bounds of the laws"
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_run_is_close_to_the_plain_one(backend, tmp_path, monkeypatch):
+    "With validation in between. Fused kernels round otherwise: float32 bounds of the laws"
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: real(self, backend=backend, **kw))
     for compiled in (False, True):
-        trainer(tiny_run(train_steps=3, train_compile=compiled, optim_lr=3e-4), tmp_path / str(compiled)).fit()
-    for a, b in zip(facts(tmp_path / "False"), facts(tmp_path / "True"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        trainer(tiny_run(train_steps=3, train_compile=compiled, train_valid_every=2, optim_lr=3e-4), tmp_path / str(compiled)).fit()
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        for a, b in zip(facts(tmp_path / "False", name), facts(tmp_path / "True", name), strict=True):
+            key = "loss" if "loss" in a else "valid_loss"
+            assert a[key] == pytest.approx(b[key], rel=1e-5)
 
 
 def test_record_and_line_have_the_keys(tmp_path):
