@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from .keys import Layout
 from ..model.config import ModelConfig, RopeScaling, require
@@ -114,7 +114,7 @@ def read_config(
     kind = config.get("model_type")
     if kind not in get_args(Layout):
         raise ValueError(f"model_type is {kind!r}, which is not supported: only {', '.join(get_args(Layout))} are")
-    layout: Layout = kind
+    layout = cast(Layout, kind)
     refuse_unsupported(config)
     missing = [f for f in _NEEDED if not isinstance(config.get(f), int)]
     require(not missing, f"{', '.join(missing)} missing, or not a whole number")

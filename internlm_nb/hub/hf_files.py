@@ -153,6 +153,10 @@ class WeightFolder:
             self._open = (file, load_bin(file))
         return self._open[1]
 
+    def release(self) -> None:
+        "Let go of the mapped .bin file"
+        self._open = None
+
     @property
     def places(self) -> dict[str, Place]:
         "File, type and shape of each tensor"

@@ -126,6 +126,10 @@ class HFCheckpoint:
         entry = self._entry(name)
         return entry.restore(*(self._files.read(n) for n in entry.outside))
 
+    def release(self) -> None:
+        "Let go of mapped files; they are mapped again when needed"
+        self._files.release()
+
     def require(
         self,
         name: str,  # of a logical tensor
@@ -174,9 +178,8 @@ def hf_to_native(
     "Convert from disk to disk, group by group; the tokenizer's files are put beside the tensors. Complete or absent"
     source = HFCheckpoint(src)
     target = dtype or source.dtype(source.names[0])
-    made = write_native(
-        dst, source.config, {n: (source.shape(n), target) for n in source.names}, lambda n: source.read(n).to(target), shard_bytes=shard_bytes, progress=progress
-    )
+    facts = {n: (source.shape(n), target) for n in source.names}
+    made = write_native(dst, source.config, facts, lambda n: source.read(n).to(target), None, source.release, shard_bytes, progress)
     for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (Path(src) / name).is_file():
             write_file(made / name, (Path(src) / name).read_bytes())
@@ -280,4 +283,10 @@ def native_to_hf(
         raise ValueError(f"{src} holds weights of {', '.join(sorted(map(str, kinds)))}: say which dtype the files should have")
     if tokenizer is None and any((Path(src) / n).is_file() for n in ("tokenizer.model", "tokenizer.json")):
         tokenizer = load_tokenizer(src)
-    return _export(dst, cfg, lambda n: source.read(f"model.{n}"), dtype or kinds.pop(), tokenizer, layout, shard_bytes, add_bos, progress)
+
+    def read(name: str) -> Tensor:
+        tensor = source.read(f"model.{name}")
+        source.release()  # what was mapped to read it
+        return tensor
+
+    return _export(dst, cfg, read, dtype or kinds.pop(), tokenizer, layout, shard_bytes, add_bos, progress)
