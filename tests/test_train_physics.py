@@ -297,9 +297,11 @@ def test_tf32_on_a_cpu_is_close_to_float32(tmp_path):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_run_is_close_to_the_plain_one(backend, tmp_path, monkeypatch):
     "With validation in between. Fused kernels round otherwise: float32 bounds of the laws"
+    torch.compiler.reset()
     real = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: real(self, backend=backend, **kw))
     for compiled in (False, True):
