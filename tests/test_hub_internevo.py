@@ -568,7 +568,7 @@ def test_memory_stays_within_twice_a_shard(tmp_path):
 @given(cases())
 def test_a_model_with_either_order_of_pairs_is_filled_from_any_folder(case):
     "Weights that are read for a model with the other pairs are moved: logits stay, to the rounding of sums in another order"
-    s, (tp, pp, dim, order), _, _, adapt_hf, seed = case
+    s, (tp, pp, dim, _), _, _, adapt_hf, seed = case
     s = replace(s, dtype=torch.float64, family="internlm2", bias=False)
     with tempfile.TemporaryDirectory() as name:
         folder = write(Path(name) / "7", s, draw_weights(s, seed, normal), tp, pp, "new", dim, adapt_hf=adapt_hf)
@@ -582,3 +582,35 @@ def test_a_model_with_either_order_of_pairs_is_filled_from_any_folder(case):
             a, b = model(ids), other(ids)
         assert float((a - b).abs().max()) <= 1e-12 * float(a.abs().max())
         same(dict(zip((n for n, _ in model.named_parameters()), (open_weights(folder).read(f"model.{n}") for n, _ in model.named_parameters()))), dict(model.named_parameters()))
+
+
+def test_a_run_starts_from_any_kind_of_folder(tmp_path):
+    "--checkpoint.init: the same weights whoever wrote them, and the pairs as the run's model has them"
+    from train_runs import TINY, tiny_run, trainer, with_fields
+
+    from internlm_nb.hub.huggingface import to_hf
+
+    run = tiny_run(train_steps=1, checkpoint_every=0)
+    model = Transformer(TINY)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    to_internevo(model, tmp_path / "50", pp=2)  # 97 words cannot be cut
+    internevo_to_native(tmp_path / "50", tmp_path / "native")
+    to_hf(model, None, tmp_path / "hf")
+    said: list[str] = []
+    for name in ("50", "native", "hf"):
+        started = trainer(with_fields(run, checkpoint_init=str(tmp_path / name)), tmp_path / f"run_{name}", said)
+        assert started.state.step == 0 and any(line.startswith("weights from") and line.endswith(name) for line in said)
+        same(dict(started.model.named_parameters()), dict(model.named_parameters()))
+    ids = torch.arange(30)
+    turned = replace(run, model=replace(TINY, qk_interleaved=True, rope_base=2e4), checkpoint=replace(run.checkpoint, init=str(tmp_path / "50")))
+    other = trainer(turned, tmp_path / "turned", said)
+    assert any("rope_base is 10000.0" in line and "20000.0 here" in line for line in said)
+    same({n: p for n, p in other.model.named_parameters() if "wqkv" not in n}, {n: p for n, p in model.named_parameters() if "wqkv" not in n})
+    back = Transformer(replace(turned.model, rope_base=TINY.rope_base))
+    back.load_state_dict(other.model.state_dict())
+    with torch.no_grad():
+        wanted, found = model(ids), back(ids)
+    assert float((wanted - found).abs().max()) < 3e-6 * float(wanted.abs().max())  # sums of scores in another order, fp32
+    with pytest.raises(CheckpointError, match="num_heads is 4 there, and 8 is asked for"):
+        trainer(replace(turned, model=replace(TINY, num_heads=8, num_kv_heads=4)), tmp_path / "heads")

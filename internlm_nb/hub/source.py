@@ -128,7 +128,7 @@ def open_weights(
     folder: str | Path,  # native checkpoint or run, Hugging Face folder, or a step of the older system
     cfg: ModelConfig | None = None,  # of the model to be filled; None: as the source has it
     verify: bool = False,  # compare a native checkpoint's checksums first
-    say: Callable[[str], None] = print,  # is told of damaged checkpoints that were passed over
+    say: Callable[[str], object] = print,  # is told of damaged checkpoints that were passed over
 ) -> Weights:
     "A reader over a folder of any kind. CheckpointError or ValueError names what is missing, does not fit, or is of no known kind"
     folder, kind = Path(folder), kind_of(folder)

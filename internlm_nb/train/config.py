@@ -63,7 +63,7 @@ class CheckpointConfig:
     snapshot_every: int = 0  # Save to snapshot/0 and snapshot/1 in turn, for short-lived safety; 0: never
     best: bool = True  # Keep the checkpoint with the lowest validation loss
     resume: str = "auto"  # auto (newest complete one of the run's folder), none (start anew), or a checkpoint's path
-    init: str = ""  # Take weights only from this checkpoint and start at step 0
+    init: str = ""  # Take weights only, and start at step 0: from a checkpoint, a run, a Hugging Face folder or a step of the older system
     stop_file: str = ""  # File holding n: at step n save and quit; -n: only save. Default: the file stop in the run's folder
 
     def __post_init__(self):

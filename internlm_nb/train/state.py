@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..checkpoint.durable import CheckpointError
-from ..checkpoint.logical import gather_state, load_into, save_state
+from ..checkpoint.logical import Source, gather_state, load_into, save_state
 from ..checkpoint.reader import Checkpoint
 from ..data.loader import Loader, parse_folders
 from ..data.order import ShuffledPacks
@@ -85,7 +85,7 @@ def save_run(
     return save_state(folder, tensors, about, overwrite=overwrite)
 
 # %% ../../nbs/train/12_state.ipynb #02226ad9
-def _weights(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def _weights(checkpoint: Source, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     "Which tensor of the checkpoint goes into which tensor here"
     out = {}
     for n, p in model.named_parameters():
@@ -94,7 +94,7 @@ def _weights(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> 
     return out
 
 
-def _refuse_unknown(checkpoint: Checkpoint, model: nn.Module) -> None:
+def _refuse_unknown(checkpoint: Source, model: nn.Module) -> None:
     "Weights that the model has no place for mean that the architectures differ"
     extra = [n for n in checkpoint.names if n.startswith("model.") and n not in gather_state(model)]
     if extra:
@@ -120,7 +120,7 @@ def load_run(
 
 
 def init_run(
-    checkpoint: Checkpoint,  # Open
+    checkpoint: Source,  # Open: a native checkpoint, or a reader over another kind of folder
     model: nn.Module,  # Filled in place
     optimizer: Optimizer,  # Its masters are filled in place
 ) -> None:

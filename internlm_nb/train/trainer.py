@@ -32,6 +32,7 @@ from ..checkpoint.reader import Checkpoint
 from ..data.loader import Loader, make_validation
 from ..data.order import ShuffledPacks
 from ..data.packing import Pack
+from ..hub.source import open_weights
 from ..model.attention import describe_backend
 from ..model.config import num_params
 from ..model.flops import step_flops
@@ -242,10 +243,9 @@ class Trainer:
             self.say(f"resumed from {resume} at step {state.step}")
             return state
         if run.checkpoint.init:
-            source = resolve(Path(run.checkpoint.init).absolute(), self.run_dir, verify=True, say=self.say)
-            assert source is not None
-            init_run(Checkpoint(source), self.model, self.optimizer)
-            self.say(f"weights from {source}")
+            weights = open_weights(Path(run.checkpoint.init).absolute(), run.model, verify=True, say=self.say)
+            init_run(weights, self.model, self.optimizer)
+            self.say("; ".join([f"weights from {weights.folder}", *weights.notes]))
         return TrainState()
 
     def _open_folder(self, resume: Path | None) -> None:
