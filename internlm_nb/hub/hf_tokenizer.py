@@ -108,25 +108,26 @@ def fast_tokenizer(
 ) -> dict[str, Any]:  # for tokenizer.json
     "A tokenizer.json that cuts text as SentencePiece does; ValueError for a model with settings it has no word for"
     model = read_model(tokenizer.path)
-    if model.normalizer not in ("identity", "") or model.squeeze or model.dummy_prefix:
-        what = "a dummy prefix" if model.dummy_prefix else "removal of extra spaces" if model.squeeze else f"the normalizer {model.normalizer}"
-        raise ValueError(f"{tokenizer.path} uses {what}, which is not exported: train tokenizers with train_tokenizer, or ship the .model file alone")
+    for used, what in (
+        (model.unigram, "a unigram model"),
+        (model.dummy_prefix, "a dummy prefix"),
+        (model.squeeze, "removal of extra spaces"),
+        (model.normalizer not in ("identity", ""), f"the normalizer {model.normalizer}"),
+    ):
+        if used:
+            raise ValueError(f"{tokenizer.path} uses {what}, for which tokenizer.json has no exact word: export without a tokenizer, and put the .model file beside")
     names = {id: mark for mark, id in tokenizer.marks.items()}
     texts = [names.get(i, p.text) for i, p in enumerate(model.pieces)]
     added = [_added(i, texts[i], p.type in (2, 3) or i in names) for i, p in enumerate(model.pieces) if p.type in (2, 3, 4) or i in names]
-    if model.unigram:
-        kind: dict[str, Any] = dict(type="Unigram", unk_id=tokenizer.unk_id, vocab=[[t, p.score] for t, p in zip(texts, model.pieces)], byte_fallback=True)
-    else:
-        vocab = {text: i for i, text in enumerate(texts)}
-        kind = dict(type="BPE", dropout=None, unk_token=texts[tokenizer.unk_id], continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=True, byte_fallback=True,
-                    ignore_merges=False, vocab=vocab, merges=[list(m) for m in merges(model.pieces)])  # fmt: skip
+    bpe = dict(type="BPE", dropout=None, unk_token=texts[tokenizer.unk_id], continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=True, byte_fallback=True,
+               ignore_merges=False, vocab={text: i for i, text in enumerate(texts)}, merges=[list(m) for m in merges(model.pieces)])  # fmt: skip
     space = [dict(type="Replace", pattern=dict(String="▁"), content=" "), dict(type="ByteFallback"), dict(type="Fuse")]
     bos = texts[tokenizer.bos_id]
     first = dict(SpecialToken=dict(id=bos, type_id=0))
     text, other = dict(Sequence=dict(id="A", type_id=0)), dict(Sequence=dict(id="B", type_id=1))
     in_front = dict(type="TemplateProcessing", single=[first, text], pair=[first, text, other], special_tokens={bos: dict(id=bos, ids=[tokenizer.bos_id], tokens=[bos])})
     return dict(version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=dict(type="Replace", pattern=dict(String=" "), content="▁"),
-                pre_tokenizer=None, post_processor=in_front if add_bos else None, decoder=dict(type="Sequence", decoders=space), model=kind)  # fmt: skip
+                pre_tokenizer=None, post_processor=in_front if add_bos else None, decoder=dict(type="Sequence", decoders=space), model=bpe)  # fmt: skip
 
 # %% ../../nbs/hub/05_hf_tokenizer.ipynb #88c94a22
 def chat_template(
