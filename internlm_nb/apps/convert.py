@@ -24,7 +24,7 @@ from ..hub.source import kind_of
 from ..model.config import num_params, preset
 
 # %% auto #0
-__all__ = ['COMMANDS', 'parser', 'native_source', 'keep_tokenizer', 'convert', 'main']
+__all__ = ['COMMANDS', 'KINDS', 'READS', 'parser', 'source_folder', 'keep_tokenizer', 'convert', 'main']
 
 # %% ../../nbs/apps/04_convert.ipynb #a88ad1bc
 COMMANDS = ("to-hf", "from-hf", "to-internevo", "from-internevo")
@@ -64,15 +64,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 # %% ../../nbs/apps/04_convert.ipynb #f1f3e4e2
-def native_source(
-    src: str | Path,  # a checkpoint, or a run
-    command: str,  # for messages
-) -> Path:  # a checkpoint
-    "The native checkpoint to convert; CheckpointError when there is none, saying what there is instead"
-    kind = kind_of(src)
-    if kind in ("huggingface", "internevo"):
-        first = "from-hf" if kind == "huggingface" else "from-internevo"
-        raise CheckpointError(f"{src} is {'a Hugging Face folder' if kind == 'huggingface' else 'a checkpoint of the older system'}, and {command} reads native weights: convert it with {first} first")
+KINDS = {"native": "native weights", "huggingface": "a Hugging Face folder", "internevo": "a checkpoint of the older system"}
+READS = {"to-hf": "native", "to-internevo": "native", "from-hf": "huggingface", "from-internevo": "internevo"}
+
+
+def source_folder(
+    src: str | Path,  # as the user gave it
+    command: str,  # one of `COMMANDS`
+) -> Path:  # the folder to read; of a run, its newest checkpoint
+    "CheckpointError when a folder is of another kind than the command reads, saying which command reads it"
+    kind, wanted = kind_of(src), READS[command]
+    if kind not in ("unknown", wanted):
+        other = {"native": "to-hf and to-internevo read that", "huggingface": "from-hf reads that", "internevo": "from-internevo reads that"}[kind]
+        raise CheckpointError(f"{src} is {KINDS[kind]}, and {command} reads {KINDS[wanted]}: {other}")
+    if wanted != "native":
+        return Path(src)
     found = resolve(Path(src).absolute(), Path(src))
     assert found is not None  # a path that is named is a checkpoint or an error
     return found
@@ -91,20 +97,20 @@ def convert(
     args: argparse.Namespace,  # from `parser`
 ) -> str:  # what was done, in a line
     "One conversion; ValueError, OSError, CheckpointError say what cannot be done"
-    src, dst = Path(args.src), Path(args.dst)
+    dst = Path(args.dst)
     if os.path.lexists(dst):
         raise FileExistsError(f"{dst} exists and is never written over: choose another folder, or delete it")
     tokenizer = getattr(args, "tokenizer", None)
     if tokenizer is not None and not Path(tokenizer).is_file():
         raise FileNotFoundError(f"--tokenizer: there is no file {tokenizer}")
+    src = source_folder(args.src, args.command)
     if args.command == "to-internevo":
-        native_to_internevo(native_source(src, args.command), dst, args.tp, args.pp, args.ffn_order, args.embed_cut == "hidden", progress=True)
+        native_to_internevo(src, dst, args.tp, args.pp, args.ffn_order, args.embed_cut == "hidden", progress=True)
         return f"{dst}: {args.tp} x {args.pp} shards of the older system"
     if args.command == "to-hf":
-        found = native_source(src, args.command)
-        own = open_tokenizer(tokenizer) if tokenizer else find_tokenizer(found, Checkpoint(found).state)
+        own = open_tokenizer(tokenizer) if tokenizer else find_tokenizer(src, Checkpoint(src).state)
         assert own is None or isinstance(own, (Tokenizer, JsonTokenizer))
-        native_to_hf(found, dst, own, progress=True)
+        native_to_hf(src, dst, own, progress=True)
         return f"{dst}: a Hugging Face folder, {f'with the tokenizer {own.path}' if own else 'without a tokenizer: give one with --tokenizer'}"
     if args.command == "from-hf":
         hf_to_native(src, dst, progress=True)  # its own tokenizer comes along

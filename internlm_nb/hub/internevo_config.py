@@ -45,16 +45,16 @@ MODEL_TYPES: dict[str, Family] = {"INTERNLM": "internlm", "INTERNLM2_PUBLIC": "i
 SIZES = ("num_layers", "hidden_size", "vocab_size", "num_attention_heads", "mlp_ratio")  # never left out
 MEANT = {  # entry -> the one value that can be translated
     "norm_type": "rmsnorm", "use_swiglu": True, "apply_post_layer_norm": False, "is_reward": False, "deepnorm": False, "num_chunks": 1,
-    "num_experts": 1, "mlp_layer_fusion": False, "rotary_emb_scale_base": 0, "attn_drop_rate": 0, "drop_rate": 0,
+    "num_experts": 1, "mlp_layer_fusion": False, "mlp_bias": False, "rotary_emb_scale_base": 0, "rope_scaling_factor": 1, "attn_drop_rate": 0, "drop_rate": 0,
 }  # fmt: skip
 OPTIONAL = (
     "num_kv_attention_heads", "multiple_of", "layer_norm_epsilon", "rope_base", "max_position_embeddings", "use_dynamic_ntk_rope",
-    "norm_head", "adapt_hf", "qk_interleaved", "no_bias", "embed_grad_scale", "model_type",
+    "norm_head", "adapt_hf", "qk_interleaved", "no_bias", "qkv_bias", "o_bias", "embed_grad_scale", "model_type",
 )  # fmt: skip
 TRAINING = (  # concerns the run, not the weights
     "checkpoint", "checkpoint_fraction", "dtype", "embed_split_hidden", "parallel_output", "residual_in_fp32", "dropout_selective_checkpoint", "use_scaled_init",
     "use_flash_attn", "init_type", "embedding_init_std", "attn_wqkv_init_std", "attn_other_init_std", "ffn_uplayer_init_std", "ffn_other_init_std",
-    "out_head_init_std", "tp_mode", "moe_use_residual", "moe_type", "moe_gate_k", "device", "first", "last", "start_layer_idx",
+    "out_head_init_std", "tp_mode", "moe_use_residual", "moe_type", "moe_gate_k", "enable_qkv_fusion", "checkpoint_tp_no_comm", "device", "first", "last", "start_layer_idx",
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def config_from_section(
         raise CheckpointError(f"{where}: model_type is {named!r}, but the parameters have the names of {family}")
     get = {name: section[name] for name in OPTIONAL if section.get(name) is not None}.get
     pairs = get("qk_interleaved", not get("adapt_hf", True))
-    heads = section["num_attention_heads"]
+    heads, no_bias = section["num_attention_heads"], get("no_bias")
     fields: dict[str, Any] = family_defaults(family)
     try:
         fields |= dict(
@@ -96,7 +96,8 @@ def config_from_section(
             num_kv_heads=get("num_kv_attention_heads", heads), mlp_ratio=float(section["mlp_ratio"]), multiple_of=get("multiple_of", 256),
             max_position_embeddings=get("max_position_embeddings", 2048), rope_base=float(get("rope_base", 10000)),
             rope_scaling="dynamic" if get("use_dynamic_ntk_rope", False) else "none", norm_eps=float(get("layer_norm_epsilon", 1e-5)),
-            qkv_bias=not section["no_bias"] if "no_bias" in section else qkv_bias, out_bias=not section["no_bias"] if "no_bias" in section else out_bias,
+            qkv_bias=bool(get("qkv_bias", qkv_bias if no_bias is None else not no_bias)),
+            out_bias=bool(get("o_bias", out_bias if no_bias is None else not no_bias)),
             norm_head=bool(get("norm_head", False)), qk_interleaved=bool(pairs), embed_grad_scale=float(get("embed_grad_scale", 1.0)),
         )  # fmt: skip
         cfg = ModelConfig(**fields)
@@ -152,8 +153,10 @@ def section_from_config(
         num_chunks=1, checkpoint=False, dtype=str(dtype), embed_split_hidden=embed_split_hidden, num_layers=cfg.num_layers, hidden_size=cfg.hidden_size,
         vocab_size=cfg.vocab_size, embed_grad_scale=cfg.embed_grad_scale, parallel_output=True, num_attention_heads=cfg.num_heads, mlp_ratio=ratio,
         norm_type="rmsnorm", apply_post_layer_norm=False, layer_norm_epsilon=cfg.norm_eps, max_position_embeddings=cfg.max_position_embeddings,
-        use_dynamic_ntk_rope=cfg.rope_scaling == "dynamic", no_bias=not cfg.qkv_bias,
+        use_dynamic_ntk_rope=cfg.rope_scaling == "dynamic",
     )  # fmt: skip
+    if cfg.family != "internlm" or not cfg.qkv_bias:
+        section["no_bias"] = not cfg.qkv_bias
     if cfg.family != "internlm":
         section |= dict(num_kv_attention_heads=cfg.num_kv_heads, adapt_hf=not cfg.qk_interleaved, norm_head=cfg.norm_head)
     if cfg.family != "internlm" or cfg.rope_base != 10000:
