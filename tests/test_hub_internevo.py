@@ -614,3 +614,17 @@ def test_a_run_starts_from_any_kind_of_folder(tmp_path):
     assert float((wanted - found).abs().max()) < 3e-6 * float(wanted.abs().max())  # sums of scores in another order, fp32
     with pytest.raises(CheckpointError, match="num_heads is 4 there, and 8 is asked for"):
         trainer(replace(turned, model=replace(TINY, num_heads=8, num_kv_heads=4)), tmp_path / "heads")
+
+
+def test_a_folder_without_a_step_is_named_by_its_folder(tmp_path):
+    from dataclasses import asdict
+
+    from internlm_nb.checkpoint.logical import gather_state, save_state
+
+    save_state(tmp_path / "native", gather_state(tiny()), {"model": asdict(tiny().cfg)})
+    native_to_internevo(tmp_path / "native", tmp_path / "500")
+    save_state(tmp_path / "run", gather_state(tiny()), {"step": 30, "model": asdict(tiny().cfg), "train": {"num_consumed_tokens": 99}})
+    native_to_internevo(tmp_path / "run", tmp_path / "600")
+    assert (tmp_path / "500" / "500.step").is_file() and (tmp_path / "600" / "30.step").is_file()
+    context = torch.load(tmp_path / "600" / "context.pt", weights_only=True)
+    assert context == dict(batch_count=30, num_consumed_samples_in_epoch=0, num_consumed_tokens=99, inf_nan_skip_batches=0, step_count=30)

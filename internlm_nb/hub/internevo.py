@@ -163,8 +163,10 @@ def native_to_internevo(
     if faults and not cfg.tie_embeddings:
         raise CheckpointError(f"{checkpoint.folder}: " + "; ".join(faults[:8]))
     state, run = checkpoint.state, checkpoint.state.get("train") or {}
-    counters = {"step_count": int(state.get("step") or 0), "batch_count": int(state.get("step") or 0)}
-    counters |= {name: run[name] for name in ("num_consumed_tokens", "inf_nan_skip_batches") if name in run} | dict(state.get("internevo") or {})
+    step = int(state.get("step") or 0) or step_in_name(dst)  # weights that came from elsewhere have none
+    counters = {"step_count": step, "batch_count": step}
+    counters |= {name: run[name] for name in ("num_consumed_tokens", "inf_nan_skip_batches") if name in run}
+    counters |= {name: n for name, n in (state.get("internevo") or {}).items() if n}
 
     def box(name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
         found = checkpoint.read_box(name, offsets, sizes)
