@@ -23,6 +23,7 @@ from internlm_nb.checkpoint.regions import Chunk
 from internlm_nb.hub.hf_config import read_config, write_config
 from internlm_nb.hub.huggingface import HFCheckpoint, from_hf, hf_to_native, native_to_hf, to_hf
 from internlm_nb.hub.rows import group_stacked, groups_to_halves, groups_to_pairs, join_groups, split_groups, stack_groups, to_halves, to_pairs
+from internlm_nb.hub.source import Weights
 from internlm_nb.model.config import ModelConfig
 from internlm_nb.model.init import normal_slice
 from internlm_nb.model.segments import Segments
@@ -323,21 +324,27 @@ def test_native_checkpoint_that_does_not_fit_its_configuration(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_starts_from_a_folder_in_its_own_row_order(tmp_path):
-    "HFCheckpoint stands where a checkpoint stands: load_into a model with interleaved rows, and a rank's part of a tensor"
+def test_a_folder_stands_where_a_checkpoint_stands(tmp_path):
+    "load_into a model, through hub.source into one with its rows in another order, and a rank's part of a tensor"
     model = noisy(BASE)
     to_hf(model, None, tmp_path / "hf")
+    source, plain = HFCheckpoint(tmp_path / "hf"), Transformer(BASE)
+    load_into(gather_state(plain), source)  # type: ignore[arg-type]
+    assert same(plain, model)
     wanted = Transformer(replace(BASE, qk_interleaved=True))
-    source = HFCheckpoint(tmp_path / "hf", wanted.cfg)
-    load_into(gather_state(wanted), source)  # type: ignore[arg-type]
+    load_into(gather_state(wanted), Weights(source, source.config, wanted.cfg))  # type: ignore[arg-type]
     ids = torch.arange(20)
     with torch.no_grad():
         assert torch.allclose(wanted(ids), model(ids), atol=1e-4, rtol=1e-5)
     part = torch.zeros(7)
     source.read_into("model.blocks.0.feed_forward.w2.weight", Chunk(part, (32, 64), start=100))
     assert torch.equal(part, model.blocks[0].feed_forward.w2.weight.flatten()[100:107])
-    with pytest.raises(CheckpointError, match="num_kv_heads is 2 there, and 4 here"):
-        HFCheckpoint(tmp_path / "hf", replace(BASE, num_kv_heads=4))
+    with pytest.raises(CheckpointError, match=r"has no tensor 'model\.nothing'"):
+        source.read("model.nothing")
+    with pytest.raises(CheckpointError, match=r"model\.head\.norm\.weight: has shape"):
+        source.read_into("model.head.norm.weight", torch.zeros(31))
+    with pytest.raises(CheckpointError, match="pass cast=True"):
+        source.read_into("model.head.norm.weight", torch.zeros(32).half())
 
 
 MEASURE = """

@@ -71,7 +71,6 @@ class HFCheckpoint:
     def __init__(
         self,
         folder: str | Path,  # with config.json and weights
-        cfg: ModelConfig | None = None,  # whose row order is wanted, and whose heads must be those of the file; None: the file's
     ):
         self.folder = Path(folder)
         found, self.layout, self.file = load_config(self.folder)
@@ -81,11 +80,6 @@ class HFCheckpoint:
         zeros = [n for e in entries(found, self.layout) if e.name is None for n in e.outside]
         if any(self._files.read(n).any() for n in zeros):  # trained since we wrote them
             found = replace(found, qkv_bias=True, out_bias=True)
-        if cfg is not None:
-            for field in ("num_heads", "num_kv_heads", "head_dim"):
-                if getattr(cfg, field) != getattr(found, field):
-                    raise CheckpointError(f"{self.folder}: {field} is {getattr(found, field)} there, and {getattr(cfg, field)} here: the architectures differ")
-            found = replace(found, qk_interleaved=cfg.qk_interleaved)
         self.config = found
         self._entries = {f"model.{e.name}": e for e in entries(found, self.layout) if e.name is not None}
         self.state: dict[str, Any] = {"step": 0}
