@@ -21,6 +21,6 @@ def run() -> RunConfig:
         model=model,
         data=DataConfig(seq_len=256, micro_bsz=4, micro_num=1, valid_packs=20, valid_micro_bsz=8),
         optim=OptimConfig(lr=2e-3, weight_decay=0.1, schedule=ScheduleConfig(warmup_ratio=0.05, min_lr=1e-4)),
-        train=TrainConfig(steps=700, precision="bfloat16" if fast_bf16() else "float32", valid_every=175),
-        checkpoint=CheckpointConfig(every=175, keep_last=2),
+        train=TrainConfig(steps=500, precision="bfloat16" if fast_bf16() else "float32", valid_every=125),
+        checkpoint=CheckpointConfig(every=125, keep_last=2),
     )
