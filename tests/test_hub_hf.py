@@ -303,6 +303,9 @@ def test_an_existing_folder_is_safe_and_a_failed_write_leaves_nothing(tmp_path, 
     with pytest.raises(CheckpointError, match="exists and is not overwritten"):
         to_hf(noisy(BASE), None, tmp_path / "hf")
     assert [p.name for p in (tmp_path / "hf").iterdir()] == ["mine.txt"]
+    (tmp_path / "empty").mkdir()
+    assert same(from_hf(to_hf(noisy(BASE), None, tmp_path / "empty"))[0], noisy(BASE))
+    shutil.rmtree(tmp_path / "empty")
     from internlm_nb.hub import hf_files
 
     def full(tensor):

@@ -182,16 +182,19 @@ def hf_to_native(
 # %% ../../nbs/hub/07_huggingface.ipynb #4521ec36
 @contextlib.contextmanager
 def new_folder(
-    folder: str | Path,  # the destination; its parents are made
+    folder: str | Path,  # the destination, not there or empty; its parents are made
 ) -> Iterator[Path]:  # where to write
     "A folder that appears whole or not at all; CheckpointError when it exists or cannot be written"
     folder, beside = Path(folder), sibling(folder, "saving")
-    if os.path.lexists(folder):
+    empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
+    if os.path.lexists(folder) and not empty:
         raise CheckpointError(f"{folder} exists and is not overwritten; choose another folder, or delete it")
     try:
         remove_tree(beside)
         beside.mkdir(parents=True)
         yield beside
+        if empty:
+            folder.rmdir()  # an error if something has come into it
         publish(folder)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error}); nothing was left there") from error
