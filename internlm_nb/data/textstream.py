@@ -45,9 +45,9 @@ class TextStream:
         unsure = min(3, len(text) - len(text.rstrip("�")))
         certain = text[: len(text) - unsure]
         new, self.out = certain[self.out :], max(self.out, len(certain))
-        if not unsure and len(self.tail) > 64:  # shorten the tail, at a place where its text shows that it may begin there
+        if not unsure and len(self.tail) > 64:  # shorten the tail, where what is left begins with whole characters and is not blank
             kept = self.tokenizer.decode(self.tail[-16:])
-            if kept and text.endswith(kept) and "�" not in kept and kept[0].isalnum():
+            if kept.strip() and text.endswith(kept) and "�" not in kept:
                 self.tail, self.out = self.tail[-16:], len(kept)
         return new
 
