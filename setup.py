@@ -36,6 +36,7 @@ setup(
     extras_require={
         "dev": split(cfg["dev_requirements"]),
         "gpu": split(cfg["gpu_requirements"]),
+        "hf": split(cfg["hf_requirements"]),
         "tensorboard": split(cfg["tensorboard_requirements"]),
     },
     entry_points={"console_scripts": split(cfg["console_scripts"]), "nbdev": ["internlm_nb=internlm_nb._modidx:d"]},
