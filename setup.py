@@ -1,4 +1,5 @@
 "Package build: every value comes from settings.ini."
+
 from configparser import ConfigParser
 from pathlib import Path
 from shlex import split

@@ -1,4 +1,5 @@
 "One thread a test process: two workers share two cores, and forked ranks must not inherit an OpenMP pool"
+
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -50,7 +50,9 @@ def check_tokenizer(file: Path, corpus: Path) -> int:
         through = theirs(plain[:500], add_special_tokens=False)["input_ids"]
         different = sum(a != b for a, b in zip(expected, found)) + sum(a != b for a, b in zip(expected, through))
         back = sum(theirs.decode(a, clean_up_tokenization_spaces=False) != t for a, t in zip(expected[:500], plain))
-        print(f"  {name:32} {len(plain):7} segments ({len(texts) - len(plain)} with marks left out) {sum(map(len, expected)):9} tokens: {different} cut differently, {back} decoded differently")
+        print(
+            f"  {name:32} {len(plain):7} segments ({len(texts) - len(plain)} with marks left out) {sum(map(len, expected)):9} tokens: {different} cut differently, {back} decoded differently"
+        )
         wrong += different + back
     for mark, id in tokenizer.marks.items():
         wrong += theirs(mark, add_special_tokens=False)["input_ids"] != [id]

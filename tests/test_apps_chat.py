@@ -35,7 +35,18 @@ def home(tmp_path_factory):
     "A folder with a tokenizer and a run of one checkpoint"
     home = tmp_path_factory.mktemp("chat")
     tok = train_tokenizer(TEXTS * 40, home / "run" / "tokenizer.model", vocab_size=360, marks=ALL_MARKS, character_coverage=0.98)
-    cfg = ModelConfig("internlm2", vocab_size=tok.vocab_size, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16, max_position_embeddings=256, init_std=0.3)
+    cfg = ModelConfig(
+        "internlm2",
+        vocab_size=tok.vocab_size,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        mlp_ratio=2.0,
+        multiple_of=16,
+        max_position_embeddings=256,
+        init_std=0.3,
+    )
     save(home / "run" / "checkpoints" / "7", Transformer(cfg))
     return home
 
@@ -63,7 +74,11 @@ def test_stream_is_the_whole_text(loaded, pieces, before):
     ids = tok.encode(text)
     stream = TextStream(tok, ids[:before])
     told = [stream.feed(i) for i in ids[before:]] + [stream.end()]
-    assert tok.decode(ids[:before][-16:]) == "" or "".join(told) == tok.decode(ids[:before][-16:] + ids[before:])[len(tok.decode(ids[:before][-16:])) :] or "\ufffd" in tok.decode(ids[:before][-16:])
+    assert (
+        tok.decode(ids[:before][-16:]) == ""
+        or "".join(told) == tok.decode(ids[:before][-16:] + ids[before:])[len(tok.decode(ids[:before][-16:])) :]
+        or "\ufffd" in tok.decode(ids[:before][-16:])
+    )
     if before == 0:
         assert "".join(told) == text
         if "\ufffd" not in text:
@@ -259,8 +274,25 @@ def test_ctrl_c_in_a_real_process(home, prompt):
         model = Transformer(cfg)
         model.head.weight.data[load_model(home / "run").tokenizer.eos_id] = 0  # never the largest of 360 logits
         save(home / "long" / "1", model)
-    args = [sys.executable, str(script), str(home / "long" / "1"), "--tokenizer", str(home / "run" / "tokenizer.model"), "--template", "none", "--max-new-tokens", "100000", "--greedy"]
-    child = subprocess.Popen([*args, "--prompt", "x"] if prompt else args, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    args = [
+        sys.executable,
+        str(script),
+        str(home / "long" / "1"),
+        "--tokenizer",
+        str(home / "run" / "tokenizer.model"),
+        "--template",
+        "none",
+        "--max-new-tokens",
+        "100000",
+        "--greedy",
+    ]
+    child = subprocess.Popen(
+        [*args, "--prompt", "x"] if prompt else args,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
     assert child.stdin and child.stdout
     try:
         if not prompt:

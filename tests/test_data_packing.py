@@ -23,7 +23,12 @@ FIELDS = ("input_ids", "labels", "cu_seqlens", "indexes", "type_ids")
 
 
 def same(a, b):
-    return all(getattr(a, name).tolist() == getattr(b, name).tolist() for name in FIELDS) and a.lengths == b.lengths and a.num_documents == b.num_documents and a.num_tokens == b.num_tokens
+    return (
+        all(getattr(a, name).tolist() == getattr(b, name).tolist() for name in FIELDS)
+        and a.lengths == b.lengths
+        and a.num_documents == b.num_documents
+        and a.num_tokens == b.num_tokens
+    )
 
 
 def reference(documents, seq_len, micro_bsz, windows):
@@ -71,7 +76,11 @@ def test_borders(documents, shape):
     size = seq_len * micro_bsz
     for n, p in enumerate(pack(documents, seq_len, micro_bsz, windows)):
         borders = p.cu_seqlens.tolist()
-        assert p.cu_seqlens.dtype.is_signed and str(p.cu_seqlens.dtype) == "torch.int32" and all(str(getattr(p, f).dtype) == "torch.int64" for f in FIELDS if f != "cu_seqlens")
+        assert (
+            p.cu_seqlens.dtype.is_signed
+            and str(p.cu_seqlens.dtype) == "torch.int32"
+            and all(str(getattr(p, f).dtype) == "torch.int64" for f in FIELDS if f != "cu_seqlens")
+        )
         assert borders[0] == 0 and borders[-1] == size and list(p.lengths) == np.diff(borders).tolist()
         assert 0 < min(p.lengths) and max(p.lengths) <= seq_len and p.max_seqlen == max(p.lengths)
         assert p.indexes.tolist() == [i for length in p.lengths for i in range(length)]
@@ -304,7 +313,17 @@ def test_prefetch_thread_stops_with_its_consumer():
 
 
 def test_config_says_what_is_wrong(tmp_path):
-    for bad in ({"seq_len": 0}, {"micro_num": 0}, {"min_length": -1}, {"valid_micro_bsz": 0}, {"synthetic_shortest": 0}, {"rampup": "a b c"}, {"skip_batches": "5-1"}, {"train_folder": ("a=1", "b")}, {"train_folder": ("a=0",)}):
+    for bad in (
+        {"seq_len": 0},
+        {"micro_num": 0},
+        {"min_length": -1},
+        {"valid_micro_bsz": 0},
+        {"synthetic_shortest": 0},
+        {"rampup": "a b c"},
+        {"skip_batches": "5-1"},
+        {"train_folder": ("a=1", "b")},
+        {"train_folder": ("a=0",)},
+    ):
         with pytest.raises(ValueError, match="|".join(bad)):
             DataConfig(**bad)
     (tmp_path / "odd=1").mkdir()
@@ -316,7 +335,11 @@ def test_config_says_what_is_wrong(tmp_path):
 def test_command_line_takes_a_folder():
     tyro = pytest.importorskip("tyro")
     config = tyro.cli(DataConfig, args=["--train-folder", "web=0.7", "books=0.3", "--seq-len", "64", "--rampup", "4 4 100", "--no-pack-sample-into-one"])
-    assert config.train_folder == ("web=0.7", "books=0.3") and config.rampup == "4 4 100" and tyro.cli(DataConfig, args=["--train-folder", "one"]).train_folder == ("one",)
+    assert (
+        config.train_folder == ("web=0.7", "books=0.3")
+        and config.rampup == "4 4 100"
+        and tyro.cli(DataConfig, args=["--train-folder", "one"]).train_folder == ("one",)
+    )
 
 
 # --- synthetic data ---------------------------------------------------------------------------------------------------

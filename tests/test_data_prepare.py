@@ -223,7 +223,12 @@ def test_alpaca_from_the_command_line(tmp_path, tok, capsys):
     for name in ("sft.json", "sft.jsonl"):
         for style in ("v1", "v2"):
             target = tmp_path / f"{name}-{style}" / "en"
-            assert main(["build", str(tmp_path / name), str(target), "--tokenizer", str(tok.path), "--format", "alpaca", "--template", style, "--max-length", "30"]) == 0
+            assert (
+                main(
+                    ["build", str(tmp_path / name), str(target), "--tokenizer", str(tok.path), "--format", "alpaca", "--template", style, "--max-length", "30"]
+                )
+                == 0
+            )
             assert [d.tolist() for d in read_tokens(target.parent)] == [alpaca_ids(tok, r, style, 30) for r in records]
     (tmp_path / "bad.jsonl").write_text('{"instruction": "x", "output": "y"}\n{"instruction": "x"}\n')
     assert main(["build", str(tmp_path / "bad.jsonl"), str(tmp_path / "bad"), "--tokenizer", str(tok.path), "--format", "alpaca"]) == 2

@@ -46,7 +46,28 @@ def test_no_broken_line_is_read_as_a_good_one(noise, at, inside):
     assert ids == json.loads(line)["tokens"] or b"0" in line
 
 
-@pytest.mark.parametrize("body", [b"1 2", b"1,,2", b"1, 2,", b",1", b"1, - 2", b"--1", b"1-2", b" 1 2", b"-", b" -", b"1, 2.0", b"99999999999999999999999", b"4294967296", b"1e3", b"true", b'"1"', b"[1]"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"1 2",
+        b"1,,2",
+        b"1, 2,",
+        b",1",
+        b"1, - 2",
+        b"--1",
+        b"1-2",
+        b" 1 2",
+        b"-",
+        b" -",
+        b"1, 2.0",
+        b"99999999999999999999999",
+        b"4294967296",
+        b"1e3",
+        b"true",
+        b'"1"',
+        b"[1]",
+    ],
+)
 def test_lines_that_must_fail(body):
     with pytest.raises(ValueError):
         parse_line(b'{"tokens": [' + body + b"]}\n")
@@ -147,7 +168,9 @@ def test_more_files_than_may_be_open(tmp_path):
     for i in range(400):
         write_tokens(tmp_path / "en" / f"{i:03}.bin", [[i, i]])
     code = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (600, {hard}))\nfrom internlm_nb.data.tokenfiles import read_tokens\n"
-    code += f"docs = read_tokens({str(tmp_path)!r})\nassert [int(d[0]) for d in docs] == list(range(400)) and int(docs[0][0]) == 0\nassert len(docs.lengths) == 400"
+    code += (
+        f"docs = read_tokens({str(tmp_path)!r})\nassert [int(d[0]) for d in docs] == list(range(400)) and int(docs[0][0]) == 0\nassert len(docs.lengths) == 400"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

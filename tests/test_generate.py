@@ -70,7 +70,9 @@ def test_beam_search_equals_transformers(pair, beams, penalty, length_penalty, e
     stop = EOS
     got = beam_search(model, PROMPTS, 12, beams, length_penalty, early, penalty, stop_ids=[stop])
     for prompt, texts in zip(PROMPTS, got):
-        out, want = run_theirs(theirs, prompt, 12, num_beams=beams, num_return_sequences=beams, length_penalty=length_penalty, early_stopping=early, repetition_penalty=penalty)
+        out, want = run_theirs(
+            theirs, prompt, 12, num_beams=beams, num_return_sequences=beams, length_penalty=length_penalty, early_stopping=early, repetition_penalty=penalty
+        )
         assert [t.tokens for t in texts] == [cut(w) for w in want]
         # theirs are summed in float32
         torch.testing.assert_close(torch.tensor([t.score for t in texts]), out.sequences_scores, rtol=2e-6, atol=2e-6)
@@ -167,7 +169,13 @@ def test_first_token_is_sampled():
 def test_a_batch_gives_what_each_gets_alone(pair, prompts, seed):
     "With settings of its own, each prompt of a batch is as if it were alone: greedy, sampled and penalised beside each other"
     model, _ = pair
-    kinds = [Sampling(0), Sampling(1.0, seed=seed), Sampling(0.8, 20, 0.9, 1.2, seed=seed), Sampling(0, repetition_penalty=1.5), Sampling(1.5, top_p=0.5, seed=seed + 1)]
+    kinds = [
+        Sampling(0),
+        Sampling(1.0, seed=seed),
+        Sampling(0.8, 20, 0.9, 1.2, seed=seed),
+        Sampling(0, repetition_penalty=1.5),
+        Sampling(1.5, top_p=0.5, seed=seed + 1),
+    ]
     each = kinds[: len(prompts)]
     together = generate(model, prompts, 8, each, stop_ids=[EOS, 20])
     for prompt, sampling, text in zip(prompts, each, together):

@@ -159,7 +159,10 @@ def rewrite(folder: Path, change) -> None:
     "change, words",
     [
         (lambda t: t.pop(K), f"missing: {K}"),
-        (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weight"].clone()}), "too much: model.layers.2.mlp.up_proj.weight"),
+        (
+            lambda t: t.update({"model.layers.2.mlp.up_proj.weight": t["model.layers.1.mlp.up_proj.weight"].clone()}),
+            "too much: model.layers.2.mlp.up_proj.weight",
+        ),
         (lambda t: t.update({K: t[K].T.contiguous()}), rf"{K}: has shape \(32, 16\), and \(16, 32\) is needed"),
         (lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:36].clone()}), r"lm_head.weight: has shape \(36, 32\)"),
         (lambda t: t.update({K: t[K].to(torch.int8)}), f"{K}: is torch.int8"),

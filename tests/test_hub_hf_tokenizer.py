@@ -55,7 +55,36 @@ def test_unseen_text(kind, tokenizers, fast):
 
 
 alphabet = st.one_of(
-    st.sampled_from([" ", "  ", "\n", "\t", "▁", "a", "the ", "ing", "，", "。", "不", "之", "Ｅ", "é", "e\u0301", "😀", "\u200b", "\ufeff", "<", "|", ">", "[UNUSED", "<0x41>", "12", "\r\n", "\x7f"]),
+    st.sampled_from(
+        [
+            " ",
+            "  ",
+            "\n",
+            "\t",
+            "▁",
+            "a",
+            "the ",
+            "ing",
+            "，",
+            "。",
+            "不",
+            "之",
+            "Ｅ",
+            "é",
+            "e\u0301",
+            "😀",
+            "\u200b",
+            "\ufeff",
+            "<",
+            "|",
+            ">",
+            "[UNUSED",
+            "<0x41>",
+            "12",
+            "\r\n",
+            "\x7f",
+        ]
+    ),
     st.characters(min_codepoint=1, exclude_categories=("Cs",)),
 )
 

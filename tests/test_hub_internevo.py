@@ -154,7 +154,9 @@ def write(folder, s, w, tp=1, pp=1, ffn_order="new", embed_dim=1, old_name=False
         for t in range(tp):
             torch.save(shard(s, w, t, p, tp, pp, ffn_order, embed_dim, old_name), folder / f"model_tp{t}_pp{p}.pt")
     torch.save(section(s, **more), folder / "model_config.pt")
-    torch.save(dict(batch_count=step, num_consumed_samples_in_epoch=3, num_consumed_tokens=4096 * step, inf_nan_skip_batches=1, step_count=step), folder / "context.pt")
+    torch.save(
+        dict(batch_count=step, num_consumed_samples_in_epoch=3, num_consumed_tokens=4096 * step, inf_nan_skip_batches=1, step_count=step), folder / "context.pt"
+    )
     torch.save({"step": step}, folder / f"{step}.step")
     return folder
 
@@ -165,7 +167,9 @@ def ours(s, w):
     for i, b in enumerate(w["blocks"]):
         at = f"blocks.{i}."
         for which, name in ((0, "weight"), (1, "bias")) if s.bias else ((0, "weight"),):
-            out[f"{at}attention.wqkv.{name}"] = torch.cat([x for g in range(s.kv) for x in (*b["q"][which][g * s.group : (g + 1) * s.group], b["k"][which][g], b["v"][which][g])])
+            out[f"{at}attention.wqkv.{name}"] = torch.cat(
+                [x for g in range(s.kv) for x in (*b["q"][which][g * s.group : (g + 1) * s.group], b["k"][which][g], b["v"][which][g])]
+            )
         out |= {at + "attention.wo.weight": torch.cat(b["o"], 1), at + "attention_norm.weight": b["n1"], at + "ffn_norm.weight": b["n2"]}
         out |= {f"{at}feed_forward.w1.weight": b["gate"], f"{at}feed_forward.w2.weight": b["down"], f"{at}feed_forward.w3.weight": b["up"]}
         if s.bias:
@@ -198,7 +202,12 @@ def cases(draw):
         family, kv, 1 if family == "internlm" else draw(st.integers(1, 3)), draw(st.sampled_from([4, 8])), draw(st.integers(1, 4)), 4 * draw(st.integers(1, 24)), 4 * draw(st.integers(1, 9)),
         draw(st.booleans()), draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64])),
     )  # fmt: skip
-    cuts = st.tuples(st.sampled_from([n for n in (1, 2, 4) if kv % n == 0]), st.integers(1, s.layers), st.sampled_from([0, 1]), st.sampled_from(["new", "old"] if family == "internlm" else ["new"]))
+    cuts = st.tuples(
+        st.sampled_from([n for n in (1, 2, 4) if kv % n == 0]),
+        st.integers(1, s.layers),
+        st.sampled_from([0, 1]),
+        st.sampled_from(["new", "old"] if family == "internlm" else ["new"]),
+    )
     return s, draw(cuts), draw(cuts), draw(st.booleans()), draw(st.booleans()), draw(st.integers(0, 2**20))
 
 
@@ -261,7 +270,15 @@ def llama(s, w, base, adapt_hf):
 
 
 @pytest.mark.parametrize(
-    "family,bias,adapt_hf,order", [("internlm", True, True, "new"), ("internlm", True, True, "old"), ("internlm2", False, True, "new"), ("internlm2", False, False, "new"), ("internlm2", True, False, "new"), ("llama", False, True, "new")]
+    "family,bias,adapt_hf,order",
+    [
+        ("internlm", True, True, "new"),
+        ("internlm", True, True, "old"),
+        ("internlm2", False, True, "new"),
+        ("internlm2", False, False, "new"),
+        ("internlm2", True, False, "new"),
+        ("llama", False, True, "new"),
+    ],
 )
 def test_logits_are_those_of_transformers(tmp_path, family, bias, adapt_hf, order):
     "fp32; the bound is some twenty roundings of logits of size about 1"
@@ -317,11 +334,17 @@ def test_each_fault_of_a_shard_is_named(tmp_path):
         (lambda c: c.pop("head.weight"), "head.weight is missing"),
         (lambda c: c.update({"blocks.0.mlp.w4.weight": torch.ones(2)}), "blocks.0.mlp.w4.weight (2,) has no place"),
         (lambda c: c.update({"embedding.weight": torch.ones(24, 8)}), "embedding.weight (24, 8) has no place"),
-        (lambda c: c.update({"blocks.0.mlp.w1.weight": torch.ones(19, 16)}), "blocks.0.mlp.w1.weight: the ranks hold (20, 16), (19, 16); they should make up (40, 16), cut on dim 0"),
+        (
+            lambda c: c.update({"blocks.0.mlp.w1.weight": torch.ones(19, 16)}),
+            "blocks.0.mlp.w1.weight: the ranks hold (20, 16), (19, 16); they should make up (40, 16), cut on dim 0",
+        ),
         (lambda c: c.update({"blocks.1.mixer.Wqkv.weight": torch.ones(23, 16)}), "blocks.1.mixer.Wqkv.weight: the ranks hold (24, 16), (23, 16)"),
         (lambda c: c.update({"blocks.1.mixer.out_proj.weight": torch.ones(16, 7)}), "blocks.1.mixer.out_proj.weight: the ranks hold (16, 8), (16, 7)"),
         (lambda c: c.update({"norm.weight": torch.ones(15)}), "norm.weight: the ranks hold (16,), (15,); they should make up (16,), the same in each"),
-        (lambda c: c.update({"blocks.0.norm1.weight": torch.ones(16, dtype=torch.bfloat16)}), "blocks.0.norm1.weight: of different types, torch.bfloat16, torch.float32"),
+        (
+            lambda c: c.update({"blocks.0.norm1.weight": torch.ones(16, dtype=torch.bfloat16)}),
+            "blocks.0.norm1.weight: of different types, torch.bfloat16, torch.float32",
+        ),
         (lambda c: c.update({"blocks.0.norm1.weight": [1, 2]}), "blocks.0.norm1.weight (list): not a tensor"),
         (lambda c: [c.pop(n) for n in list(c) if n.startswith("blocks.1.")], "blocks.1.mixer.Wqkv.weight is missing"),
     ]
@@ -336,7 +359,10 @@ def test_each_fault_of_a_shard_is_named(tmp_path):
     edit(rank0, lambda c: c.pop("blocks.0.mixer.out_proj.bias"))
     assert "blocks.0.mixer.out_proj.bias is missing" in refused(folder)
     rank0.write_bytes(kept)
-    edit(folder / "model_tp1_pp0.pt", lambda c: c.update({"blocks.0.mixer.out_proj.bias": torch.full((16,), 9.0), "blocks.0.mixer.rotary_emb.inv_freq": torch.ones(2)}))
+    edit(
+        folder / "model_tp1_pp0.pt",
+        lambda c: c.update({"blocks.0.mixer.out_proj.bias": torch.full((16,), 9.0), "blocks.0.mixer.rotary_emb.inv_freq": torch.ones(2)}),
+    )
     bias = dict(from_internevo(folder).named_parameters())["blocks.0.attention.wo.bias"]
     assert torch.equal(bias, torch.load(rank0, weights_only=True)["blocks.0.mixer.out_proj.bias"])  # another rank's is not looked at
 
@@ -352,7 +378,9 @@ def test_a_whole_file_or_rank_that_is_missing(tmp_path):
         for path in folder.glob(pattern):
             path.unlink()
         told = refused(folder)
-        assert ("tok_embeddings.weight: the ranks hold (24, 8); they should make up (24, 16)" if i == 0 else "stages have 1 blocks, but num_layers is 3") in told
+        assert (
+            "tok_embeddings.weight: the ranks hold (24, 8); they should make up (24, 16)" if i == 0 else "stages have 1 blocks, but num_layers is 3"
+        ) in told
     assert "no such folder" in refused(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "has no model_tp0_pp0.pt" in refused(tmp_path / "empty")
@@ -425,7 +453,11 @@ def test_the_model_section(tmp_path):
     for entries, told in cases:
         torch.save({**section(S2), **entries}, folder / "model_config.pt")
         assert told in refused(folder), told
-    torch.save(section(S2) | {"use_dynamic_ntk_rope": True, "max_position_embeddings": 128, "norm_head": True, "adapt_hf": False, "drop_rate": 0, "use_flash_attn": True}, folder / "model_config.pt")
+    torch.save(
+        section(S2)
+        | {"use_dynamic_ntk_rope": True, "max_position_embeddings": 128, "norm_head": True, "adapt_hf": False, "drop_rate": 0, "use_flash_attn": True},
+        folder / "model_config.pt",
+    )
     cfg = from_internevo(folder).cfg
     assert (cfg.rope_scaling, cfg.max_position_embeddings, cfg.norm_head, cfg.qk_interleaved) == ("dynamic", 128, True, True)
     (folder / "model_config.pt").unlink()
@@ -456,7 +488,9 @@ torch.save(Config(torch.load(path, weights_only=True) | {"dtype": torch.bfloat16
 
 def tiny(**more):
     "A model of ours"
-    return Transformer(ModelConfig(**(dict(family="internlm2", vocab_size=24, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp_ratio=2.5, multiple_of=8) | more)))
+    return Transformer(
+        ModelConfig(**(dict(family="internlm2", vocab_size=24, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp_ratio=2.5, multiple_of=8) | more))
+    )
 
 
 def test_what_has_no_word_there_is_refused(tmp_path):
@@ -467,7 +501,12 @@ def test_what_has_no_word_there_is_refused(tmp_path):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=told):
             to_internevo(tiny(**more), tmp_path / "7")
-    for cut, told in ((dict(tp=4), "tp 4 does not divide num_kv_heads 2"), (dict(tp=0), "tp is 0"), (dict(pp=4), "pp is 4, but there are 3 layers"), (dict(pp=0), "pp is 0")):
+    for cut, told in (
+        (dict(tp=4), "tp 4 does not divide num_kv_heads 2"),
+        (dict(tp=0), "tp is 0"),
+        (dict(pp=4), "pp is 4, but there are 3 layers"),
+        (dict(pp=0), "pp is 0"),
+    ):
         with pytest.raises(ValueError, match=told):
             to_internevo(tiny(), tmp_path / "7", **cut)
     assert list(tmp_path.iterdir()) == []
@@ -506,7 +545,11 @@ def test_native_weights_that_do_not_fit_their_config(tmp_path):
 
     state = gather_state(tiny())
     for i, (change, told) in enumerate(
-        ((lambda s: s.pop("model.blocks.1.feed_forward.w2.weight"), "blocks.1.feed_forward.w2.weight is missing"), (lambda s: s.update({"model.x": torch.ones(1)}), "model.x has no place"), (lambda s: s.update({"model.head.weight": torch.ones(24, 8)}), "model.head.weight has shape"))
+        (
+            (lambda s: s.pop("model.blocks.1.feed_forward.w2.weight"), "blocks.1.feed_forward.w2.weight is missing"),
+            (lambda s: s.update({"model.x": torch.ones(1)}), "model.x has no place"),
+            (lambda s: s.update({"model.head.weight": torch.ones(24, 8)}), "model.head.weight has shape"),
+        )
     ):
         bad = dict(state)
         change(bad)
@@ -551,7 +594,12 @@ def test_memory_stays_within_twice_a_shard(tmp_path):
     assert 100e6 < sum(p.stat().st_size for p in src.glob("model_*")) > 3.9 * one
 
     def peak(command, a, b, options, warm):
-        out = subprocess.run([sys.executable, "-c", MEASURE, command, str(a), str(b), repr(options), str(warm)], capture_output=True, text=True, env=os.environ | {"MALLOC_TRIM_THRESHOLD_": "65536"})
+        out = subprocess.run(
+            [sys.executable, "-c", MEASURE, command, str(a), str(b), repr(options), str(warm)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"MALLOC_TRIM_THRESHOLD_": "65536"},
+        )
         assert out.returncode == 0, out.stderr
         return int(out.stdout)
 
@@ -581,7 +629,10 @@ def test_a_model_with_either_order_of_pairs_is_filled_from_any_folder(case):
         with torch.no_grad():
             a, b = model(ids), other(ids)
         assert float((a - b).abs().max()) <= 1e-12 * float(a.abs().max())
-        same(dict(zip((n for n, _ in model.named_parameters()), (open_weights(folder).read(f"model.{n}") for n, _ in model.named_parameters()))), dict(model.named_parameters()))
+        same(
+            dict(zip((n for n, _ in model.named_parameters()), (open_weights(folder).read(f"model.{n}") for n, _ in model.named_parameters()))),
+            dict(model.named_parameters()),
+        )
 
 
 def test_a_run_starts_from_any_kind_of_folder(tmp_path):

@@ -11,7 +11,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from internlm_nb.checkpoint.durable import CheckpointError
 from internlm_nb.hub.huggingface import from_hf, to_hf
 
-SIZES = dict(vocab_size=61, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, max_position_embeddings=16, rms_norm_eps=1e-6)
+SIZES = dict(
+    vocab_size=61,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    max_position_embeddings=16,
+    rms_norm_eps=1e-6,
+)
 LONG = torch.arange(40) * 7 % 61  # beyond max_position_embeddings
 
 
@@ -68,7 +77,9 @@ def released(folder, theirs, config: dict, rename) -> None:
     tensors = rename({n: t.clone() for n, t in theirs.state_dict().items()})
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shared = {k: v for k, v in SIZES.items() if k in config or k != "num_key_value_heads"}
-    (folder / "config.json").write_text(json.dumps(shared | {"auto_map": {"AutoConfig": "configuration.Config"}, "hidden_act": "silu", "use_cache": True, "pad_token_id": 2} | config))
+    (folder / "config.json").write_text(
+        json.dumps(shared | {"auto_map": {"AutoConfig": "configuration.Config"}, "hidden_act": "silu", "use_cache": True, "pad_token_id": 2} | config)
+    )
 
 
 @pytest.mark.parametrize(
@@ -130,7 +141,15 @@ def test_internlm2_as_released(tmp_path, bias, scaling):
 def test_internlm3_as_released(tmp_path):
     "Version 3: Llama's names, head_dim and the bias of q, k, v in keys of their own"
     theirs = llama(head_dim=16, rope_parameters=dict(rope_type="dynamic", rope_theta=5e7, factor=6.0))
-    config = dict(model_type="internlm3", num_key_value_heads=2, head_dim=16, bias=False, qkv_bias=False, rope_theta=50000000, rope_scaling=dict(rope_type="dynamic", factor=6.0))
+    config = dict(
+        model_type="internlm3",
+        num_key_value_heads=2,
+        head_dim=16,
+        bias=False,
+        qkv_bias=False,
+        rope_theta=50000000,
+        rope_scaling=dict(rope_type="dynamic", factor=6.0),
+    )
     released(tmp_path / "v3", theirs, config, lambda t: t)
     model, _ = from_hf(tmp_path / "v3")
     assert model.cfg.family == "internlm3"

@@ -23,7 +23,18 @@ from internlm_nb.model.transformer import Transformer
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*no tokenizer is loaded")]
 OLDER = "4.57"
-BASE = ModelConfig("internlm2", vocab_size=2000, hidden_size=48, num_layers=3, num_heads=6, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16, max_position_embeddings=32, rope_base=1e6)
+BASE = ModelConfig(
+    "internlm2",
+    vocab_size=2000,
+    hidden_size=48,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    mlp_ratio=2.0,
+    multiple_of=16,
+    max_position_embeddings=32,
+    rope_base=1e6,
+)
 CASES = {
     "v1": replace(BASE, family="internlm", num_kv_heads=6, qkv_bias=True, out_bias=True, rope_base=1e4, rope_scaling="dynamic", rope_factor=2.0),
     "v2": replace(BASE, qk_interleaved=True),

@@ -38,7 +38,14 @@ def by_hand(q, k, v, query_lengths, key_lengths):
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(pack=PACKS, past=st.lists(st.integers(0, 6), min_size=6, max_size=6), cached=st.booleans(), kv=st.integers(1, 3), group=st.integers(1, 3), seed=st.integers(0, 99))
+@given(
+    pack=PACKS,
+    past=st.lists(st.integers(0, 6), min_size=6, max_size=6),
+    cached=st.booleans(),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
 def test_backends_equal_the_definition_in_float64(pack, past, cached, kv, group, seed):
     "Outputs to 1e-12 and gradients to 1e-12 of the reference's; the reference to a loop over positions"
     keys = [n + p for n, p in zip(pack, past)] if cached else pack

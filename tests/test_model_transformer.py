@@ -58,9 +58,7 @@ def test_documents_are_alone_in_a_pack(lengths, variant):
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(
-    prompts=st.lists(st.integers(1, 9), min_size=1, max_size=4), steps=st.lists(st.integers(1, 3), max_size=4), variant=st.sampled_from(sorted(VARIANTS))
-)
+@given(prompts=st.lists(st.integers(1, 9), min_size=1, max_size=4), steps=st.lists(st.integers(1, 3), max_size=4), variant=st.sampled_from(sorted(VARIANTS)))
 def test_cached_equals_full(prompts, steps, variant):
     "Any cut of texts into passes gives the logits of the whole texts so far; dynamic scaling beyond the trained length included"
     model, texts = Transformer(VARIANTS[variant], dtype=torch.float64), [ids(n + sum(steps), row) for row, n in enumerate(prompts)]

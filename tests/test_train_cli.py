@@ -20,7 +20,7 @@ from internlm_nb.checkpoint.keep import read_best, steps
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "scripts" / "configs"
-OWN = '''
+OWN = """
 "A run of my own"
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run() -> RunConfig:
     model = ModelConfig(family="internlm2", vocab_size=97, hidden_size=Mine().width, num_layers=2, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16)
     return RunConfig("mine", model, DataConfig(seq_len=32, micro_bsz=2, micro_num=2, valid_packs=2), OptimConfig(lr=3e-3, schedule=ScheduleConfig(warmup_ratio=0.2)),
         TrainConfig(steps=10, precision="float32"), CheckpointConfig(every=5), LogConfig(sinks=("console",), progress=False, peak_tflops=1.0))
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,9 @@ def test_help_lists_every_field(place, monkeypatch):
 @pytest.mark.usefixtures("no_plots")
 def test_own_file_and_overrides(place, monkeypatch, tmp_path):
     "A user's file by its path, fields overridden, everything written where asked"
-    code, out, err = call(place, f"mine.py --run-dir {tmp_path}/r --train.steps 3 --data.micro-num 1 --optim.lr 1e-3 --data.train-folder good --log.sinks console", monkeypatch)
+    code, out, err = call(
+        place, f"mine.py --run-dir {tmp_path}/r --train.steps 3 --data.micro-num 1 --optim.lr 1e-3 --data.train-folder good --log.sinks console", monkeypatch
+    )
     assert code == 0, err
     saved = json.loads((tmp_path / "r" / "config.json").read_text())
     assert saved["run"]["optim"]["lr"] == 1e-3 and saved["run"]["data"]["train_folder"] == ["good"] and "--data.micro-num 1" in saved["command"]
@@ -231,7 +233,9 @@ def test_without_tensorboard(place, monkeypatch, tmp_path):
 
 def start(*args, cwd):
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen([sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env)
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env
+    )
 
 
 def wait_for(path: Path, lines: int, process) -> None:

@@ -109,7 +109,16 @@ def test_check_values():
 
 @pytest.mark.parametrize(
     "bad",
-    [dict(warmup_ratio=-0.1), dict(warmup_ratio=1.1), dict(decay_ratio=2), dict(init_steps=-1), dict(min_lr=-1e-5), dict(min_lr=math.nan), dict(kind="step"), dict(decay_shape="cosine")],
+    [
+        dict(warmup_ratio=-0.1),
+        dict(warmup_ratio=1.1),
+        dict(decay_ratio=2),
+        dict(init_steps=-1),
+        dict(min_lr=-1e-5),
+        dict(min_lr=math.nan),
+        dict(kind="step"),
+        dict(decay_shape="cosine"),
+    ],
 )
 def test_bad_schedules_are_named(bad):
     with pytest.raises(ValueError, match=next(iter(bad)).replace("kind", "kind 'step'")):

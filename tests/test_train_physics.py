@@ -30,7 +30,14 @@ LLAMA = ModelConfig(family="llama", vocab_size=97, hidden_size=32, num_layers=2,
 
 def to_llama(model, read):
     "Our parameters, or their gradients, under Llama's names"
-    cfg, out = model.cfg, {"model.embed_tokens.weight": read(model.embedding.weight), "model.norm.weight": read(model.head.norm.weight), "lm_head.weight": read(model.head.weight)}
+    cfg, out = (
+        model.cfg,
+        {
+            "model.embed_tokens.weight": read(model.embedding.weight),
+            "model.norm.weight": read(model.head.norm.weight),
+            "lm_head.weight": read(model.head.weight),
+        },
+    )
     for i, block in enumerate(model.blocks):
         at, group = f"model.layers.{i}", cfg.num_heads // cfg.num_kv_heads
         fused = read(block.attention.wqkv.weight).unflatten(0, (cfg.num_kv_heads, group + 2, cfg.head_dim))
@@ -123,7 +130,9 @@ def test_second_opinion(precision, tmp_path):
 def test_any_cut_into_micro_batches_is_one_step(data):
     "The same documents, however they are cut into packs, give the same loss, norm and weights (law 3): float64, rounding alone"
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    docs = [torch.randint(1, 97, (n,), generator=g) * (1 if i % 3 else -1) for i, n in enumerate(data.draw(st.lists(st.integers(2, 12), min_size=4, max_size=9)))]
+    docs = [
+        torch.randint(1, 97, (n,), generator=g) * (1 if i % 3 else -1) for i, n in enumerate(data.draw(st.lists(st.integers(2, 12), min_size=4, max_size=9)))
+    ]
     docs.append(torch.arange(1, 9))  # one that surely has targets
     borders = sorted(data.draw(st.sets(st.integers(1, len(docs) - 1), max_size=4)))
     groups = [docs[a:b] for a, b in zip([0, *borders], [*borders, len(docs)])]
@@ -268,7 +277,14 @@ def test_observing_changes_no_bit(tmp_path, monkeypatch):
 def test_validation_does_not_depend_on_the_training_batch(tmp_path):
     "The same held-out figures at step 0 under any micro_bsz and micro_num, when valid_micro_bsz is fixed; each held-out token once"
     folder = str(write_folder(tmp_path / "v", seed=5))
-    base = tiny_run(train_steps=1, train_valid_every=1, data_valid_folder=folder, data_valid_packs=0, data_valid_micro_bsz=3, data_train_folder=(str(write_folder(tmp_path / "t")),))
+    base = tiny_run(
+        train_steps=1,
+        train_valid_every=1,
+        data_valid_folder=folder,
+        data_valid_packs=0,
+        data_valid_micro_bsz=3,
+        data_train_folder=(str(write_folder(tmp_path / "t")),),
+    )
     seen = []
     for i, (bsz, num) in enumerate([(1, 1), (2, 3), (4, 2)]):
         trainer(with_fields(base, data_micro_bsz=bsz, data_micro_num=num), tmp_path / str(i)).fit()

@@ -133,7 +133,9 @@ def test_killed_again_and_again(tmp_path):
     for precision in ("float32", "bfloat16", "float16"):
         trainer(everything(tmp_path, precision, write=precision == "float32"), tmp_path / f"straight-{precision}").fit()
     here = str(Path(__file__).parent)
-    said = subprocess.run([sys.executable, "-c", KILLED, here, str(tmp_path)], capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    said = subprocess.run(
+        [sys.executable, "-c", KILLED, here, str(tmp_path)], capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert said.returncode == 0 and "exit 1" not in said.stdout, said.stderr[-3000:]
     for precision in ("float32", "bfloat16", "float16"):
         assert said.stdout.count(f"{precision} killed") >= 2 and f"{precision} exit 0" in said.stdout, said.stdout
@@ -348,7 +350,15 @@ def test_retention_best_and_snapshots(tmp_path):
 
 def test_best_survives_retention(tmp_path):
     "A rate that ruins the model: the first validation stays the best, and its checkpoint is kept for good"
-    run = tiny_run(train_steps=8, checkpoint_every=1, checkpoint_keep_last=1, train_valid_every=1, optim_lr=3.0, optim_clip=0.0, schedule=ScheduleConfig(kind="constant", warmup_ratio=0.4))
+    run = tiny_run(
+        train_steps=8,
+        checkpoint_every=1,
+        checkpoint_keep_last=1,
+        train_valid_every=1,
+        optim_lr=3.0,
+        optim_clip=0.0,
+        schedule=ScheduleConfig(kind="constant", warmup_ratio=0.4),
+    )
     t = trainer(run, tmp_path / "a")
     t.state = replace(t.state, best_loss=None)
     t.fit(1)
@@ -380,7 +390,15 @@ def test_resume_and_init(tmp_path):
     assert [r["step"] for r in facts(tmp_path / "b")] == [4, 5] and facts(tmp_path / "b") == straight[4:]
     assert all(torch.equal(x, y) for x, y in zip(tensors(tmp_path / "a", 6).values(), tensors(tmp_path / "b", 6).values()))
 
-    longer = with_fields(run, model_rope_base=5e5, model_max_position_embeddings=4096, data_seq_len=64, checkpoint_init=str(folder / "6"), checkpoint_resume="none", train_precision="bfloat16")
+    longer = with_fields(
+        run,
+        model_rope_base=5e5,
+        model_max_position_embeddings=4096,
+        data_seq_len=64,
+        checkpoint_init=str(folder / "6"),
+        checkpoint_resume="none",
+        train_precision="bfloat16",
+    )
     (tmp_path / "a" / "my notes.txt").write_text("keep me")
     said: list[str] = []
     fresh = trainer(longer, tmp_path / "a", said)  # its own folder's checkpoint, which is put aside
@@ -417,7 +435,9 @@ def test_a_harmless_change_is_said(tmp_path):
         shutil.rmtree(tmp_path / "b", ignore_errors=True)
         shutil.copytree(tmp_path / "a", tmp_path / "b")
         t = trainer(with_fields(run, train_steps=8, optim_lr=1e-3, data_skip_batches="4-5", train_precision=precision), tmp_path / "b", said)
-        assert {"--train.steps: 6 -> 8", "--optim.lr: 0.003 -> 0.001", "--data.skip-batches: '' -> '4-5'"} <= {line.removeprefix("changed since the checkpoint: ") for line in said}
+        assert {"--train.steps: 6 -> 8", "--optim.lr: 0.003 -> 0.001", "--data.skip-batches: '' -> '4-5'"} <= {
+            line.removeprefix("changed since the checkpoint: ") for line in said
+        }
         t.fit()
         assert [r["step"] for r in facts(tmp_path / "b")] == list(range(8)) and facts(tmp_path / "b")[-1]["loss"] < 5
 
@@ -484,5 +504,3 @@ def test_another_validation_set_starts_a_new_best(tmp_path):
     assert t.state.best_loss is None
     t.fit()
     assert t.state.best_step == 4
-
-
