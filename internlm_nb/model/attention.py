@@ -182,7 +182,10 @@ def attention(
     causal: bool = True,  # whether a query sees only keys that are not later than itself
     scale: float | None = None,  # of the scores; None: head_dim ** -0.5
 ) -> Tensor:  # (query tokens, heads, head_dim)
-    "Attention within each sequence of a pack; queries are the last tokens of their sequence's keys"
+    """Attention within each sequence of a pack; queries are the last tokens of their sequence's keys
+
+    Raises `ValueError` when shapes and segments do not fit together, and `RuntimeError` when a named backend cannot run here.
+    """
     keys = key_segments or segments
     if q.shape[0] != segments.tokens or k.shape[0] != keys.tokens or k.shape != v.shape:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit segments of {segments.tokens} queries and {keys.tokens} keys")
@@ -230,6 +233,7 @@ class Attention(nn.Module):
         positions: Positions,  # segments and rotary tables of this pass
         cache: KVCache | None = None,  # earlier keys and values; it takes up the new ones
     ) -> Tensor:  # (tokens, hidden)
+        "Project, rotate, attend, project back"
         q, k, v = split_heads(self.wqkv(x), self.group, self.head_dim)
         q, k = (apply_rope(t, positions.cos, positions.sin, self.interleaved) for t in (q, k))
         if cache is not None:

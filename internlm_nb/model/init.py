@@ -26,7 +26,7 @@ def normal_slice(
     stop: int,  # one past the last
     std: float,  # standard deviation
 ) -> Tensor:  # (stop - start,) float32 on the CPU
-    "Elements `start:stop` of the normal numbers that belong to a parameter"
+    "Elements `start:stop` of the normal numbers that belong to a parameter; raises `ValueError` for a slice that is none"
     if not 0 <= start <= stop:
         raise ValueError(f"slice {start}:{stop} of {name}: it must begin at 0 or later and not end before it begins")
     out = torch.empty(stop - start, dtype=torch.float32, device="cpu")
@@ -44,7 +44,10 @@ def parameter_std(
     cfg: ModelConfig,  # architecture
     name: str,  # logical name of a parameter
 ) -> float | None:  # standard deviation; None: a norm's weight, all ones
-    "Spread of a parameter's first values; 0 for biases; raises `ValueError` for a name it does not know"
+    """Spread of a parameter's first values; 0 for biases; raises `ValueError` for a name it does not know
+
+    That what is added to the residual stream starts smaller is from GPT-2 (Radford et al. 2019), here by depth: 1/sqrt(2(i + 1)) in block i.
+    """
     if name.endswith("norm.weight"):
         return None
     if name.endswith(".bias"):

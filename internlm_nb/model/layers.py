@@ -46,7 +46,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # (..., hidden) -> (..., hidden)
+        "x over its root mean square, times the scale"
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def extra_repr(self) -> str:
@@ -83,6 +84,7 @@ class FeedForward(nn.Module):
         self.w3 = linear(hidden_size, ffn_size, device=device, dtype=dtype)  # up
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden) -> (tokens, hidden)
+        "The gated product, on each token alone"
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 # %% ../../nbs/model/02_layers.ipynb #5f9056e0

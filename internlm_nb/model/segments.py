@@ -41,7 +41,7 @@ class Segments:
         lengths: Sequence[int],  # tokens of each sequence, not negative
         device: torch.device | str | None = None,  # of the tokens
     ) -> "Segments":
-        "Segments from lengths known on the host: nothing waits for the device"
+        "Segments from lengths known on the host: nothing waits for the device; raises `ValueError` for no sequence or a negative length"
         lengths = tuple(int(n) for n in lengths)
         if not lengths or min(lengths) < 0:
             raise ValueError(f"lengths {lengths}: give at least one sequence, and no negative length")
@@ -54,7 +54,7 @@ class Segments:
         cu_seqlens: Tensor | Sequence[int],  # (sequences + 1,) cumulative lengths, from 0 to the number of tokens
         device: torch.device | str | None = None,  # of the tokens; None: where `cu_seqlens` is
     ) -> "Segments":
-        "Segments from cumulative lengths; a tensor on a GPU is read back once, which waits for the device"
+        "Segments from cumulative lengths, a GPU tensor's read back once (which waits); raises `ValueError` unless they begin with 0 and never decrease"
         offsets = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
         if len(offsets) < 2 or offsets[0] != 0:
             raise ValueError(f"cu_seqlens {offsets[:4]}…: it must begin with 0 and hold one more number than there are sequences")
@@ -109,7 +109,10 @@ class KVCache:
     room: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # of a single sequence: longer buffers that entries are the beginnings of
 
     @classmethod
-    def empty(cls, sequences: int) -> "KVCache":
+    def empty(
+        cls,
+        sequences: int,  # how many it will hold
+    ) -> "KVCache":
         "A cache for this many sequences, with nothing in it"
         return cls((0,) * sequences)
 

@@ -37,6 +37,7 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(cfg.vocab_size, cfg.hidden_size, device=device, dtype=dtype))
 
     def forward(self, input_ids: Tensor) -> Tensor:  # (tokens,) -> (tokens, hidden)
+        "Rows of the table, one a token"
         x = F.embedding(input_ids, self.weight)
         return x if self.grad_scale == 1.0 else self.grad_scale * x + (1 - self.grad_scale) * x.detach()
 
@@ -115,6 +116,7 @@ class Head(nn.Module):
         labels: Tensor | None = None,  # (tokens,) int64, -100 where there is no target
         weight: Tensor | None = None,  # (vocab, hidden), the embedding's, when tied
     ) -> Tensor | LossOutput:  # logits (tokens, vocab), or the loss when labels are given
+        "Logits, or with labels the loss"
         weight = self.weight if weight is None else weight
         assert weight is not None, "a tied head is called with the embedding's weight"
         if self.norm_head:
@@ -206,7 +208,7 @@ def recompute(
     fraction: float,  # share of the blocks, 0 to 1
     policy: Literal["full", "selective"] = "full",  # keep only the block's input, or also the results of matrix products
 ) -> None:
-    "Switch recomputation on in the first floor(L * fraction) blocks, and off in the others"
+    "Switch recomputation on in the first floor(L * fraction) blocks, and off in the others; raises `ValueError` for a fraction or policy that is none"
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction}: it is a share of the layers, between 0 and 1")
     if policy not in ("full", "selective"):
