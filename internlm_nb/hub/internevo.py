@@ -119,7 +119,9 @@ def write_internevo(
     return folder
 
 
-def step_in_name(folder: str | Path) -> int:
+def step_in_name(
+    folder: str | Path,  # of a checkpoint; it need not exist
+) -> int:
     "The step that a folder is named by, or 0"
     return int(Path(folder).name) if Path(folder).name.isdigit() else 0
 

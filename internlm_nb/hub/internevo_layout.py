@@ -101,7 +101,10 @@ def stage_layers(
     return [range(start, start + count) for start, count in zip(starts, counts)]
 
 # %% ../../nbs/hub/09_internevo_layout.ipynb #c1aba46a
-def head_sizes(cfg: ModelConfig, rows: int) -> tuple[int, int]:
+def head_sizes(
+    cfg: ModelConfig,  # architecture
+    rows: int,  # of wqkv, on one rank
+) -> tuple[int, int]:  # query heads, key/value heads
     "Query heads, and key/value heads, in so many rows of wqkv"
     kv_heads = rows // ((cfg.num_heads // cfg.num_kv_heads + 2) * cfg.head_dim)
     return kv_heads * (cfg.num_heads // cfg.num_kv_heads), kv_heads

@@ -188,7 +188,7 @@ class Change:
 
 
 # Fields under these that may change in the middle of a run. All others of model and data, and the seed, may not.
-_MAY_CHANGE = ("data.valid", "data.prefetch", "data.num_workers")
+_MAY_CHANGE = ("data.valid", "data.prefetch")
 
 
 def changes(

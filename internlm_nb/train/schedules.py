@@ -48,7 +48,7 @@ class Acts:
 
 def acts(
     total_steps: int,  # steps of the whole run
-    cfg: ScheduleConfig,
+    cfg: ScheduleConfig,  # shape of the schedule
 ) -> Acts:
     "The borders of `cfg` on a run of `total_steps`; ValueError when its parts do not fit into the run"
     warmup_end = cfg.init_steps + int(total_steps * cfg.warmup_ratio)
@@ -78,7 +78,7 @@ def lr_at(
     step: int,  # number of the step, from 0
     base_lr: float,  # learning rate at full height
     total_steps: int,  # steps of the whole run
-    cfg: ScheduleConfig,
+    cfg: ScheduleConfig,  # shape of the schedule
 ) -> float:
     "Learning rate of one step; a `base_lr` under `min_lr` stays at its height. ValueError for a negative step and for parts that do not fit"
     if step < 0:
@@ -103,7 +103,7 @@ def beta2_at(
     init: float,  # beta2 of the optimizer, the least that comes back
     c: float,  # exponent; 0 turns the schedule off
 ) -> float:
-    "Adam's second beta at a step that counts from 1: max(init, 1 - step**(-c)). Shazeer and Stern, Adafactor (2018), section 7.2"
+    "Adam's second beta at a step that counts from 1: max(init, 1 - step**(-c)); ValueError for a step under 1 and a negative exponent. Shazeer and Stern, Adafactor (2018), section 7.2"
     if step < 1:
         raise ValueError(f"step is {step}: the beta2 schedule counts from 1")
     if c < 0:

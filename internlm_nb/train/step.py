@@ -59,7 +59,10 @@ class StepClock:
         self.cuda = torch.device(device).type == "cuda"
         self.marks: dict[str, Any] = {}
 
-    def mark(self, name: str) -> None:
+    def mark(
+        self,
+        name: str,  # What the moment is called
+    ) -> None:
         "Remember this moment; waits for nothing"
         if self.cuda:
             self.marks[name] = torch.cuda.Event(enable_timing=True)
@@ -67,7 +70,11 @@ class StepClock:
         else:
             self.marks[name] = time.perf_counter()
 
-    def seconds(self, start: str, end: str) -> float:
+    def seconds(
+        self,
+        start: str,  # Name of the earlier mark
+        end: str,  # Name of the later mark
+    ) -> float:
         "Seconds between two marks. On a GPU it waits for the later one, so call it after the step"
         a, b = self.marks[start], self.marks[end]
         if not self.cuda:
