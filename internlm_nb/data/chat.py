@@ -43,7 +43,7 @@ TEMPLATES = {
 def template(
     name: str,  # "v1" or "v2"
 ) -> Template:
-    "A template by name"
+    "A template by name; `ValueError` for a name that is none"
     if name not in TEMPLATES:
         raise ValueError(f"no chat template {name!r}: choose one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]

@@ -32,7 +32,7 @@ def corpus(
 def corpus_with_sources(
     split: str = "train",  # "train" or "valid"
 ) -> dict[str, list[tuple[str, str]]]:
-    "(work, text) of each document of one split, by type"
+    "(work, text) of each document of one split, by type; `ValueError` for a split that is none"
     if split not in ("train", "valid"):
         raise ValueError(f"split {split!r}: the corpus has the splits train and valid")
     out: dict[str, list[tuple[str, str]]] = {}

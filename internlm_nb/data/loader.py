@@ -142,7 +142,7 @@ class Loader:
         coord: int = 0,  # this rank's place on the data axis
         ranks: int = 1,  # size of the data axis
     ) -> list[Pack]:
-        "The packs that data rank `coord` trains at this step: those whose number in the step is coord modulo ranks"
+        "The packs that data rank `coord` trains at this step: those whose number in the step is coord modulo ranks. `ValueError` for a coord that is none of them, or ranks that do not divide the step."
         if not 0 <= coord < ranks:
             raise ValueError(f"coord {coord} is not one of {ranks} data ranks")
         self.check_ranks(ranks)

@@ -63,7 +63,7 @@ def verify(
     processes: int | None = None,  # that read; None: one a core, 1: this one
     progress: bool | None = None,  # a progress bar; None: on a terminal
 ) -> list[TokenFileError]:
-    "Walk every document of a folder; the faults found, by file and line. An empty list means: sound."
+    "Walk every document of a folder; the faults found, by file and line. An empty list means: sound. FileNotFoundError where there is nothing."
     root = Path(folder)
     if not root.exists():
         raise FileNotFoundError(f"{root} is neither a folder nor a token file")
