@@ -34,7 +34,7 @@ def write_file(
     path: str | Path,  # its folder exists
     data: bytes | str,  # the whole content; text is written as UTF-8
 ) -> None:
-    "Write a small file so that a reader, or a crash, sees all of the old content or all of the new"
+    "Write a small file so that a reader, or a crash, sees all of the old content or all of the new; CheckpointError when it cannot be written"
     path = Path(path)
     beside = path.with_name(f".{path.name}.saving")
     try:
@@ -105,7 +105,7 @@ def publish(
     folder: str | Path,  # the destination
     overwrite: bool = False,  # replace what is there
 ) -> None:
-    "Give the finished `.saving` folder its name. An existing destination stays unless `overwrite`, and is deleted only when the new one stands"
+    "Give the finished `.saving` folder its name. An existing destination stays unless `overwrite`, and is deleted only when the new one stands; CheckpointError otherwise"
     folder, saving, old = Path(folder), sibling(folder, "saving"), sibling(folder, "old")
     sync_folder(saving)
     if os.path.lexists(folder):

@@ -23,7 +23,7 @@ VERSION = 1
 def seal(
     body: Mapping[str, Any],  # tensors, files, state
 ) -> str:  # the text of index.json
-    "The index as text: format and version first, and last a CRC-32 over everything before it"
+    "The index as text: format and version first, and last a CRC-32 over everything before it; CheckpointError for a state that JSON cannot hold"
     try:
         text = json.dumps({"format": FORMAT, "version": VERSION, **body}, allow_nan=False)
     except (TypeError, ValueError) as error:

@@ -133,7 +133,7 @@ def to_delete(
     every: int = 0,  # multiples of this stay for good; 0: none
     protect: Iterable[int] = (),  # stay too, e.g. the best
 ) -> list[int]:  # ascending
-    "Steps whose checkpoints are no longer wanted"
+    "Steps whose checkpoints are no longer wanted; ValueError unless at least one stays"
     if last < 1 or every < 0:
         raise ValueError(f"last={last} must be at least 1 and every={every} at least 0")
     ordered = sorted(set(present))
@@ -144,8 +144,8 @@ def to_delete(
 def prune(
     folder: str | Path,  # run/checkpoints
     last: int,  # as in to_delete
-    every: int = 0,
-    protect: Iterable[int] = (),
+    every: int = 0,  # likewise
+    protect: Iterable[int] = (),  # likewise
 ) -> list[int]:  # what was deleted
     "Delete what retention no longer wants, each folder at once or not at all. Snapshots and the step of best.json stay"
     folder, best = Path(folder), read_best(folder)
@@ -161,7 +161,7 @@ def mark_best(
     step: int,  # of a checkpoint in it
     value: float,  # what was measured, e.g. the validation loss
 ) -> None:
-    "Point best.json at a step's checkpoint"
+    "Point best.json at a step's checkpoint; CheckpointError when there is none of that step"
     if step not in {found.step for found in steps(folder)}:
         raise CheckpointError(f"{Path(folder) / str(step)}: no checkpoint of step {step}; save it before calling it the best")
     write_file(Path(folder) / "best.json", json.dumps({"step": step, "value": value}))
@@ -170,7 +170,7 @@ def mark_best(
 def read_best(
     folder: str | Path,  # run/checkpoints
 ) -> dict[str, Any] | None:  # {"step", "value"}, or None
-    "What best.json says"
+    "What best.json says; CheckpointError when it says nothing that can be read"
     path = Path(folder) / "best.json"
     if not path.is_file():
         return None

@@ -109,7 +109,7 @@ class Checkpoint:
         target: Tensor | Chunk,  # filled in place: all of the tensor, or a part
         cast: bool = False,  # allow another element type
     ) -> None:
-        "Fill a tensor, or a piece of one, from whatever chunks hold it; any device"
+        "Fill a tensor, or a piece of one, from whatever chunks hold it; any device. CheckpointError for a name, shape or type that does not fit, and for damage"
         chunk = self.require(name, target, cast)
         region, filled = chunk.region, 0
         for part in self._entry(name)["chunks"] if region.numel else []:

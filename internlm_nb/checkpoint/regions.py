@@ -105,7 +105,7 @@ def pieces(
 
 def overlap(
     a: tuple[tuple[int, ...], tuple[int, ...]],  # (offsets, sizes)
-    b: tuple[tuple[int, ...], tuple[int, ...]],
+    b: tuple[tuple[int, ...], tuple[int, ...]],  # likewise
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:  # (offsets, sizes), or None
     "The box that two boxes share"
     low = tuple(max(p, q) for p, q in zip(a[0], b[0]))
@@ -115,9 +115,9 @@ def overlap(
 
 def transfer(
     source: Tensor,  # holds source_region
-    source_region: Region,
+    source_region: Region,  # where the source stands in the global tensor
     target: Tensor,  # holds target_region; written in place
-    target_region: Region,
+    target_region: Region,  # where the target stands in it
 ) -> int:  # elements copied
     "Copy what two pieces of one global tensor share; copy_ casts and crosses devices"
     if source_region == target_region:

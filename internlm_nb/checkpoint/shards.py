@@ -29,7 +29,7 @@ SAFE_NAMES: dict[torch.dtype, str] = {
 def dtype_name(
     dtype: torch.dtype,  # one of SAFE_NAMES
 ) -> str:
-    "float32 for torch.float32: the word that index.json uses"
+    "float32 for torch.float32: the word that index.json uses; CheckpointError for a type that is not saved"
     if dtype not in SAFE_NAMES:
         raise CheckpointError(f"{dtype} cannot be saved; cast to one of {', '.join(str(d)[6:] for d in SAFE_NAMES)}")
     return str(dtype).removeprefix("torch.")
@@ -38,7 +38,7 @@ def dtype_name(
 def dtype_of(
     name: str,  # as in index.json
 ) -> torch.dtype:
-    "torch.float32 for float32"
+    "torch.float32 for float32; CheckpointError for an unknown name"
     for dtype in SAFE_NAMES:
         if str(dtype) == f"torch.{name}":
             return dtype
@@ -114,7 +114,7 @@ class Shard:
         self,
         key: str,  # as in the header
     ) -> Tensor:
-        "A view of the file: copy what you want to keep"
+        "A view of the file: copy what you want to keep; CheckpointError for a key that the file has not"
         if key not in self.entries:
             raise CheckpointError(f"{self.path}: has no tensor {key!r}; the index and the file do not belong together")
         entry = self.entries[key]

@@ -56,7 +56,7 @@ class Writer:
         name: str,  # of the logical tensor
         tensor: Tensor | Chunk,  # all of it, or the part that this rank holds; may be called several times for one name
     ) -> None:
-        "Take note of something to save; it must not change before write() returns"
+        "Take note of something to save; it must not change before write() returns. CheckpointError for a piece added twice, or unlike its others"
         chunk = as_chunk(tensor)
         entry = {"dtype": dtype_name(chunk.tensor.dtype), "shape": [int(n) for n in chunk.global_shape]}
         if self._globals.setdefault(name, entry) != entry:
@@ -110,7 +110,7 @@ class Writer:
         self,
         state: Mapping[str, Any] | None = None,  # what is no tensor: JSON values
     ) -> Path:  # the checkpoint folder
-        "On rank 0, after all ranks have written: check that nothing is missing or doubled, write the index, name the folder"
+        "On rank 0, after all ranks have written: check that nothing is missing or doubled, write the index, name the folder. CheckpointError when they are, ValueError on another rank"
         if self.rank != 0:
             raise ValueError("rank 0 commits, after a barrier behind every rank's write()")
         with self._undo(), _named(self.saving):
