@@ -126,7 +126,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 # %% ../../nbs/apps/01_prepare.ipynb #4bf93ab0
-def run_build(args: argparse.Namespace) -> int:
+def run_build(
+    args: argparse.Namespace,  # options of the command
+) -> int:  # exit code
     "`build`"
     recipe = Recipe(
         str(Path(args.tokenizer).resolve()), args.format, args.document, args.key, args.encoding, not args.no_bos, not args.no_eos, args.marks, args.template, args.max_length, args.compat
@@ -139,7 +141,9 @@ def run_build(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_verify(args: argparse.Namespace) -> int:
+def run_verify(
+    args: argparse.Namespace,  # options of the command
+) -> int:  # exit code
     "`verify`"
     vocab_size = Tokenizer(args.tokenizer).vocab_size if args.tokenizer else args.vocab_size
     faults = verify(args.folder, vocab_size, args.processes)
@@ -153,7 +157,9 @@ def run_verify(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_corpus(args: argparse.Namespace) -> int:
+def run_corpus(
+    args: argparse.Namespace,  # options of the command
+) -> int:  # exit code
     "`corpus`"
     root = Path(args.dst)
     splits = {split: corpus(split) for split in ("train", "valid")}

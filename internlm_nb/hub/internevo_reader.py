@@ -62,7 +62,7 @@ def family_of(
     facts: Facts,  # of a shard
     where: Path,  # the file
 ) -> Family:
-    "The family whose names these are"
+    "The family whose names these are; CheckpointError where they are of none"
     marks: dict[str, Family] = {r"blocks\.\d+\.mixer\.Wqkv\.weight": "internlm", r"layers\.\d+\.attention\.wqkv\.weight": "internlm2", r"layers\.\d+\.attention\.wq\.weight": "llama"}
     for pattern, family in marks.items():
         if any(re.fullmatch(pattern, name) for name in facts):

@@ -124,7 +124,7 @@ def init_run(
     model: nn.Module,  # Filled in place
     optimizer: Optimizer,  # Its masters are filled in place
 ) -> None:
-    "Weights only: the run starts at step 0 with fresh moments. Sequence length and rope may differ, shapes may not"
+    "Weights only: the run starts at step 0 with fresh moments. Sequence length and rope may differ, shapes may not. Raises CheckpointError naming the tensors that are missing, too many or of a wrong shape"
     _refuse_unknown(checkpoint, model)
     weights = _weights(checkpoint, model, optimizer)
     missing = [n for n in weights if n not in checkpoint]

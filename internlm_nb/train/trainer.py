@@ -166,7 +166,11 @@ class Trainer:
         self,
         steps: int | None = None,  # Make this many steps and return; None: to the end of the run
     ) -> Stopped:
-        "Train until the end, an interruption, the time limit or the stop file; saved when it returns (but for PAUSED)"
+        """Train until the end, an interruption, the time limit or the stop file; saved when it returns (but for PAUSED).
+
+        Raises RuntimeError when the last step was cut off in the middle, FloatingPointError after too many bad steps in a row, CheckpointError when another process is in the folder;
+        what reading the data raises is passed on, after a save.
+        """
         run, end = self.run, self.run.train.steps if steps is None else min(self.run.train.steps, self.state.step + steps)
         if self.done:
             self.say(f"{self.run_dir} is complete: {self.state.step} of {run.train.steps} steps are made. For more, raise --train.steps")
