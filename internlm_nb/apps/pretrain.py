@@ -114,5 +114,5 @@ def main(
     except UsageError as e:
         _leave(str(e), 2)
     except KeyboardInterrupt:
-        _leave("stopped at once; the same command goes on from the newest checkpoint, if there is one", 130)
+        _leave("stopped at once; the same command begins again, from the newest checkpoint where there is one", 130)
     return trainer

@@ -101,7 +101,8 @@ def read_documents(
             text = record.get(key)
             if not isinstance(text, str):
                 where = "" if line else f"record {number} (from 0): "
-                raise TextError(path, line, f"{where}no text under the key {key!r} (its keys: {', '.join(map(str, record))})")
+                hint = "; these look like Alpaca records: add --format alpaca" if {"instruction", "output"} <= record.keys() else ""
+                raise TextError(path, line, f"{where}no text under the key {key!r} (its keys: {', '.join(map(str, record))}){hint}")
             if text.strip():
                 yield text
     elif document == "line":

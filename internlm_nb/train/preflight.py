@@ -70,9 +70,11 @@ def check_data(
         if not Path(run.data.valid_folder).exists():
             raise ValueError(f"--data.valid-folder: there is no {run.data.valid_folder}")
         say(f"{run.data.valid_folder} is not used: --train.valid-every is 0")
+    if run.data.seq_len > run.model.max_position_embeddings and run.model.rope_scaling == "none":
+        say(f"sequences of {run.data.seq_len} are longer than --model.max-position-embeddings {run.model.max_position_embeddings}: raise it, or choose --model.rope-scaling")
     for stream in [*loader.streams, *([validation.stream] if validation else [])]:
         if isinstance(stream, ShuffledPacks):
             count = len(stream.documents)
-            for i in sorted({k * count // LOOK for k in range(LOOK)}):
+            for i in sorted({*(k * count // LOOK for k in range(LOOK)), count - 1}):  # the last shows most cheaply that a file and its index disagree
                 stream.documents[i]
     loader.batch(0)

@@ -158,8 +158,9 @@ def check_resume(
         found = _judge_data(found, old, run, saved["data"], list(data))
     if any(c.breaks for c in found):
         listed = "\n  ".join(str(c) for c in found if c.breaks)
+        harmless = ", ".join(str(c) for c in found if not c.breaks)
         raise ValueError(
-            f"cannot resume from {checkpoint.folder}: with these changes it would be another run\n  {listed}\n"
+            f"cannot resume from {checkpoint.folder}: with these changes it would be another run\n  {listed}\n{f'(allowed: {harmless})' + chr(10) if harmless else ''}"
             f"Leave them as they were, or start a new run from these weights with --checkpoint.init {checkpoint.folder} and another --run-dir"
         )
     return found

@@ -28,7 +28,7 @@ from ..model.flops import step_flops
 from .config import RunConfig
 from .folder import CHECKPOINTS, held, put_aside, record_start
 from .metrics import StepRecord, Throughput, TypeMeter, flop_rates, peak_tflops
-from .monitor import progress_bar
+from .monitor import LivePlot, in_notebook, progress_bar
 from .optim import Optimizer
 from .parallelize import build_model, choose_device
 from .plots import save_plots
@@ -36,7 +36,7 @@ from .precision import PRECISIONS, LossScale, matmul_precision
 from .preflight import check_data, check_memory, memory_needed
 from .profile import StepProfiler
 from .schedules import acts
-from .sinks import VALIDATION_FILE, JsonlSink, Sink, Sinks, open_sinks
+from .sinks import VALIDATION_FILE, ConsoleSink, JsonlSink, Sink, Sinks, open_sinks, read_metrics
 from .state import TrainState, check_resume, data_facts, init_run, load_run, save_run
 from .step import Batch, StepClock, evaluate, train_step
 from .stopping import Stopped, StopRequest, signals_ask
@@ -82,6 +82,7 @@ class Trainer:
         self.request = StopRequest()
         self.save_s = self.valid_s = 0.0  # how long the last save and validation took, to stop in time
         self.first_call = True
+        self.told: set[str] = set()  # remarks that are made once
         self.whole = True  # False inside a step: one that was cut off there must not be built upon
         self._summary()
 
@@ -132,11 +133,17 @@ class Trainer:
 
     def _open_sinks(self, more: Iterable[Sink]) -> Sinks:
         "metrics.jsonl always, what the run names, and the caller's own; TensorBoard is left out, with a word, where it is not installed"
-        names = [s for s in self.run.log.sinks if s != "jsonl"]
+        run, more = self.run, list(more)
+        own = JsonlSink(self.run_dir, self.state.step)
+        names = [s for s in run.log.sinks if s != "jsonl"]
+        if in_notebook() and run.log.progress and "console" in names:  # a plot that grows in the cell, instead of a line a step
+            names.remove("console")
+            if not any(isinstance(sink, LivePlot) for sink in more):
+                more = [*more, LivePlot(run.train.steps, records=read_metrics(self.run_dir) if self.state.step else ())]
         if "tensorboard" in names and importlib.util.find_spec("tensorboard") is None:
             names.remove("tensorboard")
             self.say("no TensorBoard files: pip install 'internlm_nb[tensorboard]' to get them")
-        return open_sinks(names, self.run_dir, self.state.step, more=[JsonlSink(self.run_dir, self.state.step), *more])
+        return open_sinks(names, self.run_dir, self.state.step, more=[own, *more])
 
     def _summary(self) -> None:
         "What was derived from the configuration, said once"
@@ -152,7 +159,7 @@ class Trainer:
             f"folder: {self.run_dir}",
         ]
         self.sinks.text("run", "\n".join(lines), self.state.step)
-        if "console" not in run.log.sinks and self.run.log.progress:
+        if run.log.progress and not any(isinstance(sink, ConsoleSink) for sink in self.sinks.sinks):
             self.say("\n".join(lines))
 
     # ---- the loop
@@ -249,13 +256,14 @@ class Trainer:
         "Validate, save and draw when it is time; say whether to stop"
         run, step = self.run, self.state.step
         if 0 < run.train.max_bad_steps <= self.state.bad_in_a_row:
+            kept = steps(self.checkpoints)
             raise FloatingPointError(
                 f"the gradient was not finite for {self.state.bad_in_a_row} steps in a row, up to step {step}. The weights are those of step {step - self.state.bad_in_a_row}. "
-                f"Look at the data of these steps, lower --optim.lr, or leave batches out with --data.skip-batches; the newest checkpoint is in {self.checkpoints}"
+                f"Look at the data of these steps, lower --optim.lr, or leave batches out with --data.skip-batches; {f'the newest checkpoint is {kept[-1].path}' if kept else 'no checkpoint was saved before'}"
             )
         if self.validation and run.train.valid_every and (step % run.train.valid_every == 0 or step == run.train.steps):
             self._validate()
-        stop = read_stop(run.checkpoint.stop_file or self.run_dir / "stop", step, say=self.say)
+        stop = read_stop(run.checkpoint.stop_file or self.run_dir / "stop", step, say=self._once)
         c = run.checkpoint
         reason = None
         if self.done:
@@ -275,6 +283,12 @@ class Trainer:
         if run.log.plots_every and step % run.log.plots_every == 0:
             save_plots(self.run_dir)
         return reason
+
+    def _once(self, line: str) -> None:
+        "Say something that would otherwise be said at every step"
+        if line not in self.told:
+            self.told.add(line)
+            self.say(line)
 
     def _time_is_up(self) -> bool:
         "Would another step and a save go beyond the limit?"
