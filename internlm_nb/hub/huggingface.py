@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 
 from ..checkpoint.durable import CheckpointError, publish, remove_tree, sibling, write_file
 from ..checkpoint.logical import gather_state
-from ..checkpoint.reader import Checkpoint
-from ..checkpoint.regions import Chunk, as_chunk, transfer, whole
+from ..checkpoint.reader import Checkpoint, check_fit
+from ..checkpoint.regions import Chunk, transfer, whole
 from ..data.tokenizer import Tokenizer
 from .hf_config import load_config, write_config
 from .hf_files import Spec, WeightFolder, write_sharded
@@ -131,12 +131,7 @@ class HFCheckpoint:
         cast: bool = False,  # another element type will do
     ) -> Chunk:  # the target as a chunk
         "CheckpointError unless the tensor is there with the target's global shape and type; reads nothing"
-        chunk = as_chunk(target)
-        if self.shape(name) != tuple(chunk.global_shape):
-            raise CheckpointError(f"{name}: has shape {self.shape(name)} in {self.folder}, and {tuple(chunk.global_shape)} is asked for; the model's configuration differs")
-        if self._dtype != chunk.tensor.dtype and not cast:
-            raise CheckpointError(f"{name}: is {self._dtype} in {self.folder}, and {chunk.tensor.dtype} is asked for; pass cast=True to convert")
-        return chunk
+        return check_fit(name, self.shape(name), self.dtype(name), target, cast, self.folder)
 
     def read_into(
         self,

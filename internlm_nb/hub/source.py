@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..checkpoint.durable import CheckpointError
 from ..checkpoint.keep import resolve
-from ..checkpoint.reader import Checkpoint
-from ..checkpoint.regions import Chunk, as_chunk, transfer, whole
+from ..checkpoint.reader import Checkpoint, check_fit
+from ..checkpoint.regions import Chunk, transfer, whole
 from .huggingface import HFCheckpoint
 from .internevo_reader import InternEvoFolder
 from .native import native_config
@@ -103,12 +103,7 @@ class Weights:
         cast: bool = False,  # another element type will do
     ) -> Chunk:  # the target as a chunk
         "CheckpointError unless the tensor is there with the target's global shape and type; reads nothing"
-        chunk = as_chunk(target)
-        if self.shape(name) != tuple(chunk.global_shape):
-            raise CheckpointError(f"{name}: has shape {self.shape(name)} in {self.folder}, and {tuple(chunk.global_shape)} is asked for; the model's configuration differs")
-        if self.dtype(name) != chunk.tensor.dtype and not cast:
-            raise CheckpointError(f"{name}: is {self.dtype(name)} in {self.folder}, and {chunk.tensor.dtype} is asked for; pass cast=True to convert")
-        return chunk
+        return check_fit(name, self.shape(name), self.dtype(name), target, cast, self.folder)
 
     def read_into(
         self,
