@@ -25,6 +25,7 @@ from internlm_nb.data.tokenline import TokenFileError
 from internlm_nb.train.precision import LossScaleConfig
 from internlm_nb.train.schedules import ScheduleConfig
 from internlm_nb.train.sinks import Sink
+from internlm_nb.train.stopping import TOGETHER_S
 from internlm_nb.train.trainer import Stopped
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -243,7 +244,9 @@ def test_second_interrupt_stops_at_once(tmp_path):
 
     def twice(g):
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # at once again: the same request, so the step goes on
+        time.sleep(TOGETHER_S + 0.1)
+        os.kill(os.getpid(), signal.SIGINT)  # somebody means it
         return g
 
     handle = t.model.head.weight.register_hook(twice)
