@@ -1,6 +1,7 @@
 "One thread a test process: two workers share two cores, and forked ranks must not inherit an OpenMP pool"
 
 import os
+import threading
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -8,8 +9,13 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 import torch
+from tqdm import tqdm
 
 torch.set_num_threads(1)
+
+# tqdm shares its lock with forked children. A child that a test kills while it holds the lock would lock its parent for ever: give each process a lock of its own, and no monitor thread that could hold it during a fork.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0
 
 
 @pytest.fixture
