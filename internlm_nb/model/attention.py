@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .decode import decode_attention
 from .layers import apply_rope, linear, wide_dtype
 from .segments import KVCache, Positions, Segments
 
@@ -236,6 +237,9 @@ class Attention(nn.Module):
         "Project, rotate, attend, project back"
         q, k, v = split_heads(self.wqkv(x), self.group, self.head_dim)
         q, k = (apply_rope(t, positions.cos, positions.sin, self.interleaved) for t in (q, k))
+        if cache is not None and positions.step is not None and self.backend in ("auto", "sdpa") and self.attend is attention:
+            out = decode_attention(q, *cache.put(self.layer, k.unsqueeze(1), v.unsqueeze(1)), positions.step.mask)
+            return self.wo(out.flatten(1))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v, positions.segments)
         out = self.attend(q, k, v, positions.segments, backend=self.backend, key_segments=positions.key_segments)
