@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ModelConfig
+from .decode import Linear
 
 # %% ../../nbs/model/02_layers.ipynb #426b0ac2
 def wide_dtype(
@@ -62,7 +63,7 @@ def linear(
     dtype: torch.dtype | None = None,
 ) -> nn.Linear:  # its parameters are not initialised
     "An `nn.Linear` whose parameters are left uninitialised"
-    made = nn.Linear(in_features, out_features, bias=bias, device="meta", dtype=dtype)  # on meta nothing is drawn
+    made = Linear(in_features, out_features, bias=bias, device="meta", dtype=dtype)  # on meta nothing is drawn
     for name, p in list(made.named_parameters()):  # replaced one by one, which also works under fake tensors
         setattr(made, name, nn.Parameter(torch.empty(p.shape, device=device or torch.get_default_device(), dtype=p.dtype)))
     return made

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from .attention import Attention
 from .config import ModelConfig
+from .decode import thin_linear
 from .init import init_weights
 from .layers import FeedForward, RMSNorm, wide_dtype
 from .loss import LossOutput, linear_cross_entropy
@@ -122,7 +123,7 @@ class Head(nn.Module):
         if self.norm_head:
             weight = F.normalize(weight.to(wide_dtype(weight.dtype)), dim=1).to(weight.dtype)
         x = self.norm(x)
-        return F.linear(x, weight) if labels is None else linear_cross_entropy(x, weight, labels, self.label_smoothing, self.chunk)
+        return thin_linear(x, weight) if labels is None else linear_cross_entropy(x, weight, labels, self.label_smoothing, self.chunk)
 
 # %% ../../nbs/model/07_transformer.ipynb #4664b0de
 def check_ids(
