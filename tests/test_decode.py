@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_model_transformers import CASES, ours
 
@@ -20,6 +20,11 @@ ACTIONS = st.one_of(
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(first=st.lists(st.integers(0, 5), min_size=1, max_size=4).filter(any), actions=st.lists(ACTIONS, max_size=12))
+@example(first=[5, 3], actions=[("select", [1, 1]), ("step",), ("step",), ("select", [1, 0]), ("step",)])
+@example(
+    first=[2, 4, 1],
+    actions=[("step",), ("select", [0, 0, 2]), ("step",), ("select", [1, 2, 0]), ("step",), ("select", [2, 0, 0, 1]), ("step",), ("select", [3, 3])],
+)
 def test_a_cache_is_lists_of_sequences(first, actions):
     "Steps in place, passes of any lengths and selections of rows, in any order and in two layers"
     counter = iter(range(1, 10_000))

@@ -65,16 +65,17 @@ def put(
 def take_rows(
     buffer: Tensor,  # (sequences, kv_heads, columns, head_dim)
     rows: Sequence[int],  # to keep, in their new order; a row may be repeated
+    begin: int,  # first column in which a row and the one that takes its place differ
     end: int,  # columns in use
 ) -> Tensor:  # (rows, kv_heads, columns, head_dim), the same memory unless there are more rows than before
     "Keep some rows; those that stay in their place are not touched"
     device, count = buffer.device, len(rows)
     if count > buffer.shape[0]:
-        return buffer[torch.tensor(rows, device=device)]
+        return buffer[torch.tensor(rows).to(device, non_blocking=True)]
     moved = [(i, r) for i, r in enumerate(rows) if i != r]
     if moved:
         to, source = torch.tensor(list(zip(*moved))).to(device, non_blocking=True)
-        buffer[to, :, :end] = buffer[source, :, :end]  # the right side is copied first, so rows may change places
+        buffer[to, :, begin:end] = buffer[source, :, begin:end]  # the right side is copied first, so rows may change places
     return buffer[:count]
 
 # %% ../../nbs/model/12_decode.ipynb #6cd6caef

@@ -99,6 +99,7 @@ class KVCache:
     entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> keys and values (cached tokens, kv_heads, head_dim)
     room: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # layer -> buffers (sequences, kv_heads, columns, head_dim) in its stead
     begin: int = 0  # first column of the buffers that a sequence may use
+    alike: list[list[int]] | None = field(default=None, repr=False)  # for two sequences: the column up to which they are copies of one; None: none is
 
     @classmethod
     def empty(
@@ -163,6 +164,7 @@ class KVCache:
         old_k, old_v = self.packed(layer)
         self.entries[layer] = self.append(old_k, k, new), self.append(old_v, v, new)
         self.room.pop(layer, None)
+        self.alike = None  # columns may mean something else from here on
         return self.entries[layer]
 
     def select(
@@ -173,12 +175,14 @@ class KVCache:
         offsets, end = list(itertools.accumulate(self.lengths, initial=0)), self.end
         pick = lambda x: torch.cat([x[:0], *(x[offsets[r] : offsets[r + 1]] for r in rows)])  # noqa: E731
         self.entries = {layer: (pick(k), pick(v)) for layer, (k, v) in self.entries.items()}
-        self.room = {layer: (take_rows(k, rows, end), take_rows(v, rows, end)) for layer, (k, v) in self.room.items()}
+        alike = self.alike or [[self.begin] * len(self.lengths) for _ in self.lengths]
+        differ = min((alike[i][r] for i, r in enumerate(rows[: len(alike)]) if i != r), default=end)
+        self.room = {layer: (take_rows(k, rows, differ, end), take_rows(v, rows, differ, end)) for layer, (k, v) in self.room.items()}
+        self.alike = [[end if a == b else alike[a][b] for b in rows] for a in rows]
         self.input_ids = None if self.input_ids is None else pick(self.input_ids)
         self.indexes = None if self.indexes is None else pick(self.indexes)
         self.lengths = tuple(self.lengths[r] for r in rows)
-        if self.room:
-            self.begin = end - max(self.lengths, default=0)
+        self.begin = end - max(self.lengths, default=0)
 
 # %% ../../nbs/model/03_segments.ipynb #dc3b3f31
 @dataclass(frozen=True, eq=False)
