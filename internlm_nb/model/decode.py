@@ -138,6 +138,6 @@ def thin_linear(
 class Linear(nn.Linear):
     "`nn.Linear` that is fast for a few tokens too"
 
-    def forward(self, x: Tensor) -> Tensor:  # (tokens, in) -> (tokens, out)
-        "x times the weight, plus the bias"
-        return thin_linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:  # (tokens, in) -> (tokens, out)
+        "The input times the weight, plus the bias"
+        return thin_linear(input, self.weight, self.bias)
