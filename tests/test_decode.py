@@ -59,7 +59,7 @@ def test_a_cache_is_lists_of_sequences(first, actions):
                 lists = [lists[r] for r in rows]
             for layer in (0, 1):
                 k, v = cache.packed(layer)
-                assert k is not None and k.flatten().tolist() == [t for x in lists for t in x] and torch.equal(k, -v)
+                assert k is not None and v is not None and k.flatten().tolist() == [t for x in lists for t in x] and torch.equal(k, -v)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -77,7 +77,8 @@ def test_decode_attention_equals_the_reference(lengths, group, dtype):
     want = reference_attention(q, k, v, Segments.from_lengths([1] * len(ends)), Segments.from_lengths(ends), True, 0.25)
     aligned = [align(x, ends, max(ends), max(ends) + 3) for x in (k, v)]
     assert all(torch.equal(unalign(a, ends, max(ends)), x) for a, x in zip(aligned, (k, v)))
-    got = decode_attention(q, *(a[:, :, : max(ends)] for a in aligned), Step.of(lengths).mask)
+    seen_k, seen_v = (a[:, :, : max(ends)] for a in aligned)
+    got = decode_attention(q, seen_k, seen_v, Step.of(lengths).mask)
     assert got.dtype == dtype and (got - want).abs().max() <= {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype] * want.abs().max()
 
 
