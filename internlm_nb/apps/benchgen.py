@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class Task:
     def config(self) -> ModelConfig:
         "Architecture of the random model, with room for prompt and answer"
         assert self.shape is not None
-        return Shape(**asdict(self.shape) | dict(seq=max(self.prompts) + self.new_tokens)).config()
+        return replace(self.shape, seq=max(self.prompts) + self.new_tokens).config()
 
     def ids(self, vocab: int) -> list[list[int]]:
         "Seeded random prompts"
@@ -125,12 +125,14 @@ class TransformersWriter(Writer):
         warnings.filterwarnings("ignore")
         if len(set(task.prompts)) > 1:
             raise ValueError("unequal prompts are for ours alone: padded prompts are another piece of work")
+        model: Any
         if task.folder:
             model = AutoModelForCausalLM.from_pretrained(task.folder, dtype=self.dtype, attn_implementation="sdpa")
         else:
-            model = LlamaForCausalLM(LlamaConfig(**write_config(task.config(), "llama"), attn_implementation="sdpa"))
+            words: dict[str, Any] = write_config(task.config(), "llama") | dict(attn_implementation="sdpa")
+            model = LlamaForCausalLM(LlamaConfig(**words))
             model.load_state_dict(llama_weights(task.config(), task.seed))
-        self.model: Any = model.to(self.device, self.dtype).eval()
+        self.model = model.to(self.device, self.dtype).eval()
 
     def write(self) -> list[float]:
         ids = torch.tensor(self.task.ids(self.model.config.vocab_size), device=self.device)

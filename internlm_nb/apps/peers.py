@@ -9,6 +9,7 @@ __all__ = ['Style', 'BUILDERS', 'Shape', 'shapes', 'Case', 'make_pack', 'mixed_l
 # %% ../../nbs/apps/09_peers.ipynb #f4dc512f
 import contextlib
 import importlib.util
+import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from .measure import peak_bytes, product_tflops, reset_peak
 from ..data.packing import Pack, pack
 from ..hub.hf_config import write_config
 from ..hub.keys import entries
-from ..model.config import ModelConfig, num_params
+from ..model.config import ModelConfig
 from ..model.init import init_weights
 from ..model.loss import LossOutput
 from ..model.transformer import Transformer
@@ -193,7 +194,7 @@ class Contender:
             self.step()
             mark.record()
         torch.cuda.synchronize(self.device)
-        return [a.elapsed_time(b) / 1e3 for a, b in zip(marks, marks[1:])]
+        return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)]
 
     def warm_up(
         self,
@@ -305,8 +306,8 @@ class TransformersPeer(Peer):
     def build(self, weights: dict[str, Tensor]) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        words = write_config(self.case.config, "llama") | dict(use_cache=False)
-        model = LlamaForCausalLM(LlamaConfig(**words, attn_implementation="sdpa"))
+        words: dict[str, Any] = write_config(self.case.config, "llama") | dict(use_cache=False, attn_implementation="sdpa")
+        model = LlamaForCausalLM(LlamaConfig(**words))
         model.load_state_dict(weights)
         return model
 
@@ -333,7 +334,7 @@ class LitgptPeer(Peer):
         if self.case.lengths:
             raise ValueError("litgpt's training has no mask between packed documents: leave it out of this contest")
         cfg, self.cross_entropy = self.case.config, chunked_cross_entropy
-        words = dict(
+        words: dict[str, Any] = dict(
             name="bench", block_size=cfg.max_position_embeddings, vocab_size=cfg.vocab_size, padded_vocab_size=cfg.vocab_size, n_layer=cfg.num_layers,
             n_head=cfg.num_heads, n_query_groups=cfg.num_kv_heads, n_embd=cfg.hidden_size, intermediate_size=cfg.ffn_size, rotary_percentage=1.0,
             parallel_residual=False, bias=False, norm_class_name="RMSNorm", norm_eps=cfg.norm_eps, mlp_class_name="LLaMAMLP", rope_base=int(cfg.rope_base),
