@@ -39,6 +39,7 @@ setup(
         "gpu": split(cfg["gpu_requirements"]),
         "hf": split(cfg["hf_requirements"]),
         "tensorboard": split(cfg["tensorboard_requirements"]),
+        "bench": split(cfg["bench_requirements"]),
     },
     entry_points={"console_scripts": split(cfg["console_scripts"]), "nbdev": ["internlm_nb=internlm_nb._modidx:d"]},
 )
