@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLASH_INSTALLED', 'BACKENDS', 'causal_mask', 'reference_attention', 'one_shape', 'sdpa_attention', 'flash_attention',
-           'torch_varlen', 'varlen_attention', 'why_not', 'choose_backend', 'describe_backend', 'attention',
-           'split_heads', 'Attention']
+           'torch_varlen', 'varlen_attention', 'cudnn_attention', 'why_not', 'why_pass', 'choose_backend',
+           'describe_backend', 'attention', 'split_heads', 'Attention']
 
 # %% ../../nbs/model/04_attention.ipynb #390196c5
 import functools
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .chunked import chunked_attention
 from .config import ModelConfig
 from .decode import decode_attention
 from .layers import apply_rope, linear, wide_dtype
@@ -114,12 +115,22 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: S
     return kernel(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen, **options)
 
 
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
+    "`sdpa_attention` with NVIDIA's cuDNN as its kernel, for packs of equally long documents; arguments as `reference_attention`"
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return sdpa_attention(q, k, v, queries, keys, causal, scale)
+
+
 FLASH_INSTALLED = importlib.util.find_spec("flash_attn") is not None  # a fact of the installation
 
 # %% ../../nbs/model/04_attention.ipynb #bab3097a
 BACKENDS: dict[str, Callable[..., Tensor]] = {
     "flash": flash_attention,
     "varlen": varlen_attention,
+    "cudnn": cudnn_attention,
+    "chunked": chunked_attention,
     "sdpa": sdpa_attention,
     "reference": reference_attention,
 }
@@ -139,6 +150,8 @@ def why_not(
         return None
     if backend == "flash" and not FLASH_INSTALLED:
         return "the flash_attn package is not installed"
+    if backend == "chunked":
+        return None if device.type == "cpu" else f"it is made for the CPU, not {device.type}"
     if device.type != "cuda":
         return f"it needs a CUDA device, not {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -149,16 +162,33 @@ def why_not(
         return "it needs compute capability 8.0 (Ampere) or newer"
     if backend == "varlen" and not torch.backends.cuda.is_flash_attention_available():
         return "this build of PyTorch has no flash attention"
+    if backend == "cudnn" and not torch.backends.cudnn.is_available():
+        return "this build of PyTorch has no cuDNN"
     return None
+
+
+def why_pass(
+    backend: str,  # one of `BACKENDS`
+    device: torch.device | str,  # of queries, keys and values
+    dtype: torch.dtype,  # their type
+    head_dim: int,  # their last dimension
+) -> str | None:  # None: `auto` would take it
+    "The reason why `auto` passes a backend over: it cannot run, or another is faster"
+    if backend == "chunked" and dtype != torch.bfloat16:
+        return "PyTorch's kernel was measured faster but in bfloat16"
+    if backend == "cudnn":
+        return "it takes documents of one length at a time: name it where they are equally long"
+    return why_not(backend, device, dtype, head_dim)
 
 
 def choose_backend(
     device: torch.device | str,  # of queries, keys and values
     dtype: torch.dtype,  # their type
     head_dim: int,  # their last dimension
+    training: bool = True,  # whether a gradient is wanted, of causal attention among the tokens of one pass
 ) -> str:  # name of a backend
     "The fastest backend that can run"
-    return next(name for name in BACKENDS if why_not(name, device, dtype, head_dim) is None)
+    return next(name for name in BACKENDS if why_pass(name, device, dtype, head_dim) is None and (training or name != "chunked"))
 
 
 def describe_backend(
@@ -169,8 +199,9 @@ def describe_backend(
     "Which backend `auto` takes, and why none of the faster ones"
     chosen = choose_backend(device, dtype, head_dim)
     passed = itertools.takewhile(lambda name: name != chosen, BACKENDS)
-    reasons = "; ".join(f"not {name}: {why_not(name, device, dtype, head_dim)}" for name in passed)
-    return f"attention backend {chosen}" + (f" ({reasons})" if reasons else "")
+    reasons = "; ".join(f"not {name}: {why_pass(name, device, dtype, head_dim)}" for name in passed)
+    without = "" if (other := choose_backend(device, dtype, head_dim, training=False)) == chosen else f" in training, {other} without gradients"
+    return f"attention backend {chosen}{without}" + (f" ({reasons})" if reasons else "")
 
 # %% ../../nbs/model/04_attention.ipynb #0c724ad8
 def attention(
@@ -194,7 +225,8 @@ def attention(
         raise ValueError(f"{k.shape[1]} key heads do not divide {q.shape[1]} query heads")
     if keys is not segments and (len(keys.lengths) != len(segments.lengths) or any(nk < nq for nq, nk in zip(segments.lengths, keys.lengths))):
         raise ValueError(f"key_segments {keys.lengths} do not cover the queries' {segments.lengths}: each sequence needs at least as many keys as queries")
-    name = choose_backend(q.device, q.dtype, q.shape[-1]) if backend == "auto" else backend
+    training = q.requires_grad and torch.is_grad_enabled() and causal and keys is segments
+    name = choose_backend(q.device, q.dtype, q.shape[-1], training) if backend == "auto" else backend
     if backend != "auto" and (reason := why_not(name, q.device, q.dtype, q.shape[-1])):
         raise RuntimeError(f"attention backend {name!r} cannot run here: {reason}; use backend='auto'")
     return BACKENDS[name](q, k, v, segments, keys, causal, q.shape[-1] ** -0.5 if scale is None else scale)
@@ -206,8 +238,8 @@ def split_heads(
     head_dim: int,  # width of a head
 ) -> tuple[Tensor, Tensor, Tensor]:  # q (tokens, groups * group, head_dim), k and v (tokens, groups, head_dim)
     "Take a fused projection apart"
-    grouped = qkv.unflatten(-1, (-1, group + 2, head_dim))
-    return grouped[:, :, :group].flatten(1, 2), grouped[:, :, group], grouped[:, :, group + 1]
+    q, k, v = qkv.unflatten(-1, (-1, group + 2, head_dim)).split([group, 1, 1], 2)  # split, not slices: their gradients are joined by one cat
+    return q.flatten(1, 2), k.squeeze(2), v.squeeze(2)
 
 
 class Attention(nn.Module):
@@ -235,8 +267,9 @@ class Attention(nn.Module):
         cache: KVCache | None = None,  # earlier keys and values; it takes up the new ones
     ) -> Tensor:  # (tokens, hidden)
         "Project, rotate, attend, project back"
-        q, k, v = split_heads(self.wqkv(x), self.group, self.head_dim)
-        q, k = (apply_rope(t, positions.cos, positions.sin, self.interleaved) for t in (q, k))
+        turning, v = self.wqkv(x).unflatten(-1, (-1, self.group + 2, self.head_dim)).split([self.group + 1, 1], 2)
+        q, k = apply_rope(turning, positions.cos, positions.sin, self.interleaved).split([self.group, 1], 2)  # turned together: one pass
+        q, k, v = q.flatten(1, 2), k.squeeze(2), v.squeeze(2)  # (tokens, heads, head_dim)
         if cache is not None and positions.step is not None and self.backend in ("auto", "sdpa") and self.attend is attention:
             out = decode_attention(q, *cache.put(self.layer, k.unsqueeze(1), v.unsqueeze(1)), positions.step.mask)
             return self.wo(out.flatten(1))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .decode import Linear
-from .nodes import RMSNormNode, RopeNode, by_hand, wide_dtype
+from .nodes import RMSNormNode, RopeNode, by_hand, over_heads, wide_dtype
 
 # %% ../../nbs/model/02_layers.ipynb #426b0ac2
 def rms_norm(
@@ -88,18 +88,18 @@ class FeedForward(nn.Module):
 
 # %% ../../nbs/model/02_layers.ipynb #5f9056e0
 def apply_rope(
-    x: Tensor,  # (tokens, heads, head_dim), queries or keys
+    x: Tensor,  # (tokens, ..., head_dim), queries, keys, or both
     cos: Tensor,  # (tokens, head_dim / 2), float32 or float64
     sin: Tensor,  # (tokens, head_dim / 2)
     interleaved: bool = False,  # pairs are (2i, 2i+1) rather than (i, i + head_dim/2)
-) -> Tensor:  # (tokens, heads, head_dim), in x's dtype, pairs half-split
+) -> Tensor:  # (tokens, ..., head_dim), in x's dtype, pairs half-split
     "Turn each pair of channels by its token's angle; when training on a CPU as one node"
     if by_hand(x) and x.requires_grad:
         turned = RopeNode.apply(x, cos, sin, interleaved)
         assert isinstance(turned, Tensor)
         return turned
     a, b = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    cos, sin = over_heads(cos, x), over_heads(sin, x)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 # %% ../../nbs/model/02_layers.ipynb #20b86848
