@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FLASH_INSTALLED', 'BACKENDS', 'causal_mask', 'reference_attention', 'one_shape', 'sdpa_attention', 'flash_attention',
-           'torch_varlen', 'varlen_attention', 'cudnn_attention', 'why_not', 'why_pass', 'choose_backend',
-           'describe_backend', 'attention', 'split_heads', 'Attention']
+           'torch_varlen', 'varlen_attention', 'cudnn_attention', 'chunked_attention', 'why_not', 'why_pass',
+           'choose_backend', 'describe_backend', 'attention', 'split_heads', 'Attention']
 
 # %% ../../nbs/model/04_attention.ipynb #390196c5
 import functools
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .chunked import chunked_attention
+from .chunked import attend_by_chunks
 from .config import ModelConfig
 from .decode import decode_attention
 from .layers import apply_rope, linear, wide_dtype
@@ -124,6 +124,13 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Se
 
 
 FLASH_INSTALLED = importlib.util.find_spec("flash_attn") is not None  # a fact of the installation
+
+# %% ../../nbs/model/04_attention.ipynb #99251362
+def chunked_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
+    "Batched products over rows of documents; with a cache or without causality PyTorch's kernel. Arguments as `reference_attention`"
+    if keys is not queries or not causal:
+        return sdpa_attention(q, k, v, queries, keys, causal, scale)
+    return attend_by_chunks(q, k, v, queries.lengths, scale)
 
 # %% ../../nbs/model/04_attention.ipynb #bab3097a
 BACKENDS: dict[str, Callable[..., Tensor]] = {

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHUNK', 'Group', 'lay_out', 'Rows', 'own_mask', 'heads_first', 'tokens_first', 'probabilities', 'ChunkedAttention',
-           'chunks', 'grads_of_group', 'chunked_attention']
+           'chunks', 'grads_of_group', 'attend_by_chunks']
 
 # %% ../../nbs/model/14_chunked.ipynb #0597b520
 import itertools
@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .nodes import wide_dtype
-from .segments import Segments
 
 # %% ../../nbs/model/14_chunked.ipynb #d2684357
 CHUNK = 128  # queries computed together; measured best of 64, 128 and 256 for documents up to 2048 tokens
@@ -84,11 +83,13 @@ class Rows:
         masks = [own_mask(group, min(chunk, group.length), share, dtype) for group in groups]
         if cells == list(range(len(cells))):
             return cls(groups, None, None, None, masks)
-        index = torch.tensor(cells)
-        filled = index >= 0
-        place = torch.empty(sum(lengths), dtype=torch.int64)
-        place[index[filled]] = filled.nonzero().squeeze(1)
-        return cls(groups, index.clamp(min=0), None if bool(filled.all()) else filled[:, None, None], place, masks)
+        filled = [token >= 0 for token in cells]
+        place = [0] * sum(lengths)
+        for cell, token in enumerate(cells):
+            if token >= 0:
+                place[token] = cell
+        gather = torch.tensor([max(token, 0) for token in cells])
+        return cls(groups, gather, None if all(filled) else torch.tensor(filled)[:, None, None], torch.tensor(place), masks)
 
     def enter(
         self,
@@ -181,7 +182,8 @@ class ChunkedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = [ctx.saved_tensors[i : i + 3] for i in range(0, len(ctx.saved_tensors), 3)]
+        kept = ctx.saved_tensors  # asked for once: under recomputation each is given once
+        saved = [kept[i : i + 3] for i in range(0, len(kept), 3)]
         parts: tuple[list[Tensor], ...] = ([], [], [])
         for group, mask, grad, (q, k, v) in zip(ctx.rows.groups, ctx.rows.masks, ctx.rows.enter(grads[0], blank=True).split(ctx.cells), saved):
             found = grads_of_group(heads_first(grad, group.length, ctx.share), q, k, v, mask, group.length, ctx.share, ctx.chunk)
@@ -227,10 +229,15 @@ def grads_of_group(
     return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype)
 
 # %% ../../nbs/model/14_chunked.ipynb #1de2a37b
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float, chunk: int = CHUNK) -> Tensor:
-    "Batched products over rows of documents, for training on a CPU; arguments as `reference_attention`. Raises `ValueError` for keys that are not the queries' own, or attention that is not causal"
-    if keys is not queries or not causal:
-        raise ValueError("chunked attention is causal and among the tokens of one pass: use backend='sdpa' with a cache, or without causality")
-    out = ChunkedAttention.apply(q, k, v, queries.lengths, scale, chunk)
+def attend_by_chunks(
+    q: Tensor,  # (tokens, heads, head_dim)
+    k: Tensor,  # (tokens, kv_heads, head_dim)
+    v: Tensor,  # (tokens, kv_heads, head_dim)
+    lengths: Sequence[int],  # tokens of each document, on the host
+    scale: float,  # of the scores
+    chunk: int = CHUNK,  # queries computed together
+) -> Tensor:  # (tokens, heads, head_dim)
+    "Causal attention within each document of a pack, as batched products over rows of documents"
+    out = ChunkedAttention.apply(q, k, v, lengths, scale, chunk)
     assert isinstance(out, Tensor)
     return out

@@ -25,7 +25,7 @@ class LossOutput(NamedTuple):
 
     loss_sum: Tensor  # () float32 or float64, sum over targets, smoothed if asked; the only one with a gradient
     token_loss: Tensor  # (tokens,) negative log likelihood in nats, 0 where ignored; detached
-    correct: Tensor  # (tokens,) bool, the target was the most likely word; False where ignored; detached
+    correct: Tensor  # (tokens,) bool, no word was likelier than the target; False where ignored; detached
 
 # %% ../../nbs/model/05_loss.ipynb #039a248f
 def cross_entropy_reference(
@@ -37,7 +37,8 @@ def cross_entropy_reference(
     wide = logits.to(wide_dtype(logits.dtype))
     loss_sum = F.cross_entropy(wide, labels, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
     token_loss = F.cross_entropy(wide.detach(), labels, ignore_index=IGNORE, reduction="none")
-    return LossOutput(loss_sum, token_loss, logits.argmax(-1) == labels)
+    target_logit = logits.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return LossOutput(loss_sum, token_loss, (target_logit == logits.amax(-1)) & (labels != IGNORE))
 
 # %% ../../nbs/model/05_loss.ipynb #b8a2bf10
 def check_labels(
@@ -62,21 +63,21 @@ def chunk_loss(
     "Loss of a chunk from its logits, and their gradient in place"
     valid = labels != IGNORE
     target = labels.where(valid, 0).unsqueeze(1)  # (chunk, 1)
-    top, best = logits.max(-1, keepdim=True)
+    top = logits.amax(-1, keepdim=True)
     target_logit = logits.gather(1, target)
     mean_logit = logits.mean(-1, keepdim=True) if label_smoothing else target_logit
     torch.softmax(logits, -1, out=logits)  # the logits' memory now holds probabilities
-    log_total = top - logits.gather(1, best).log()  # log of the sum of exponentials
+    log_total = top - logits.amax(-1, keepdim=True).log()  # log of the sum of exponentials
     plain = (log_total - target_logit).squeeze(1).where(valid, 0.0)
     loss = plain
     if label_smoothing:
         loss = (1 - label_smoothing) * plain + label_smoothing * (log_total - mean_logit).squeeze(1).where(valid, 0.0)
-    correct = (best.squeeze(1) == labels) & valid
+    correct = (target_logit == top).squeeze(1) & valid
     if want_grad:
         if label_smoothing:
             logits.sub_(label_smoothing / logits.shape[1])
         logits.scatter_add_(1, target, torch.full_like(target_logit, label_smoothing - 1.0))
-        logits.masked_fill_(~valid.unsqueeze(1), 0.0)
+        logits.mul_(valid.to(logits.dtype).unsqueeze(1))
     return loss, plain, correct
 
 # %% ../../nbs/model/05_loss.ipynb #bf29cb08
