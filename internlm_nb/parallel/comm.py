@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Progress', 'Axis', 'CollectiveTimeout', 'Handle', 'start_all_reduce', 'start_all_gather', 'start_reduce_scatter',
            'start_all_to_all', 'start_send_receive', 'all_reduce', 'all_reduce_', 'all_gather', 'reduce_scatter',
-           'all_to_all', 'broadcast', 'barrier', 'agree']
+           'all_to_all', 'part', 'broadcast', 'barrier', 'agree']
 
 # %% ../../nbs/parallel/04_comm.ipynb #f722d26d
 import time
@@ -99,7 +99,7 @@ def _why(axis: Axis, call: Call, error: RuntimeError) -> CollectiveTimeout:
         return CollectiveTimeout(f"{head}; nor does the store answer in which ranks say where they are, so rank 0 or the launcher is gone ({e})")
     same = [rank for rank, text in places.items() if text.split("|")[:3] == [group, str(call.number), call.op]]
     lost = [f"rank {rank} " + (f"waits in {places[rank].split('|', 3)[3]} instead" if rank in places else "has not arrived: it computes, sleeps or is dead") for rank in axis.ranks if rank not in same]
-    return CollectiveTimeout(f"{head}: {'; '.join(lost) or 'all ranks arrived, so the network failed'}. Arrived: {', '.join(map(str, sorted(same)))}. {axis.backend} says: {error}")
+    return CollectiveTimeout(f"{head}: {'; '.join(lost) or 'all ranks arrived, so the network failed'}. Arrived: {', '.join(map(str, sorted(same)))}. {axis.backend} says: {str(error).splitlines()[0]}")
 
 
 def _finish(works: Sequence[Any], axis: Axis, call: Call) -> None:
@@ -143,7 +143,7 @@ def _launch(fn: Any, axis: Axis, call: Call, *args: Any, **kwargs: Any) -> list[
 class Handle:
     "A collective under way. `wait()` gives its result; to drop it unwaited is an error, warned of at once and raised by `Mesh.check_waited`"
 
-    __slots__ = ("_works", "_result", "_axis", "_call", "_inputs")
+    __slots__ = ("_axis", "_call", "_inputs", "_result", "_works")
 
     def __init__(self, works: list[Any], result: Any, axis: Axis, call: Call | None, inputs: Any = None):
         self._works, self._result, self._axis, self._call, self._inputs = works, result, axis, call, inputs
@@ -183,15 +183,16 @@ def _into(
     return x if out is None or out is x else out.copy_(x)
 
 
-def _rows(x: Tensor, axis: Axis) -> int:
-    if x.shape[0] % axis.size:
-        raise ValueError(f"dim of size {x.shape[0]} is not divisible by the {axis.name} axis of size {axis.size}: pad it, or change the layout")
-    return x.shape[0] // axis.size
+def _rows(x: Tensor, axis: Axis, dim: int = 0) -> int:
+    "Size of one rank's part along a dim"
+    if x.shape[dim] % axis.size:
+        raise ValueError(f"dim {dim} of size {x.shape[dim]} is not divisible by the {axis.name} axis of size {axis.size}: pad it, or change the layout")
+    return x.shape[dim] // axis.size
 
 
 def start_all_reduce(
     x: Tensor,  # contiguous; reduced in place
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     op: str = "sum",  # sum, avg, max or min
 ) -> Handle:  # of `x`
@@ -204,7 +205,7 @@ def start_all_reduce(
 
 def start_all_gather(
     x: Tensor,  # contiguous, this rank's part
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     out: Tensor | None = None,  # where to put the whole: size times as many rows
 ) -> Handle:  # of the whole, along dim 0
@@ -218,7 +219,7 @@ def start_all_gather(
 
 def start_reduce_scatter(
     x: Tensor,  # contiguous, the whole; its rows divisible by the axis
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     op: str = "sum",  # sum, avg, max or min
     out: Tensor | None = None,  # where to put this rank's part
@@ -233,7 +234,7 @@ def start_reduce_scatter(
 
 def start_all_to_all(
     x: Tensor,  # contiguous; rows for coordinate 0, then 1, ...
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     send: Sequence[int] | None = None,  # rows for each coordinate; None: equal
     receive: Sequence[int] | None = None,  # rows from each; None: equal
@@ -259,7 +260,7 @@ def start_all_to_all(
 def start_send_receive(
     sends: Sequence[tuple[Tensor, int]],  # (contiguous tensor, coordinate it goes to)
     receives: Sequence[tuple[Tensor, int]],  # (buffer of exactly its size, coordinate it comes from)
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
 ) -> Handle:  # of the buffers, in order
     "Launch messages between two ranks at a time, all in one batch. A buffer larger than its message keeps old bytes: sizes must be known"
@@ -357,7 +358,7 @@ def _no_gradient(x: Tensor, what: str) -> None:
 
 def all_reduce(
     x: Tensor,  # the same shape and dtype on every rank
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     op: str = "sum",  # sum, avg, max or min
     dtype: torch.dtype | None = None,  # in which to add; None: that of x. bf16 rounds at every hop, so sums of gradients want float32
@@ -373,7 +374,7 @@ def all_reduce(
 
 def all_reduce_(
     x: Tensor,  # contiguous; written
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     op: str = "sum",  # sum, avg, max or min
 ) -> Tensor:  # `x`
@@ -381,12 +382,13 @@ def all_reduce_(
     if axis.size > 1:
         _no_gradient(x, "all_reduce_")
         torch.ops.internlm_nb.all_reduce_(x, axis.key, purpose, op, _eager())
+        torch.autograd.graph.increment_version(x)  # autograd then notices when somebody had saved the old values
     return x
 
 
 def all_gather(
     x: Tensor,  # this rank's part, the same shape on every rank
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     dim: int = 0,  # along which the parts lie one after another
 ) -> Tensor:  # the whole
@@ -400,7 +402,7 @@ def all_gather(
 
 def reduce_scatter(
     x: Tensor,  # the whole, the same shape on every rank
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     dim: int = 0,  # that is cut, one part a rank; divisible by the axis
     op: str = "sum",  # sum, avg, max or min
@@ -410,27 +412,29 @@ def reduce_scatter(
     if axis.size == 1:
         return x
     _no_gradient(x, "reduce_scatter")
+    _rows(x, axis, dim)
     y = x if dtype is None else x.to(dtype)
     y = y if dim == 0 else y.movedim(dim, 0)
-    _rows(y, axis)
     out = torch.ops.internlm_nb.reduce_scatter(y, axis.key, purpose, op, _eager()).to(x.dtype)
     return out if dim == 0 else out.movedim(0, dim).contiguous()
 
 
 class _AllToAll(torch.autograd.Function):
+    "The one collective that is its own mirror image"
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, axis: Axis, purpose: str, send: Any, receive: Any) -> Tensor:
-        ctx.axis, ctx.purpose, ctx.send, ctx.receive = axis, purpose, send, receive
+        ctx.back = axis, purpose if purpose.endswith(" backward") else purpose + " backward", receive, send
         return torch.ops.internlm_nb.all_to_all(x, axis.key, purpose, send, receive, _eager())
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return torch.ops.internlm_nb.all_to_all(grad, ctx.axis.key, ctx.purpose + " backward", ctx.receive, ctx.send, _eager()), None, None, None, None
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return all_to_all(grads[0], *ctx.back), None, None, None, None
 
 
 def all_to_all(
     x: Tensor,  # rows for coordinate 0, then 1, ...
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     send: Sequence[int] | None = None,  # rows for each coordinate; None: equal
     receive: Sequence[int] | None = None,  # rows from each; None: equal
@@ -439,9 +443,19 @@ def all_to_all(
     return x if axis.size == 1 else _AllToAll.apply(x, axis, purpose, send, receive)  # type: ignore[return-value]
 
 
+def part(
+    x: Tensor,  # the same on every rank
+    axis: Axis,  # over which it is cut
+    dim: int = 0,  # to cut; divisible by the axis
+) -> Tensor:  # contiguous
+    "This rank's part of a tensor that all have: no exchange. Raises ValueError when dim is not divisible"
+    rows = _rows(x, axis, dim)
+    return x.narrow(dim, axis.coord * rows, rows).contiguous()
+
+
 def broadcast(
     x: Tensor,  # contiguous, the same shape and dtype on every rank; written on all but the source
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     source: int = 0,  # coordinate whose values all get
 ) -> Tensor:  # `x`
@@ -453,7 +467,7 @@ def broadcast(
 
 
 def barrier(
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
 ) -> None:
     "Come back when every rank has come; the host waits for it on a GPU too"
@@ -462,7 +476,7 @@ def barrier(
 
 def agree(
     value: float,  # this rank's
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     op: str = "max",  # max, min or sum
 ) -> float:  # the same on every rank, as type(value) or int for a bool

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from .comm import Axis, Progress, Recorder
 from .layout import Coords, Layout, axis_names
@@ -65,8 +66,8 @@ def init_distributed(
     if not host or not port:
         raise ValueError("where do ranks meet? Set MASTER_ADDR and MASTER_PORT to the first node and a free port (torchrun and scripts/slurm do so)")
     hosts_store = place.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(host, int(port), place.world, hosts_store, timeout=limit)
-    attempt = dist.PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store = TCPStore(host, int(port), place.world, hosts_store, timeout=limit)
+    attempt = PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=attempt, rank=place.rank, world_size=place.world, timeout=limit)
     return place
 

@@ -6,153 +6,107 @@
 __all__ = ['copy_to', 'reduce_from', 'gather_from_sequence', 'scatter_to_sequence', 'split_to', 'gather_to', 'exchange']
 
 # %% ../../nbs/parallel/06_pairs.ipynb #53f9f1db
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .comm import Axis, all_gather, all_reduce, all_to_all, reduce_scatter
+from .comm import Axis, all_gather, all_reduce, all_to_all, part, reduce_scatter
 
 # %% ../../nbs/parallel/06_pairs.ipynb #e0d95f17
-def _part(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    "This rank's slice along a dim"
-    if x.shape[dim] % axis.size:
-        raise ValueError(f"dim {dim} of size {x.shape[dim]} is not divisible by the {axis.name} axis of size {axis.size}: pad it, or change the layout")
-    rows = x.shape[dim] // axis.size
-    return x.narrow(dim, axis.coord * rows, rows).contiguous()
-
-
-class _CopyTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, purpose: str) -> Tensor:
-        ctx.axis, ctx.purpose = axis, purpose
-        return x.view_as(x)
+class _Pair(torch.autograd.Function):
+    "A function and the one for its gradient"
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return all_reduce(grad, ctx.axis, ctx.purpose + " backward"), None, None
-
-
-class _ReduceFrom(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, purpose: str) -> Tensor:
-        return all_reduce(x, axis, purpose)
+    def forward(ctx: Any, x: Tensor, ahead: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return ahead(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad, None, None
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.back(grads[0]), None, None
 
 
-class _GatherFromSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, purpose: str, dim: int) -> Tensor:
-        ctx.axis, ctx.purpose, ctx.dim = axis, purpose, dim
-        return all_gather(x, axis, purpose, dim)
+def _same(x: Tensor) -> Tensor:
+    return x.view_as(x)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return reduce_scatter(grad, ctx.axis, ctx.purpose + " backward", ctx.dim), None, None, None
-
-
-class _ScatterToSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, purpose: str, dim: int) -> Tensor:
-        ctx.axis, ctx.purpose, ctx.dim = axis, purpose, dim
-        return reduce_scatter(x, axis, purpose, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return all_gather(grad, ctx.axis, ctx.purpose + " backward", ctx.dim), None, None, None
-
-
-class _SplitTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, purpose: str, dim: int) -> Tensor:
-        ctx.axis, ctx.purpose, ctx.dim = axis, purpose, dim
-        return _part(x, axis, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return all_gather(grad, ctx.axis, ctx.purpose + " backward", ctx.dim), None, None, None
-
-
-class _GatherTo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, purpose: str, dim: int) -> Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return all_gather(x, axis, purpose, dim)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return _part(grad, ctx.axis, ctx.dim), None, None, None
-
-
+# %% ../../nbs/parallel/06_pairs.ipynb #f900920d
 def copy_to(
     x: Tensor,  # the same on every rank
-    axis: Axis,
+    axis: Axis,  # over which the work is split
     purpose: str,  # what for
 ) -> Tensor:  # the same
     "Forward: nothing. Backward: all-reduce. Where a replicated tensor enters work that is split over the axis"
-    return x if axis.size == 1 else _CopyTo.apply(x, axis, purpose)  # type: ignore[return-value]
+    return x if axis.size == 1 else _Pair.apply(x, _same, partial(all_reduce, axis=axis, purpose=purpose + " backward"))  # type: ignore[return-value]
 
 
 def reduce_from(
     x: Tensor,  # this rank's summand
-    axis: Axis,
+    axis: Axis,  # over which the work is split
     purpose: str,  # what for
 ) -> Tensor:  # the sum, the same on every rank
     "Forward: all-reduce. Backward: nothing. Where partial sums become a replicated tensor"
-    return x if axis.size == 1 else _ReduceFrom.apply(x, axis, purpose)  # type: ignore[return-value]
+    return x if axis.size == 1 else _Pair.apply(x, partial(all_reduce, axis=axis, purpose=purpose), _same)  # type: ignore[return-value]
 
-
+# %% ../../nbs/parallel/06_pairs.ipynb #6957e2b7
 def gather_from_sequence(
     x: Tensor,  # this rank's part
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     dim: int = 0,  # that is split
 ) -> Tensor:  # the whole
     "Forward: all-gather. Backward: reduce-scatter. Where a split tensor enters work that needs it whole and does a share of it"
-    return x if axis.size == 1 else _GatherFromSequence.apply(x, axis, purpose, dim)  # type: ignore[return-value]
+    if axis.size == 1:
+        return x
+    return _Pair.apply(x, partial(all_gather, axis=axis, purpose=purpose, dim=dim), partial(reduce_scatter, axis=axis, purpose=purpose + " backward", dim=dim))  # type: ignore[return-value]
 
 
 def scatter_to_sequence(
     x: Tensor,  # this rank's summand of the whole
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     dim: int = 0,  # to split
 ) -> Tensor:  # this rank's part of the sum
     "Forward: reduce-scatter. Backward: all-gather. Where partial sums become a split tensor"
-    return x if axis.size == 1 else _ScatterToSequence.apply(x, axis, purpose, dim)  # type: ignore[return-value]
+    if axis.size == 1:
+        return x
+    return _Pair.apply(x, partial(reduce_scatter, axis=axis, purpose=purpose, dim=dim), partial(all_gather, axis=axis, purpose=purpose + " backward", dim=dim))  # type: ignore[return-value]
 
-
+# %% ../../nbs/parallel/06_pairs.ipynb #2cddb3ae
 def split_to(
     x: Tensor,  # the same on every rank
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     dim: int = 0,  # to split
 ) -> Tensor:  # this rank's part
     "Forward: slice. Backward: all-gather. Where a replicated tensor becomes a split one"
-    return x if axis.size == 1 else _SplitTo.apply(x, axis, purpose, dim)  # type: ignore[return-value]
+    if axis.size == 1:
+        return x
+    return _Pair.apply(x, partial(part, axis=axis, dim=dim), partial(all_gather, axis=axis, purpose=purpose + " backward", dim=dim))  # type: ignore[return-value]
 
 
 def gather_to(
     x: Tensor,  # this rank's part
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     dim: int = 0,  # that is split
 ) -> Tensor:  # the whole, the same on every rank
     "Forward: all-gather. Backward: slice. Where a split tensor becomes a replicated one, on which all ranks then do the same"
-    return x if axis.size == 1 else _GatherTo.apply(x, axis, purpose, dim)  # type: ignore[return-value]
+    if axis.size == 1:
+        return x
+    return _Pair.apply(x, partial(all_gather, axis=axis, purpose=purpose, dim=dim), partial(part, axis=axis, dim=dim))  # type: ignore[return-value]
 
-
+# %% ../../nbs/parallel/06_pairs.ipynb #9f76ac8d
 def exchange(
     x: Tensor,  # whole along `split`, this rank's part along `join`
-    axis: Axis,
+    axis: Axis,  # over which
     purpose: str,  # what for
     split: int,  # dim to split over the ranks; divisible by the axis
     join: int,  # dim to make whole
 ) -> Tensor:  # this rank's part along `split`, whole along `join`
-    "Move the split from one dim to another by an all-to-all, as Ulysses does with heads and sequence. Backward: the way back"
+    "Move the split from one dim to another by an all-to-all, as Ulysses does with heads and sequence. Backward: the way back. Raises ValueError when `split` is not divisible"
     if axis.size == 1:
         return x
     if x.shape[split] % axis.size:

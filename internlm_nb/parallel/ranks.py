@@ -20,6 +20,7 @@ from typing import Any
 import cloudpickle
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from .layout import Layout
 
@@ -34,7 +35,7 @@ def _life(rank: int, layout: Layout, wants_mesh: bool, port: int, backend: str, 
         limit = timedelta(seconds=patience)
         if backend == "nccl":
             torch.cuda.set_device(rank)
-        store = dist.TCPStore("127.0.0.1", port, None, False, timeout=limit)
+        store = TCPStore("127.0.0.1", port, None, False, timeout=limit)
         dist.init_process_group(backend, store=store, rank=rank, world_size=layout.world, timeout=limit)
         fn, args, kwargs = cloudpickle.loads(payload)
         with contextlib.redirect_stdout(out):
@@ -86,7 +87,7 @@ def run_ranks(
     layout = world if isinstance(world, Layout) else Layout(world)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "internlm_nb.parallel.mesh"])
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     payload = cloudpickle.dumps((fn, args, kwargs))
     ends, procs = [], []
     for rank in range(layout.world):
