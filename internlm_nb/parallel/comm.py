@@ -479,10 +479,10 @@ def agree(
     axis: Axis,  # over which
     purpose: str,  # what for
     op: str = "max",  # max, min or sum
-) -> float:  # the same on every rank, as type(value) or int for a bool
+) -> float:  # the same on every rank, of the value's type
     "Reduce one number of the host: stop now? how many tokens? The host waits, so never inside a step"
     if axis.size == 1:
         return value
     whole = isinstance(value, int)
     x = torch.tensor([value], dtype=torch.int64 if whole else torch.float64, device=axis.device)
-    return start_all_reduce(x, axis, purpose, op).wait().item()
+    return type(value)(start_all_reduce(x, axis, purpose, op).wait().item())

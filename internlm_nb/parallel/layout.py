@@ -7,6 +7,7 @@ __all__ = ['Mode', 'Members', 'Coords', 'Layout', 'axis_names', 'check', 'plot_l
 
 # %% ../../nbs/parallel/01_layout.ipynb #34cd730b
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from ..model.config import ModelConfig, require
@@ -98,7 +99,8 @@ class Layout:
         axis: str,  # one of `axis_names()`
     ) -> Members:
         "All groups of an axis; every rank is in exactly one. Raises ValueError for an unknown axis"
-        return _groups(self, axis)
+        within = _offsets(self, _free(axis), True)
+        return tuple(tuple(first + o for o in within) for first in _offsets(self, _free(axis), False))
 
     def group_of(
         self,
@@ -106,8 +108,12 @@ class Layout:
         rank: int,  # global
     ) -> tuple[int, ...]:
         "The group of an axis that a rank is in"
-        self.coords(rank)
-        return next(g for g in self.groups(axis) if rank in g)
+        self.coords(rank)  # is there such a rank?
+        free, first = _free(axis), rank
+        for name, values in _digits(self).items():
+            if name in free:
+                first -= rank // values.step % len(values) * values.step
+        return tuple(first + o for o in _offsets(self, free, True))
 
     def nested(
         self,
@@ -125,29 +131,35 @@ def axis_names() -> tuple[str, ...]:
     return (*Coords._fields, "expert", "expert_data", "replica", "expert_replica", "loss", "model", "world")
 
 
-def _groups(layout: Layout, axis: str) -> Members:
-    "Groups of an axis: ranks that agree on all other coordinates"
-    free = {  # which coordinates vary within a group
-        **{name: {name} for name in Coords._fields},
-        "replica": {"sequence", "context", "data"},  # same weights, other tokens
-        "loss": {"sequence", "context", "data"},  # other tokens: over these a stage adds up losses and counts of targets
-        "model": {"tensor", "pipeline"},  # together one whole copy of the weights
-        "world": set(Coords._fields),
-        "expert": {"data"},
-        "expert_data": {"data"},
-        "expert_replica": {"sequence", "context", "data"},
+def _free(axis: str) -> tuple[str, ...]:
+    "Which digits of a rank differ within a group of an axis"
+    data, everything = ("expert", "expert_data"), ("tensor", "sequence", "context", "expert", "expert_data", "pipeline")
+    free: dict[str, tuple[str, ...]] = {
+        **{name: (name,) for name in everything},
+        "data": data,
+        "replica": ("sequence", "context", *data),  # same weights, other tokens
+        "expert_replica": ("sequence", "context", "expert_data"),
+        "loss": ("sequence", "context", *data),  # other tokens: over these a stage adds up losses and counts of targets
+        "model": ("tensor", "pipeline"),  # together one whole copy of the weights
+        "world": everything,
     }
     require(axis in free, f"no axis named {axis!r}: choose one of {', '.join(axis_names())}")
-    members: dict[tuple[int, ...], list[int]] = {}
-    for rank in range(layout.world):
-        at = layout.coords(rank)
-        key = tuple(-1 if name in free[axis] else c for name, c in zip(Coords._fields, at))
-        if axis == "expert":
-            key += (at.data // layout.expert,)
-        elif axis in ("expert_data", "expert_replica"):
-            key += (at.data % layout.expert,)
-        members.setdefault(key, []).append(rank)
-    return tuple(sorted(tuple(m) for m in members.values()))
+    return free[axis]
+
+
+def _digits(layout: Layout) -> dict[str, range]:
+    "What each digit adds to the rank, innermost first. Data is two digits, so that experts can be cut out of it"
+    inner = {"tensor": layout.tensor, "sequence": layout.sequence, "context": layout.context, "expert": layout.expert}
+    out, stride = {}, 1
+    for name, size in {**inner, "expert_data": layout.data // layout.expert, "pipeline": layout.pipeline}.items():
+        out[name] = range(0, size * stride, stride)
+        stride *= size
+    return out
+
+
+def _offsets(layout: Layout, free: tuple[str, ...], within: bool) -> list[int]:
+    "Sums of the digits that are free (within a group), or of those that are not (first ranks of all groups)"
+    return sorted(sum(d) for d in product(*(values for name, values in _digits(layout).items() if (name in free) == within)))
 
 # %% ../../nbs/parallel/01_layout.ipynb #c33c3565
 def _blocks(ranks: tuple[int, ...], size: int, stride: int) -> list[tuple[int, ...]]:

@@ -121,7 +121,7 @@ class Mesh:
         "Axes of Hybrid ZeRO. Makes groups, so all ranks call it, in the same order. Raises ValueError unless p | g | o | Z"
         prefix = "expert_" if expert else ""
         groups = self.layout.nested(param, grad, optim, expert)
-        return Nested(*(self._make(prefix + name, members) for name, members in groups.items()))
+        return Nested(*(self._make(prefix + name, next(g for g in members if self.rank in g)) for name, members in groups.items()))
 
     def at_step(
         self,
@@ -136,9 +136,8 @@ class Mesh:
             names = ", ".join(f"{c.op} over {c.axis} for {c.purpose!r}" for c in self.progress.pending.values())
             raise RuntimeError(f"launched but never waited for: {names}; call wait() on each handle")
 
-    def _make(self, name: str, groups: tuple[tuple[int, ...], ...]) -> Axis:
-        "The axis of a name; its group is shared with any axis of the same members"
-        ranks = next(g for g in groups if self.rank in g)
+    def _make(self, name: str, ranks: tuple[int, ...]) -> Axis:
+        "The axis of these ranks; its group is shared with any axis of the same members"
         coord, size = ranks.index(self.rank), len(ranks)
         if size == 1:
             return Axis(name, ranks, coord, 1, self.device, recorder=self.recorder, progress=self.progress)
@@ -166,7 +165,7 @@ def make_mesh(
     progress = Progress(rank)
     mesh = Mesh(layout, rank, layout.coords(rank), torch.device(device), backend, progress, recorder, timeout)
     for name in axis_names():
-        mesh._axes[name] = mesh._make(name, layout.groups(name))
+        mesh._axes[name] = mesh._make(name, layout.group_of(name, rank))
     return mesh
 
 
