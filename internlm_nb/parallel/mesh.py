@@ -42,7 +42,7 @@ def find_place(
         return Place(*(int(env[name]) for name in names))
     return Place(0, 1, 0)
 
-
+# %% ../../nbs/parallel/03_mesh.ipynb #3eb760ed
 def init_distributed(
     backend: str = "gloo",  # gloo on CPU, nccl on GPUs, fake to be one rank of a world that is not there
     timeout: float = 1800.0,  # seconds after which a collective fails
