@@ -58,18 +58,15 @@ def test_unequal_work_is_named():
 
 
 def test_a_worker_that_hangs_dies_or_cannot_begin_is_an_error():
-    import time
-
-    class Odd:
-        def hang(self):
-            time.sleep(60)
-
-    with Worker("odd", Odd, timeout_s=30) as w:
+    pause = "internlm_nb.apps.contest:Pause"
+    with Worker("odd", pause, 60, timeout_s=30) as w:
+        w.ready()
         w.timeout_s = 0.5
         with pytest.raises(ContestError, match=r"odd.*without an answer"):
-            w.call("hang")
-    with pytest.raises(ContestError, match="TypeError"):
-        Worker("odd", Odd, 1)
+            w.call("run", 1)
+    for build, said in ((pause, "TypeError"), ("internlm_nb.apps.contest:Nobody", "Nobody"), ("no_such_module:x", "no_such_module")):
+        with Worker("odd", build) as w, pytest.raises(ContestError, match=said):
+            w.call("run", 1)
 
 
 def test_shapes_are_of_the_sizes_they_are_called_by():

@@ -11,11 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-
-from .benchtrain import step_cost
+from .benchtrain import HERE, step_cost
 from .contest import ContestError, Worker
-from .peers import Case, Contender, Ours, Shape
+from .peers import Case, Shape
 from ..model.attention import choose_backend, why_not
 from ..train.metrics import datasheet_tflops
 from ..train.precision import PRECISIONS
@@ -34,12 +32,6 @@ def gpu_cases(
     return cases, [f"not {b}: {reason}" for b, reason in reasons.items() if reason]
 
 # %% ../../nbs/apps/14_benchgpu.ipynb #6b7f189d
-def _ours(case: Case, threads: int) -> Contender:
-    "In a process of its own"
-    torch.set_num_threads(threads)
-    return Ours(case)
-
-
 def solo(
     case: Case,
     rounds: int,
@@ -49,7 +41,7 @@ def solo(
 ) -> dict[str, Any]:  # seconds, facts and the product; or `error`
     "Measure one case alone, after a warm-up"
     try:
-        with Worker(f"{case.shape.name} {case.attention}", _ours, case, threads, threads=threads) as worker:
+        with Worker(f"{case.shape.name} {case.attention}", f"{HERE}:build_contender", "ours", asdict(case), threads, threads=threads) as worker:
             warm = worker.call("warm_up", 3)
             seconds, products = [], []
             for _ in range(rounds):
