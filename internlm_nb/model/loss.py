@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IGNORE', 'SLAB_BYTES', 'LossOutput', 'cross_entropy_reference', 'check_labels', 'chunk_loss', 'slab_rows',
-           'through_slabs', 'LinearCrossEntropy', 'times', 'linear_cross_entropy']
+           'through_slabs', 'LinearCrossEntropy', 'times', 'chunk_tokens', 'linear_cross_entropy']
 
 # %% ../../nbs/model/05_loss.ipynb #1ca1626f
 from typing import Any, NamedTuple
@@ -100,8 +100,9 @@ def through_slabs(
 ) -> None:
     "`chunk_loss` of a chunk, a slab of rows at a time"
     rows, wide = slab_rows(logits), wide_dtype(logits.dtype)
+    room = logits if logits.dtype == wide else logits.new_empty(min(rows, len(logits)), logits.shape[1], dtype=wide)  # one slab's, used again
     for part, label, *result in zip(logits.split(rows), labels.split(rows), *(o.split(rows) for o in out)):
-        slab = part.to(wide)  # the same memory where the model's type is wide itself
+        slab = part if room is logits else room[: len(part)].copy_(part)
         for target, value in zip(result, chunk_loss(slab, label, label_smoothing, want_grad)):
             target.copy_(value)
         if want_grad and slab is not part:
@@ -161,17 +162,25 @@ def times(
     return out
 
 
+def chunk_tokens(
+    vocab_size: int,  # number of words
+) -> int:  # tokens
+    "How many rows of logits are worth having at one time: 64 Mi elements, for then a small vocabulary's pack is one chunk; never fewer than 1024 rows, which the weight's gradient wants"
+    return max(1024, 2**26 // vocab_size)
+
+
 def linear_cross_entropy(
     x: Tensor,  # (tokens, hidden), normalised hidden states
     weight: Tensor,  # (vocab, hidden), the head
     labels: Tensor,  # (tokens,) int64, `IGNORE` where there is no target
     label_smoothing: float = 0.0,  # share of the target spread evenly over the vocabulary
-    chunk: int = 1024,  # tokens whose logits exist at one time; 512 to 2048 measured alike
+    chunk: int = 0,  # tokens whose logits exist at one time; 0: by `chunk_tokens`
 ) -> LossOutput:
     "Cross entropy of `x @ weight.T` that never holds more than `chunk` rows of logits; raises `ValueError` for a label outside the vocabulary"
     if labels.shape != x.shape[:1]:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, but there are {x.shape[0]} tokens: give one label a token")
     check_labels(labels, weight.shape[0])
+    chunk = chunk or chunk_tokens(*weight.shape[:1])
     enabled = torch.is_grad_enabled()
     return LossOutput(
         *LinearCrossEntropy.apply(x, weight, labels, label_smoothing, chunk, enabled and x.requires_grad, enabled and weight.requires_grad)

@@ -66,10 +66,12 @@ def turn(
     sin: Tensor,  # (tokens, head_dim / 2)
 ) -> Tensor:  # (tokens, ..., head_dim), in x's dtype
     "Turn each pair of channels (i, i + head_dim/2) by its token's angle"
-    along, across = (over_heads(torch.cat(pair, -1), x) for pair in ((cos, cos), (-sin, sin)))
-    wide = x.to(cos.dtype)
-    swapped = torch.roll(wide, x.shape[-1] // 2, -1)  # (b, a)
-    return (wide * along).addcmul_(swapped, across).to(x.dtype)
+    wide = x.to(cos.dtype).unflatten(-1, (2, -1))  # (tokens, ..., 2, head_dim / 2)
+    cos, sin = over_heads(cos, x), over_heads(sin, x)
+    out = wide * cos.unsqueeze(-2)
+    out.select(-2, 0).addcmul_(wide.select(-2, 1), sin, value=-1)
+    out.select(-2, 1).addcmul_(wide.select(-2, 0), sin)
+    return out.flatten(-2).to(x.dtype)
 
 
 class RopeNode(torch.autograd.Function):

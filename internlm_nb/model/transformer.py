@@ -106,7 +106,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm_head = cfg.norm_head
         self.label_smoothing = 0.0  # set from outside
-        self.chunk = 1024  # tokens whose logits exist at one time
+        self.chunk = 0  # tokens whose logits exist at one time; 0: chosen by the vocabulary
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, device, dtype)
         own = None if cfg.tie_embeddings else nn.Parameter(torch.empty(cfg.vocab_size, cfg.hidden_size, device=device, dtype=dtype))
         self.register_parameter("weight", own)
