@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Part', 'PARTS', 'BenchConfig', 'words', 'Place', 'chosen', 'bench_train', 'bench_packed', 'bench_generate',
-           'bench_data', 'bench_gpu', 'main', 'plot_contest']
+           'bench_data', 'bench_gpu', 'run_part', 'main', 'plot_contest']
 
 # %% ../../nbs/apps/15_bench.ipynb #2e3d0d67
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from .benchdata import data_contest
-from .benchfile import keep, load, new_record, table
+from .benchfile import head, keep, load, new_record, result_text, table
 from .benchgen import Task, write_contest
 from .benchgpu import gpu_cases, gpu_result, solo
 from .benchtrain import contest, contest_result, train_field
@@ -96,24 +96,22 @@ def chosen(
 def bench_train(
     cfg: BenchConfig,
     at: Place,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     "Training steps of all shapes in all precisions"
-    out = []
     for shape in chosen(cfg, ("23m-16k", "42m-16k", "20m-103k", "58m-103k")):
         for precision in words(cfg.dtype):
             case = Case(shape, precision, compile=cfg.compile, device=at.device)  # type: ignore[arg-type]
             field, title = train_field(case, at.peers, words(cfg.style)), f"{shape.name}, {precision}, {'compiled' if cfg.compile else 'eager'}"
             at.say(f"{title}: {', '.join(field)} ...")
-            out.append(contest_result(title, case, contest(field, cfg.rounds, cfg.steps, at.threads, at.sizes(cfg))))
-    return out
+            yield contest_result(title, case, contest(field, cfg.rounds, cfg.steps, at.threads, at.sizes(cfg)))
 
 
 def bench_packed(
     cfg: BenchConfig,
     at: Place,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     "A row of mixed documents: ours by their borders, transformers by a mask"
-    out, peers = [], [p for p in at.peers if p == "transformers"]
+    peers = [p for p in at.peers if p == "transformers"]
     for shape in chosen(cfg, ("23m-16k",)):
         for tokens in (96,) if cfg.smoke else map(int, words(cfg.tokens)):
             lengths = mixed_lengths(tokens)
@@ -122,16 +120,15 @@ def bench_packed(
                 title = f"{shape.name}, {precision}, {tokens} tokens in {len(lengths)} documents"
                 at.say(f"{title} ...")
                 found = contest(train_field(case, peers, ["autocast"]), cfg.rounds, 1, at.threads, at.sizes(cfg))
-                out.append(contest_result(title, case, found))
-    return out
+                yield contest_result(title, case, found)
 
 
 def bench_generate(
     cfg: BenchConfig,
     at: Place,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     "Writing from a cache: one prompt, eight at once, and eight of unequal lengths"
-    out, there = [], "transformers" in at.peers
+    there = "transformers" in at.peers
     long, new = (8, 8) if cfg.smoke else (96, 128)
     for shape in [None] if cfg.model else chosen(cfg, ("42m-16k",)):
         for precision in words(cfg.dtype):
@@ -142,54 +139,75 @@ def bench_generate(
                     field["ours, unequal prompts"] = ("ours", replace(task, prompts=tuple(long * 2 // 3 + i * long * 2 // 3 // (count - 1) for i in range(count))))
                 title = f"{cfg.model or (shape.name if shape else '')}, {precision}, {count} prompt{'s' * (count > 1)} of {long} tokens, {new} new ones each"
                 at.say(f"{title} ...")
-                out.append(write_contest(title, field, cfg.rounds, at.threads))
-    return out
+                yield write_contest(title, field, cfg.rounds, at.threads)
 
 
 def bench_data(
     cfg: BenchConfig,
     at: Place,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     "Reading and packing beside the step"
-    out = []
     for shape in chosen(cfg, ("23m-16k", "20m-103k")):
         case = Case(shape, words(cfg.dtype)[0], device=at.device, check=False)  # type: ignore[arg-type]
         at.say(f"{shape.name}, reading ...")
-        out.append(data_contest(case, 20_000 if cfg.smoke else 2_000_000, 2 if cfg.smoke else 100, cfg.rounds, at.threads))
-    return out
+        yield data_contest(case, 20_000 if cfg.smoke else 2_000_000, 2 if cfg.smoke else 100, cfg.rounds, at.threads)
 
 
 def bench_gpu(
     cfg: BenchConfig,
     at: Place,
-) -> list[dict[str, Any]]:  # nothing where no GPU is at hand
+) -> Iterator[dict[str, Any]]:  # nothing where no GPU is at hand
     "MFU of large shapes by backend; on a CPU only as a smoke test"
     if not at.device.startswith("cuda") and not cfg.smoke:
         at.say(f"gpu: no CUDA device here (this PyTorch is {torch.__version__}), so the MFU of the large shapes stays open; run `bench.py gpu` where there is one")
-        return []
-    out = []
+        return
     for shape in chosen(cfg, ("1b", "7b-llama2-4-blocks", "7b-internlm2-4-blocks")):
         cases, missing = gpu_cases(shape, at.device)
         found = []
         for case in cases:
             at.say(f"{shape.name}, {case.attention}, {'compiled' if case.compile else 'eager'} ...")
             found.append(solo(case, cfg.rounds, cfg.steps, at.threads, at.sizes(cfg)))
-        out.append(gpu_result(shape, cases, found, facts(at.device, at.threads)["device"], missing))
-    return out
+        yield gpu_result(shape, cases, found, facts(at.device, at.threads)["device"], missing)
 
 
-PARTS: dict[str, Callable[[BenchConfig, Place], list[dict[str, Any]]]] = {
+PARTS: dict[str, Callable[[BenchConfig, Place], Iterator[dict[str, Any]]]] = {
     "train": bench_train, "packed": bench_packed, "generate": bench_generate, "data": bench_data, "gpu": bench_gpu,
 }  # fmt: skip
 
 # %% ../../nbs/apps/15_bench.ipynb #b12b32ca
+def run_part(
+    what: str,  # key of `PARTS`
+    cfg: BenchConfig,
+    at: Place,
+    more: dict[str, Any],  # for the record: command, missing peers
+    keeps: bool,  # write a file
+) -> int:  # exit code
+    "Measure a part, show each result when it is there, and keep all of them, also when a later one fails"
+    results, code = [], 0
+    try:
+        for result in PARTS[what](cfg, at):
+            at.say(f"\n{result_text(result)}\n")
+            results.append(result)
+    except ContestError as error:
+        print(f"bench.py {what}: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print(f"bench.py {what}: stopped", file=sys.stderr)
+        code = 130
+    if results:
+        record = new_record(what, facts(at.device, at.threads), results, smoke=cfg.smoke, stopped=bool(code), **more)
+        at.say(head(record))
+        if keeps:
+            at.say(f"kept in {keep(record, cfg.out)}\n")
+    return code
+
+
 def main(
     args: Sequence[str] | None = None,  # Command line without the program's name; None: of this process
     say: Callable[[str], None] = print,
 ) -> int:  # 0: done; 1: a contender failed; 2: what was asked for cannot be; 130: interrupted
     "The main of scripts/bench.py"
     argv = list(sys.argv[1:] if args is None else args)
-    what = ""
     try:
         cfg = tyro.cli(BenchConfig, prog="bench.py", args=argv)
         for path in cfg.show:
@@ -204,23 +222,13 @@ def main(
             cfg = replace(cfg, rounds=min(cfg.rounds, 2), steps=1)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         at = Place(tuple(peers), str(device), cfg.threads or cores, say)
+        keeps = not cfg.smoke or any(a.startswith("--out") for a in argv)
         for what in PARTS if cfg.what == "all" else [cfg.what]:
-            results = PARTS[what](cfg, at)
-            if not results:
-                continue
-            record = new_record(what, facts(device, at.threads), results, shlex.join(["bench.py", *argv]), missing=missing, smoke=cfg.smoke)
-            say("\n" + table(record))
-            if not cfg.smoke or any(a.startswith("--out") for a in argv):
-                say(f"kept in {keep(record, cfg.out)}\n")
-    except ContestError as error:
-        print(f"bench.py {what}: {error}", file=sys.stderr)
-        return 1
+            if code := run_part(what, cfg, at, {"command": shlex.join(["bench.py", *argv]), "missing": missing}, keeps):
+                return code
     except (ValueError, OSError) as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"bench.py {what}: stopped; nothing was kept of this part", file=sys.stderr)
-        return 130
     return 0
 
 # %% ../../nbs/apps/15_bench.ipynb #5c2b0454
