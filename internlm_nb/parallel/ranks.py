@@ -31,7 +31,7 @@ def _life(rank: int, layout: Layout, wants_mesh: bool, port: int, backend: str, 
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(layout.world), LOCAL_WORLD_SIZE=str(layout.world))
     out = io.StringIO()
     try:
-        patience = 0.8 * timeout  # of a collective: less than the whole call's, so that it names who is missing before all are killed
+        patience = max(0.4 * timeout, timeout - 4)  # of a collective: less than the whole call's, so that it names who is missing before all are killed
         limit = timedelta(seconds=patience)
         if backend == "nccl":
             torch.cuda.set_device(rank)
@@ -79,7 +79,7 @@ def run_ranks(
     world: int | Layout,  # how many ranks: `fn(*args)`; or a layout: `fn(mesh, *args)`
     *args: Any,  # passed to `fn`
     backend: str = "gloo",  # gloo on CPU, nccl with one GPU a rank
-    timeout: float = 60.0,  # seconds for the whole call; a collective fails after four fifths of it
+    timeout: float = 60.0,  # seconds for the whole call; a collective fails some seconds before
     show: bool = True,  # print what the ranks printed, in rank order?
     **kwargs: Any,  # passed to `fn`
 ) -> list:  # what `fn` returned on each rank
