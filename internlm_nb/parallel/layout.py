@@ -250,7 +250,7 @@ def plot_layout(
         ax.add_patch(Rectangle((0, row), min(width, layout.world - row * node), 1, fill=False, ec="black", lw=1.2))
     sizes = ", ".join(f"{name} {size}" for name, size in zip(Coords._fields, layout._sizes) if size > 1)
     ax.set(xlim=(0, width + (1.2 if layout.pipeline > 1 else 0)), ylim=(rows, 0), xticks=[], yticks=[r + 0.5 for r in range(rows)], yticklabels=[f"node {r}" for r in range(rows)])
-    ax.set_title(f"{layout.world} ranks: {sizes or 'one process'}\ncolour: {axis} group ({len(groups)} of {len(groups[0])})", fontsize=8)
+    ax.set_title(f"{layout.world} ranks: {sizes or 'one process'}\ncolour: {axis} group ({len(groups)} of {layout.world // len(groups)})", fontsize=8)
     ax.tick_params(length=0, labelsize=7)
     ax.spines[:].set_visible(False)
     return fig

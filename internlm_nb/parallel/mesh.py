@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-from .comm import Axis, Progress, Recorder
+from .axis import Axis, Progress
 from .layout import Coords, Layout, axis_names
+from .record import Recorder
 
 # %% ../../nbs/parallel/03_mesh.ipynb #b38ce358
 class Place(NamedTuple):

@@ -7,14 +7,18 @@ __all__ = ['RankError', 'run_ranks']
 
 # %% ../../nbs/parallel/02_ranks.ipynb #69b61770
 import contextlib
+import faulthandler
 import io
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -25,13 +29,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from .layout import Layout
 
 # %% ../../nbs/parallel/02_ranks.ipynb #5495be24
-def _life(rank: int, layout: Layout, wants_mesh: bool, port: int, backend: str, timeout: float, payload: bytes, conn: Any) -> None:
+def _life(rank: int, layout: Layout, wants_mesh: bool, port: int, backend: str, timeout: float, payload: bytes, trace: Path, conn: Any) -> None:
     "What the process of one rank does; a result is (time, is it one, printed text, pickled result or traceback)"
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, trace.open("w"), all_threads=False)  # asked where it hangs, a rank answers even from inside a collective
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(layout.world), LOCAL_WORLD_SIZE=str(layout.world))
     out = io.StringIO()
     try:
-        patience = 0.8 * timeout  # of a collective: less than the whole call's, so that it names who is missing before all are killed
+        patience = max(0.4 * timeout, timeout - 4)  # of a collective: less than the whole call's, so that it names who is missing before all are killed
         limit = timedelta(seconds=patience)
         if backend == "nccl":
             torch.cuda.set_device(rank)
@@ -74,25 +79,35 @@ def _collect(ends: list, procs: list, deadline: float) -> tuple[dict[int, tuple]
     return got, sorted(waiting.values())
 
 
+def _where(procs: list, silent: list[int], traces: Path) -> str:
+    "Ask ranks that hang for their stacks"
+    for rank in silent:
+        if procs[rank].is_alive():
+            os.kill(procs[rank].pid, signal.SIGUSR1)
+    time.sleep(0.3)
+    return "".join(f"\nrank {rank}: {(traces / str(rank)).read_text() if (traces / str(rank)).exists() else 'never began'}" for rank in silent)
+
+
 def run_ranks(
     fn: Callable,  # called on every rank; may be defined in a notebook
     world: int | Layout,  # how many ranks: `fn(*args)`; or a layout: `fn(mesh, *args)`
     *args: Any,  # passed to `fn`
     backend: str = "gloo",  # gloo on CPU, nccl with one GPU a rank
-    timeout: float = 60.0,  # seconds for the whole call; a collective fails after four fifths of it
+    timeout: float = 60.0,  # seconds for the whole call; a collective fails some seconds before
     show: bool = True,  # print what the ranks printed, in rank order?
     **kwargs: Any,  # passed to `fn`
 ) -> list:  # what `fn` returned on each rank
-    "Run a function on every rank of a fresh process group. Raises RankError with the first failure's traceback, or with the names of ranks that hang"
+    "Run a function on every rank of a fresh process group. Raises RankError with the first failure's traceback, or with names and stacks of ranks that hang"
     layout = world if isinstance(world, Layout) else Layout(world)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "internlm_nb.parallel.mesh"])
     store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     payload = cloudpickle.dumps((fn, args, kwargs))
-    ends, procs = [], []
+    folder, ends, procs = tempfile.TemporaryDirectory(), [], []
+    traces = Path(folder.name)
     for rank in range(layout.world):
         receive, send = context.Pipe(duplex=False)
-        proc = context.Process(target=_life, args=(rank, layout, isinstance(world, Layout), store.port, backend, timeout, payload, send), daemon=True)
+        proc = context.Process(target=_life, args=(rank, layout, isinstance(world, Layout), store.port, backend, timeout, payload, traces / str(rank), send), daemon=True)
         proc.start()
         send.close()
         ends.append(receive)
@@ -106,7 +121,7 @@ def run_ranks(
             others = "".join(f"\nrank {r} then: {got[r][3].strip().splitlines()[-1]}" for _, r in failed[1:])
             raise RankError(f"rank {rank} failed first\n{got[rank][2]}{got[rank][3]}{others}")
         if silent:
-            raise RankError(f"ranks {silent} gave no result within {timeout:g} s: raise `timeout`, or look for a collective that not all ranks reach")
+            raise RankError(f"ranks {silent} gave no result within {timeout:g} s: raise `timeout`, or look for a collective that not all ranks reach{_where(procs, silent, traces)}")
         for proc in procs:
             proc.join(max(0.1, deadline - time.time()))
     finally:
@@ -114,6 +129,7 @@ def run_ranks(
             if proc.is_alive():
                 proc.kill()
             proc.join()
+        folder.cleanup()
     if show:
         for rank in range(layout.world):
             for line in got[rank][2].splitlines():
