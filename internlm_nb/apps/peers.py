@@ -29,6 +29,7 @@ from ..model.init import init_weights
 from ..model.loss import LossOutput
 from ..model.transformer import Transformer
 from ..train.config import RunConfig, TrainConfig
+from ..train.host import keep_freed_memory
 from ..train.optim import OptimConfig, Optimizer
 from ..train.parallelize import build_model
 from ..train.precision import PRECISIONS, PrecisionName
@@ -231,6 +232,8 @@ class Ours(Contender):
 
     def __init__(self, case: Case):
         super().__init__(case)
+        if torch.device(self.device).type == "cpu":
+            keep_freed_memory()  # as the trainer does
         train = TrainConfig(precision=case.precision, seed=case.seed, attention=case.attention, compile=case.compile, recompute=case.recompute)
         run = RunConfig("bench", case.config, optim=OptimConfig(lr=1e-4, clip=1.0), train=train)
         self.batch = Batch.of(self.pack, self.device)

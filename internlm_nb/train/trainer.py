@@ -27,6 +27,7 @@ from ..model.config import num_params
 from ..model.flops import step_flops
 from .config import RunConfig
 from .folder import CHECKPOINTS, held, put_aside, record_start
+from .host import keep_freed_memory
 from .metrics import StepRecord, Throughput, TypeMeter, flop_rates, peak_tflops
 from .monitor import LivePlot, in_notebook, progress_bar
 from .optim import Optimizer
@@ -60,6 +61,7 @@ class Trainer:
         self.started = time.monotonic()
         self.run, self.run_dir, self.command = run, Path(run_dir or Path("runs") / run.name), command
         self.device, self.precision = choose_device(run.train.device), PRECISIONS[run.train.precision]
+        self.kept_memory = self.device.type == "cpu" and keep_freed_memory()
         self.checkpoints = self.run_dir / CHECKPOINTS
         self.say = say
         acts(run.train.steps, run.optim.schedule)
@@ -155,7 +157,7 @@ class Trainer:
             f"step: {d.micro_num} packs of {d.micro_bsz} x {d.seq_len} tokens = {tokens:,} tokens; {run.train.steps:,} steps = {tokens * run.train.steps:,} tokens",
             f"data: {', '.join(self.loader.sources)}; types {', '.join(self.loader.types)}",
             describe_backend(self.device, self.precision.param, run.model.head_dim) if run.train.attention == "auto" else f"attention backend {run.train.attention}",
-            f"memory: {memory_needed(run) / 1e9:.2f} GB for weights, gradients and optimizer; recomputation {run.train.recompute:g}{of}",
+            f"memory: {memory_needed(run) / 1e9:.2f} GB for weights, gradients and optimizer; recomputation {run.train.recompute:g}{of}" + ("; freed memory is kept for the next step" if self.kept_memory else ""),
             f"folder: {self.run_dir}",
         ]
         self.sinks.text("run", "\n".join(lines), self.state.step)
