@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Part', 'PARTS', 'BenchConfig', 'words', 'Place', 'chosen', 'bench_train', 'bench_packed', 'bench_generate',
-           'bench_data', 'bench_gpu', 'run_part', 'main', 'plot_contest']
+           'bench_data', 'bench_ablation', 'bench_gpu', 'run_part', 'main', 'plot_contest']
 
 # %% ../../nbs/apps/15_bench.ipynb #2e3d0d67
 import os
@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from .ablation import ablation
 from .benchdata import data_contest
 from .benchfile import head, keep, load, new_record, result_text, table
 from .benchgen import Task, write_contest
@@ -29,7 +30,7 @@ from .peers import Case, Shape, installed, mixed_lengths, shapes
 from ..train.parallelize import choose_device
 
 # %% ../../nbs/apps/15_bench.ipynb #24adb90a
-Part = Literal["train", "packed", "generate", "data", "gpu", "all"]
+Part = Literal["train", "packed", "generate", "data", "ablation", "gpu", "all"]
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,20 @@ def bench_data(
         yield data_contest(case, 20_000 if cfg.smoke else 2_000_000, 2 if cfg.smoke else 100, cfg.rounds, at.threads)
 
 
+def bench_ablation(
+    cfg: BenchConfig,
+    at: Place,
+) -> list[dict[str, Any]]:  # nothing on a GPU: these are a CPU's measures
+    "Our step against itself, one measure left out at a time"
+    if at.device.startswith("cuda"):
+        return []
+    out = []
+    for shape in chosen(cfg, ("42m-16k", "58m-103k")):
+        at.say(f"{shape.name}, measures left out ...")
+        out.append(ablation(f"{shape.name}, bfloat16, one measure left out", Case(shape, "bfloat16", device=at.device), cfg.rounds, cfg.steps, at.threads))
+    return out
+
+
 def bench_gpu(
     cfg: BenchConfig,
     at: Place,
@@ -171,7 +186,7 @@ def bench_gpu(
 
 
 PARTS: dict[str, Callable[[BenchConfig, Place], Iterator[dict[str, Any]]]] = {
-    "train": bench_train, "packed": bench_packed, "generate": bench_generate, "data": bench_data, "gpu": bench_gpu,
+    "train": bench_train, "packed": bench_packed, "generate": bench_generate, "data": bench_data, "ablation": bench_ablation, "gpu": bench_gpu,
 }  # fmt: skip
 
 # %% ../../nbs/apps/15_bench.ipynb #b12b32ca

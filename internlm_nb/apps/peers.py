@@ -230,10 +230,14 @@ class Contender:
 class Ours(Contender):
     "This library, as its trainer uses it"
 
-    def __init__(self, case: Case):
+    def __init__(
+        self,
+        case: Case,
+        keep_memory: bool = True,  # on a CPU, as the trainer does
+    ):
         super().__init__(case)
-        if torch.device(self.device).type == "cpu":
-            keep_freed_memory()  # as the trainer does
+        if keep_memory and torch.device(self.device).type == "cpu":
+            keep_freed_memory()
         train = TrainConfig(precision=case.precision, seed=case.seed, attention=case.attention, compile=case.compile, recompute=case.recompute)
         run = RunConfig("bench", case.config, optim=OptimConfig(lr=1e-4, clip=1.0), train=train)
         self.batch = Batch.of(self.pack, self.device)
