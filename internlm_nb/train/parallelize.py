@@ -12,7 +12,8 @@ from ..model.attention import why_not
 from ..model.transformer import Transformer, recompute
 from ..parallel.layout import Layout, check
 from ..parallel.mesh import Mesh, single
-from ..parallel.placement import Placement, init_placed, placements_of
+from ..parallel.placement import Placement, init_placed
+from ..parallel.tensor import tensor_parallel
 from .config import RunConfig
 from .precision import PRECISIONS
 
@@ -64,7 +65,7 @@ def build_model(
         raise ValueError(f"--train.attention {backend} cannot run here: {reason}; write auto, or another backend")
     model = Transformer(run.model, device="meta", dtype=dtype)  # names and shapes, no memory
     # here: the pipeline's cut, when there is one
-    placements = placements_of(model)
+    placements = tensor_parallel(model, mesh.axis("tensor"), mesh.layout.mode)  # tensor and its sequence modes; sequence and experts will follow here
     model.to_empty(device=device)
     init_placed(model, placements, run.train.seed)  # each rank its own part, asking nobody
     model.head.label_smoothing = run.train.label_smoothing
