@@ -51,7 +51,14 @@ def step(mesh, precision: str, count: int, bucket_bytes: int):
     out = train_step(model, opt, mine, sum(b.num_targets for b in mine), mesh=mesh)
     mesh.check_waited()
     grads = {n: m.grad.clone() for n, m in opt.masters.items() if m.grad is not None}
-    return {"loss": out.loss, "norm": out.grad_norm, "grads": grads, "weights": {n: m.detach().clone() for n, m in opt.masters.items()}, "seen": seen, "recorder": mesh.recorder}
+    return {
+        "loss": out.loss,
+        "norm": out.grad_norm,
+        "grads": grads,
+        "weights": {n: m.detach().clone() for n, m in opt.masters.items()},
+        "seen": seen,
+        "recorder": mesh.recorder,
+    }
 
 
 def on_ranks(world: int, *args):
@@ -63,7 +70,9 @@ def _recorded(world: int, *args):
     return step(make_mesh(Layout(world), recorder=Recorder(events=True)), *args)
 
 
-@pytest.mark.parametrize("precision,tolerance", [("float64", 1e-12), ("float32", 1e-5), ("bfloat16", 3e-2)])  # bf16: gradients of equal packs are rounded alike, but the attention of one process is not
+@pytest.mark.parametrize(
+    "precision,tolerance", [("float64", 1e-12), ("float32", 1e-5), ("bfloat16", 3e-2)]
+)  # bf16: gradients of equal packs are rounded alike, but the attention of one process is not
 def test_ranks_are_one_process(precision, tolerance):
     alone = step(single(), precision, 6, 1 << 20)
     ranks = on_ranks(3, precision, 6, 4096)
@@ -160,6 +169,6 @@ def _lost(mesh):
     train_step(model, opt, batches(1), 1, mesh=mesh)
 
 
-def test_a_rank_that_dies_is_named_by_the_others():
-    with pytest.raises(RankError, match=r"rank 1 failed first(.|\n)*out of paper(.|\n)*rank 0 then: .*(number of targets|loss)"):
+def test_a_rank_that_fails_is_named():
+    with pytest.raises(RankError, match=r"(?s)rank 1 failed first.*out of paper"):
         run_ranks(_lost, Layout(2), timeout=20)

@@ -10,7 +10,6 @@ import random
 from dataclasses import replace
 
 import pytest
-import torch
 
 from internlm_nb.data.loader import DataConfig, Loader
 from internlm_nb.model.config import ModelConfig
@@ -45,11 +44,29 @@ def draw(seed: int, precision: str, most: int = 8) -> tuple[RunConfig, int]:
         norm_head=pick.random() < 0.3, tie_embeddings=pick.random() < 0.3, qk_interleaved=pick.random() < 0.3, embed_grad_scale=pick.choice([1.0, 0.3]), max_position_embeddings=16,
         **FAMILIES[family],
     )  # fmt: skip
-    reading = DataConfig(seq_len=4 * pick.randint(3, 8), micro_bsz=pick.randint(1, 2), micro_num=data * pick.randint(1, 3), pack_sample_into_one=pick.random() < 0.3, synthetic_shortest=2, prefetch=0)
-    training = TrainConfig(
-        steps=STEPS, precision=precision, seed=seed, device="cpu", recompute=pick.choice([0.0, 0.5, 1.0]), recompute_policy=pick.choice(["full", "selective"]), label_smoothing=pick.choice([0.0, 0.1])
+    reading = DataConfig(
+        seq_len=4 * pick.randint(3, 8),
+        micro_bsz=pick.randint(1, 2),
+        micro_num=data * pick.randint(1, 3),
+        pack_sample_into_one=pick.random() < 0.3,
+        synthetic_shortest=2,
+        prefetch=0,
     )
-    optim = OptimConfig(lr=3e-4, clip=pick.choice([0.0, 0.05, 1.0]), schedule=ScheduleConfig(kind="constant", warmup_ratio=0.0), no_decay=("*norm.weight",) if pick.random() < 0.5 else ())
+    training = TrainConfig(
+        steps=STEPS,
+        precision=precision,
+        seed=seed,
+        device="cpu",
+        recompute=pick.choice([0.0, 0.5, 1.0]),
+        recompute_policy=pick.choice(["full", "selective"]),
+        label_smoothing=pick.choice([0.0, 0.1]),
+    )
+    optim = OptimConfig(
+        lr=3e-4,
+        clip=pick.choice([0.0, 0.05, 1.0]),
+        schedule=ScheduleConfig(kind="constant", warmup_ratio=0.0),
+        no_decay=("*norm.weight",) if pick.random() < 0.5 else (),
+    )
     parallel = ParallelConfig(tensor=tensor, mode=pick.choice(["mtp", "msp", "fsp"]), bucket_mb=pick.choice([0.002, 0.02, 32.0]))
     return RunConfig("law", model, reading, optim, training, parallel=parallel), world
 
@@ -116,7 +133,9 @@ def test_draws_reach_everything():
     "A sweep that never drew a thing would say nothing about it"
     drawn = [draw(seed, precision) for seed in range(100) for precision in ("float64", "float32")]
     assert {(w, r.parallel.tensor) for r, w in drawn} == {(w, t) for w in (2, 4, 8) for t in (1, 2, 4) if t <= w}
-    assert {(r.parallel.tensor > 1, r.parallel.mode, r.model.family) for r, _ in drawn} == {(s, m, f) for s in (False, True) for m in ("mtp", "msp", "fsp") for f in FAMILIES}
+    assert {(r.parallel.tensor > 1, r.parallel.mode, r.model.family) for r, _ in drawn} == {
+        (s, m, f) for s in (False, True) for m in ("mtp", "msp", "fsp") for f in FAMILIES
+    }
     for fact in ("norm_head", "tie_embeddings", "qk_interleaved", "num_kv_heads", "embed_grad_scale"):
         assert len({(getattr(r.model, fact), r.parallel.mode) for r, _ in drawn if r.parallel.tensor > 1}) >= 6
     assert all(layout_of(r, w).world == w for r, w in drawn)
