@@ -243,9 +243,9 @@ class Ours(Contender):
         self.batch = Batch.of(self.pack, self.device)
         if case.check:
             plain = replace(train, precision="float32", compile=False, attention="auto")
-            out = self._loss(build_model(replace(run, train=plain), self.device))
+            out = self._loss(build_model(replace(run, train=plain), self.device)[0])
             self.loss32 = float(out)
-        self.model = build_model(run, self.device)
+        self.model, _ = build_model(run, self.device)
         self.optimizer = Optimizer(self.model, run.optim, PRECISIONS[case.precision])
 
     @torch.no_grad()

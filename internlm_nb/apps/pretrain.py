@@ -7,8 +7,11 @@ __all__ = ['UsageError', 'load_run_file', 'parse_run', 'main']
 
 # %% ../../nbs/apps/02_pretrain.ipynb #2822b36a
 import argparse
+import contextlib
 import difflib
 import importlib.util
+import io
+import os
 import shlex
 import sys
 import traceback
@@ -21,7 +24,11 @@ import tyro
 
 from ..checkpoint.durable import CheckpointError
 from ..data.tokenline import TokenFileError
+from ..parallel.comm import CollectiveTimeout
+from ..parallel.mesh import Mesh, Place, destroy, find_place
+from ..parallel.together import RankFailed, together
 from ..train.config import RunConfig
+from ..train.launch import open_mesh
 from ..train.trainer import Trainer
 
 # %% ../../nbs/apps/02_pretrain.ipynb #31dcb47b
@@ -69,17 +76,34 @@ def parse_run(
     return tyro.cli(RunConfig, prog=prog, description=module.__doc__ or f"The run {base.name}", default=base, args=list(args))
 
 # %% ../../nbs/apps/02_pretrain.ipynb #e5003538
-def _leave(message: str, code: int) -> NoReturn:
-    "Say why, and end the process"
-    print(f"train.py: {message}", file=sys.stderr)
+def _leave(error: BaseException | str, code: int, place: Place) -> NoReturn:
+    "Say why, and end the process. One of many says who it is, and repeats nothing that rank 0 says"
+    if place.rank == 0 or not isinstance(error, RankFailed):
+        print(f"train.py: {f'rank {place.rank}: ' if place.world > 1 else ''}{error}", file=sys.stderr, flush=True)
+    if place.world > 1:  # other ranks may be gone: a clean farewell could wait for them
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
+
+
+def _prepare(module: ModuleType, run: RunConfig, mesh: Mesh) -> RunConfig:
+    "The run file's own preparation: rank 0 does the work, the others then find it done"
+    if not hasattr(module, "prepare"):
+        return run
+    world = mesh.axis("world")
+    first = together(lambda: module.prepare(run), world, "preparing the run", only_first=True)
+    if mesh.rank == 0:
+        together(lambda: None, world, "preparing the run")
+        return first
+    with contextlib.redirect_stdout(io.StringIO()):
+        return together(lambda: module.prepare(run), world, "preparing the run")
 
 
 def main(
     args: Sequence[str] | None = None,  # Command line without the program's name; None: of this process
     runs: Path = Path("scripts/configs"),  # Folder of the shipped runs
 ) -> Trainer:  # After training
-    "Parse, prepare, train, finish. Exits with code 2 for what cannot be started, 1 for what went wrong on the way (data, disk, gradients), 130 when stopped at once; an interruption that was saved is a clean end"
+    "Parse, prepare, train, finish. Exits with code 2 for what cannot be started, 1 for what went wrong on the way (data, disk, gradients), 130 when stopped at once; an interruption that was saved is a clean end. Under torchrun or srun it is one rank of many: it joins the others, and what fails is told with its rank"
     argv = list(sys.argv[1:] if args is None else args)
     names = ", ".join(sorted(p.stem for p in runs.glob("*.py")))
     parser = argparse.ArgumentParser(
@@ -94,25 +118,50 @@ def main(
         parser.print_help()
         sys.exit(0 if argv else 2)
     own, rest = parser.parse_known_args(argv)
+    place, trainer = Place(0, 1, 0), None
     try:
+        try:
+            place = find_place()
+        except ValueError as e:
+            raise UsageError(str(e)) from e
         if own.run is None or (argv[0].startswith("-") and not argv[0].startswith("--run-dir")):
             raise UsageError(f"name a run first, then its options. Runs: {names}; or the path of a Python file with a function run()")
         module = load_run_file(own.run, runs)
-        run = parse_run(module, rest, prog=f"train.py {own.run}")
+        quiet = io.StringIO() if place.rank else sys.stdout, io.StringIO() if place.rank else sys.stderr
         try:
-            if hasattr(module, "prepare"):
-                run = module.prepare(run)
-            trainer = Trainer(run, own.run_dir, command=shlex.join(["train.py", *argv]))
+            with contextlib.redirect_stdout(quiet[0]), contextlib.redirect_stderr(quiet[1]):  # a wrong option is explained once
+                run = parse_run(module, rest, prog=f"train.py {own.run}")
+        except SystemExit as e:
+            if place.rank and e.code:
+                _leave("these options cannot be; rank 0 says more, unless it was given others", 2, place)
+            raise
+        try:
+            mesh = open_mesh(run, place)
+            run = _prepare(module, run, mesh)
+            trainer = Trainer(run, own.run_dir, command=shlex.join(["train.py", *argv]), mesh=mesh)
         except (ValueError, OSError, CheckpointError) as e:
             raise UsageError(str(e)) from e
         try:
             trainer.fit()
         except (TokenFileError, OSError, CheckpointError, FloatingPointError) as e:
-            _leave(f"stopped after step {trainer.state.step}: {e}", 1)
-        if trainer.done and hasattr(module, "finish"):
-            module.finish(trainer)
+            _leave(f"stopped after step {trainer.state.step}: {e}", 1, place)
+        if trainer.done and hasattr(module, "finish") and mesh.rank == 0:
+            if mesh.layout.tensor > 1:
+                print("the run file's finish() is left out: it needs a whole model on one rank; load the checkpoint in one process instead")
+            else:
+                module.finish(trainer)
     except UsageError as e:
-        _leave(str(e), 2)
+        _leave(e, 2, place)
+    except RankFailed as e:
+        _leave(e, 1 if trainer is not None else 2, place)
+    except CollectiveTimeout as e:
+        _leave(e, 1, place)
     except KeyboardInterrupt:
-        _leave("stopped at once; the same command begins again, from the newest checkpoint where there is one", 130)
+        _leave("stopped at once; the same command begins again, from the newest checkpoint where there is one", 130, place)
+    except Exception:
+        if place.world == 1:
+            raise
+        _leave(traceback.format_exc(), 1, place)
+    destroy()
+    assert trainer is not None
     return trainer

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from ..parallel.comm import Axis, all_reduce
+
 # %% ../../nbs/train/05_metrics.ipynb #f1b0ea9f
 WINDOWS = (10, 50)
 
@@ -157,9 +159,11 @@ class TypeMeter:
     def read(
         self,
         prefix: str = "",  # put before every name, "valid_" for instance
+        axis: Axis | None = None,  # ranks that measured other tokens: their sums are added, so all of them must read
     ) -> dict[str, float]:
         "Figures with keys as `loss/en`, `accuracy/en`, `perplexity/en`, `tokens/en` (targets), and `loss`, … over all types. Waits for the device"
-        sums = torch.cat([self.sums.sum(1, keepdim=True), self.sums], 1)
+        mine = self.sums if axis is None else all_reduce(self.sums, axis, "figures by type")
+        sums = torch.cat([mine.sum(1, keepdim=True), mine], 1)
         mean_loss, accuracy = sums[0] / sums[2], sums[1] / sums[2]
         rows = torch.stack([mean_loss, accuracy, mean_loss.exp(), sums[2]]).tolist()
 

@@ -62,6 +62,8 @@ def check_data(
     loader: Loader,  # Its training data
     validation: Validation | None,  # Its validation set
     say: Callable[[str], object] = print,  # Takes remarks
+    coord: int = 0,  # This rank's place on the data axis
+    ranks: int = 1,  # Size of the data axis: the looking is shared out
 ) -> None:
     "Raise TokenFileError for documents that are broken or do not fit the vocabulary, and ValueError for a validation that cannot be"
     if run.train.valid_every and validation is None:
@@ -75,6 +77,6 @@ def check_data(
     for stream in [*loader.streams, *([validation.stream] if validation else [])]:
         if isinstance(stream, ShuffledPacks):
             count = len(stream.documents)
-            for i in sorted({*(k * count // LOOK for k in range(LOOK)), count - 1}):  # the last shows most cheaply that a file and its index disagree
+            for i in sorted({*(k * count // LOOK for k in range(coord, LOOK, ranks)), count - 1}):  # the last shows most cheaply that a file and its index disagree
                 stream.documents[i]
-    loader.batch(0)
+    loader.batch(0, coord, ranks)

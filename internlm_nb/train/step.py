@@ -9,6 +9,7 @@ __all__ = ['Batch', 'StepClock', 'StepOutput', 'train_step', 'evaluate']
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from ..data.packing import Pack
 from ..model.loss import LossOutput
 from ..model.segments import Segments
 from ..model.transformer import Transformer
+from ..parallel.comm import all_reduce, start_all_reduce
+from ..parallel.mesh import Mesh
 from .metrics import TypeMeter
 from .optim import Optimizer
 
@@ -96,25 +99,37 @@ def train_step(
     model: Transformer,  # With gradients
     optimizer: Optimizer,  # Its rates already set for this step
     batches: Sequence[Batch],  # This rank's micro-batches
-    num_targets: int,  # Targets of the step over all ranks
-    meter: TypeMeter | None = None,  # Counts loss and accuracy by data type
-    clock: StepClock | None = None,  # Gets the marks start, backward (its end) and end
+    num_targets: int,  # Targets of these micro-batches
+    meter: TypeMeter | None = None,  # Counts loss and accuracy by data type, of this rank's tokens
+    clock: StepClock | None = None,  # Gets the marks start, backward (its end), reduced and end
+    mesh: Mesh | None = None,  # Ranks that train together; None: one process alone
 ) -> StepOutput:
     "One optimizer step over micro-batches; nothing in it waits for the device"
-    clock = clock or StepClock(batches[0].input_ids.device)
+    device = batches[0].input_ids.device
+    clock = clock or StepClock(device)
     clock.mark("start")
     optimizer.zero_grad()
-    total = torch.zeros((), dtype=torch.float64, device=batches[0].input_ids.device)
-    for batch in batches:
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    targets: int | Tensor = max(num_targets, 1)  # a step without any target has loss 0, not 0/0
+    if mesh is not None and mesh.axis("loss").size > 1:  # law 3 counts over all ranks: a number that only the device knows
+        targets = all_reduce(torch.full((), num_targets, dtype=torch.int64, device=device), mesh.axis("loss"), "number of targets").clamp(min=1)
+    for i, batch in enumerate(batches):
         out = model(batch.input_ids, batch.segments, batch.indexes, labels=batch.labels)
         assert isinstance(out, LossOutput)
-        loss = out.loss_sum / max(num_targets, 1)  # a step without any target has loss 0, not 0/0
+        loss = out.loss_sum / targets
+        if i == len(batches) - 1:
+            optimizer.last_micro_batch()
         optimizer.scaled(loss).backward()
         total += loss.detach()
         if meter is not None:
             meter.add(out.token_loss, out.correct, batch.type_ids, batch.labels)
     clock.mark("backward")
+    summed = start_all_reduce(total, mesh.axis("loss"), "loss") if mesh is not None else None
+    optimizer.collect()
+    clock.mark("reduced")
     info = optimizer.update()
+    if summed is not None:
+        summed.wait()
     clock.mark("end")
     return StepOutput(total, info.grad_norm, info.skipped)
 
@@ -125,14 +140,16 @@ def evaluate(
     packs: Iterable[Pack],  # A fixed set
     names: Sequence[str],  # Data types by id
     device: torch.device | str = "cpu",  # Where the model is
+    mesh: Mesh | None = None,  # Ranks that share the set out between them; None: one process alone
 ) -> dict[str, float]:  # `loss`, `accuracy`, `perplexity`, `tokens`, and the same `/type`
     "Loss, accuracy and perplexity of a fixed set, over all and by data type"
     meter, was_training = TypeMeter(names, device), model.training
     model.eval()
-    for p in packs:
+    data = mesh.axis("data") if mesh is not None else None
+    for p in packs if data is None else islice(packs, data.coord, None, data.size):
         b = Batch.of(p, device)
         out = model(b.input_ids, b.segments, b.indexes, labels=b.labels)
         assert isinstance(out, LossOutput)
         meter.add(out.token_loss, out.correct, b.type_ids, b.labels)
     model.train(was_training)
-    return meter.read()
+    return meter.read(axis=None if mesh is None else mesh.axis("loss"))

@@ -1,0 +1,260 @@
+"Many ranks in one run: torchrun and the script, any number of ranks saves and any loads, all stop at one step, and what fails is named with its rank"
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from train_runs import TINY, facts, tensors, tiny_run, trainer
+
+from internlm_nb.checkpoint.durable import CheckpointError
+from internlm_nb.checkpoint.keep import steps
+from internlm_nb.parallel.layout import Layout
+from internlm_nb.parallel.mesh import Mesh
+from internlm_nb.parallel.ranks import RankError, run_ranks
+from internlm_nb.parallel.together import RankFailed
+from internlm_nb.train.config import ParallelConfig, RunConfig, changes, from_dict, to_dict
+from internlm_nb.train.sinks import Sink
+from internlm_nb.train.stopping import Stopped
+
+ROOT = Path(__file__).parents[1]
+OWN = """
+"A run of two ranks' worth of work"
+from internlm_nb.data.loader import DataConfig
+from internlm_nb.model.config import ModelConfig
+from internlm_nb.train.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
+from internlm_nb.train.optim import OptimConfig
+
+
+def run():
+    model = ModelConfig(family="internlm2", vocab_size=96, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16)
+    return RunConfig("mine", model, DataConfig(seq_len=32, micro_bsz=2, micro_num=4), OptimConfig(lr=3e-4),
+        TrainConfig(steps=4, precision="float32", device="cpu"), CheckpointConfig(every=2), LogConfig(sinks=(), progress=False, peak_tflops=1.0))
+
+
+def prepare(run):
+    print("prepared")
+    return run
+
+
+def finish(trainer):
+    print("finished")
+"""
+
+
+def wide_run(**fields) -> RunConfig:
+    "A tiny run that four ranks can share: float64, so that layouts agree to 1e-10"
+    fields = {"data_micro_num": 4, "train_precision": "float64", "train_device": "cpu", "optim_lr": 1e-3, **fields}
+    return tiny_run(replace(TINY, vocab_size=96), **fields)
+
+
+def fit(mesh: Mesh | None, run: RunConfig, folder: Path, count: int | None = None, said: list[str] | None = None) -> Stopped:
+    "What each rank does"
+    import internlm_nb.train.trainer as module
+
+    module.save_plots = lambda run_dir: [run_dir / "plots" / "none"]
+    return trainer(run, folder, said, mesh=mesh).fit(count)
+
+
+def close(a: Path, b: Path, tolerance: float) -> None:
+    "Two runs agree in loss and norm, and to the last integer in what is counted"
+    x, y = facts(a), facts(b)
+    assert [r["step"] for r in x] == [r["step"] for r in y]
+    for r, s in zip(x, y):
+        assert r.keys() == s.keys()
+        for k, v in r.items():
+            assert s[k] == v if isinstance(v, int) else abs(s[k] - v) <= tolerance * abs(v), (r["step"], k, v, s[k])
+
+
+def torchrun(*args: str, cwd: Path, ranks: int = 2) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / "scripts" / "train.py"), *args]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_torchrun_is_the_same_run(tmp_path, no_plots):
+    "The script under torchrun, two ways tensor: what one process writes, within law 2; the run file's own functions are called once"
+    (tmp_path / "mine.py").write_text(OWN)
+    from internlm_nb.apps.pretrain import main
+
+    main([str(tmp_path / "mine.py"), "--run-dir", str(tmp_path / "one")], runs=tmp_path)
+    process = torchrun(str(tmp_path / "mine.py"), "--run-dir", "two", "--parallel.tensor", "2", "--parallel.mode", "msp", cwd=tmp_path)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    assert out.count("prepared") == 1 and out.count("all steps are made") == 1 and "finish() is left out" in out
+    close(tmp_path / "one", tmp_path / "two", 1e-4)  # norms after some float32 steps; the loss is closer
+    for r, s in zip(facts(tmp_path / "one"), facts(tmp_path / "two")):
+        assert abs(r["loss"] - s["loss"]) <= 1e-5 * r["loss"]
+    for rank in range(2):
+        own = [json.loads(line) for line in (tmp_path / "two" / f"metrics-rank{rank:05d}.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in own] == [0, 1, 2, 3] and all(
+            r["rank"] == rank and r["step_s"] > 0 and r["wait_s"] >= 0 and r["memory_bytes"] > 0 for r in own
+        )
+
+
+def test_a_killed_rank_ends_the_job_and_is_named(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    process = torchrun(str(tmp_path / "mine.py"), "--run-dir", "out", "--train.steps", "100000", "--parallel.timeout", "30", cwd=tmp_path)
+    metrics, until = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        assert process.poll() is None and time.monotonic() < until, "the run did not start"
+        time.sleep(0.1)
+    children = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _environ(p).get("RANK") == "1" and str(tmp_path) in _cmdline(p)]
+    assert len(children) == 1
+    os.kill(children[0], signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert re.search(r"train.py: rank 0: .* did not finish at step \d+.*rank 1 has not arrived", out, re.S), out
+    assert re.search(r"rank\s*: 1", out)  # torchrun's own report
+
+
+def _environ(process: Path) -> dict[str, str]:
+    try:
+        return dict(line.split("=", 1) for line in (process / "environ").read_bytes().decode(errors="replace").split("\0") if "=" in line)
+    except OSError:
+        return {}
+
+
+def _cmdline(process: Path) -> str:
+    try:
+        return (process / "cmdline").read_bytes().decode(errors="replace") + os.readlink(process / "cwd")
+    except OSError:
+        return ""
+
+
+def test_any_number_of_ranks_goes_on(tmp_path, no_plots):
+    "Two ranks, then one, then four that split the matrices: one run, one loss curve, the same weights"
+    run = wide_run(train_steps=9, train_valid_every=3)
+    assert fit(None, run, tmp_path / "one") is Stopped.DONE
+    steps3 = replace(run, checkpoint=replace(run.checkpoint, every=3))
+    run_ranks(fit, Layout(2), steps3, tmp_path / "mixed", 3)
+    assert fit(None, steps3, tmp_path / "mixed", 3) is Stopped.PAUSED
+    said = run_ranks(_fit_and_tell, Layout(4, tensor=2, mode="fsp"), replace(steps3, parallel=ParallelConfig(tensor=2, mode="fsp")), tmp_path / "mixed")
+    assert [s[0] for s in said] == ["all steps are made"] * 4
+    assert any("--parallel.tensor: 1 -> 2" in line for line in said[0][1]) and said[1][1] == []
+    close(tmp_path / "one", tmp_path / "mixed", 1e-10)
+    a, b = tensors(tmp_path / "one", 9), tensors(tmp_path / "mixed", 9)
+    assert a.keys() == b.keys()
+    assert max((a[n].double() - b[n].double()).abs().max().item() for n in a) <= 1e-10
+    files = sorted(p.name for p in (tmp_path / "mixed" / "checkpoints" / "9").glob("*.safetensors"))
+    sizes = [(tmp_path / "mixed" / "checkpoints" / "9" / f).stat().st_size for f in files]
+    assert len(files) == 4 and max(sizes) < 1.2 * min(sizes)  # each rank writes about as much
+
+
+def _fit_and_tell(mesh, run, folder):
+    said: list[str] = []
+    return fit(mesh, run, folder, None, said).value, said
+
+
+def _stopping(mesh, run, folder):
+    "Rank 1 is asked to stop at step 3"
+
+    class Ask(Sink):
+        def write(self, record):
+            pass
+
+    import internlm_nb.train.trainer as module
+
+    module.save_plots = lambda run_dir: [run_dir / "plots" / "none"]
+    t = trainer(run, folder, mesh=mesh)
+    step = t.step
+
+    def asked(packs):
+        record = step(packs)
+        if mesh.rank == 1 and record.step == 3:
+            t.stop()
+        return record
+
+    t.step = asked
+    return t.fit(), t.state.step
+
+
+def test_all_stop_at_the_same_step(tmp_path):
+    assert run_ranks(_stopping, Layout(2), wide_run(), tmp_path) == [(Stopped.INTERRUPTED, 4)] * 2
+    assert [f.step for f in steps(tmp_path / "checkpoints")] == [4]
+
+
+def _full_disk(mesh, run, folder):
+    "Rank 1 cannot write its part of the second checkpoint"
+    import internlm_nb.checkpoint.writer as writer
+
+    if mesh.rank == 1:
+        real = writer.write_shard
+
+        def full(path, *args):
+            if "/4." in str(path) or ".4" in str(path) or path.parent.name.startswith("4"):
+                raise OSError(28, "No space left on device")
+            return real(path, *args)
+
+        writer.write_shard = full
+    try:
+        fit(mesh, run, folder)
+    except (CheckpointError, RankFailed) as e:
+        return type(e).__name__, str(e)
+
+
+def test_a_save_that_fails_on_one_rank_leaves_nothing(tmp_path):
+    run = wide_run(train_steps=4, checkpoint_every=2)
+    got = run_ranks(_full_disk, Layout(2), run, tmp_path)
+    assert got[1][0] == "CheckpointError" and "No space left" in got[1][1]
+    assert got[0][0] == "RankFailed" and re.search(r"rank 1 failed while saving .*4: CheckpointError: .*No space left", got[0][1])
+    assert [f.step for f in steps(tmp_path / "checkpoints")] == [2]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if not p.name.startswith(".")) == ["2"]
+    run_ranks(fit, Layout(2), run, tmp_path)  # and the run goes on from there
+    assert [f.step for f in steps(tmp_path / "checkpoints")] == [2, 4]
+
+
+def _unreadable(mesh, run, folder):
+    "Rank 1's data breaks at step 3"
+    import internlm_nb.train.trainer as module
+
+    module.save_plots = lambda run_dir: [run_dir / "plots" / "none"]
+    t = trainer(run, folder, mesh=mesh)
+    real = t.loader.batch
+
+    def batch(step, *args):
+        if mesh.rank == 1 and step == 3:
+            raise OSError("the disk of node 1 is gone")
+        return real(step, *args)
+
+    t.loader.batch = batch
+    try:
+        t.fit()
+    except (OSError, RankFailed) as e:
+        return f"{type(e).__name__}: {e}"
+
+
+def test_data_that_one_rank_cannot_read_costs_no_step(tmp_path):
+    got = run_ranks(_unreadable, Layout(2), wide_run(), tmp_path)
+    assert got[0] == "RankFailed: rank 1 failed while reading the data of step 3: OSError: the disk of node 1 is gone"
+    assert got[1] == "OSError: the disk of node 1 is gone"
+    assert [f.step for f in steps(tmp_path / "checkpoints")] == [3]
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    run = wide_run()
+    with pytest.raises(ValueError, match=r"--parallel.tensor is 0"):
+        ParallelConfig(tensor=0)
+    with pytest.raises(ValueError, match=r"--parallel.mode is 'isp': choose one of mtp, msp, fsp"):
+        ParallelConfig(mode="isp")  # type: ignore[arg-type]
+    with pytest.raises(RankError, match=r"data.micro_num: a batch of 4 packs cannot be shared evenly by 3 data ranks"):
+        run_ranks(fit, Layout(3), run, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_older_runs_have_one_rank(tmp_path):
+    "A saved run without the field still loads, and a layout may change in the middle of a run"
+    saved = to_dict(wide_run())
+    del saved["parallel"]
+    old = from_dict(RunConfig, saved)
+    assert old.parallel == ParallelConfig()
+    found = changes(old, replace(old, parallel=ParallelConfig(tensor=2, mode="msp")))
+    assert [c.name for c in found] == ["parallel.tensor", "parallel.mode"] and not any(c.breaks for c in found)
