@@ -37,6 +37,7 @@ setup(
     extras_require={
         "dev": split(cfg["dev_requirements"]),
         "gpu": split(cfg["gpu_requirements"]),
+        "fp8": split(cfg["fp8_requirements"]),
         "hf": split(cfg["hf_requirements"]),
         "tensorboard": split(cfg["tensorboard_requirements"]),
         "bench": split(cfg["bench_requirements"]),

@@ -15,6 +15,7 @@ from .benchtrain import HERE, step_cost
 from .contest import ContestError, Worker
 from .peers import Case, Shape
 from ..model.attention import choose_backend, why_not
+from ..train.fp8 import why_not_fp8
 from ..train.metrics import datasheet_tflops
 from ..train.precision import PRECISIONS
 
@@ -22,14 +23,19 @@ from ..train.precision import PRECISIONS
 def gpu_cases(
     shape: Shape,
     device: str,
-    backends: Sequence[str] = ("flash", "varlen", "sdpa"),
+    backends: Sequence[str] = ("flash", "varlen", "cudnn", "sdpa"),
     micro_num: int = 4,
 ) -> tuple[list[Case], list[str]]:  # cases, and a line for each backend that cannot run
     "All cases of a shape"
     base = Case(shape, device=device, micro_num=micro_num, check=False)
     reasons = {b: why_not(b, device, PRECISIONS[base.precision].param, base.config.head_dim) for b in backends}
     cases = [replace(base, attention=b, compile=c) for b, reason in reasons.items() if reason is None for c in (False, True)]
-    return cases, [f"not {b}: {reason}" for b, reason in reasons.items() if reason]
+    missing = [f"not {b}: {reason}" for b, reason in reasons.items() if reason]
+    if reason := why_not_fp8(device):
+        missing.append(f"not fp8: {reason}")
+    else:
+        cases += [replace(cases[0], compile=True, fp8=kind) for kind in ("tensorwise", "rowwise")]
+    return cases, missing
 
 # %% ../../nbs/apps/14_benchgpu.ipynb #6b7f189d
 def solo(
@@ -65,10 +71,10 @@ def gpu_result(
     rows = [["backend", "compiled", "tokens/s", "TFLOP/s", "MFU", "causal MFU", "of product", "peak GiB"]]
     summary = []
     for case, f in zip(cases, found):
-        head = [case.attention, "yes" if case.compile else "no"]
+        head = [case.attention + (f", fp8 {case.fp8}" if case.fp8 != "none" else ""), "yes" if case.compile else "no"]
         if "error" in f:
             rows.append([*head, "did not run", *[""] * 5])
-            summary.append({"attention": case.attention, "compile": case.compile, "error": f["error"]})
+            summary.append({"attention": case.attention, "compile": case.compile, "fp8": case.fp8, "error": f["error"]})
             continue
         model, causal = step_cost(case)
         s = statistics.median(x for turn in f["seconds"] for x in turn)
@@ -76,7 +82,7 @@ def gpu_result(
         mfu = [f"{r / sheet:.1%}" if sheet else "?" for r in (rate, causal_rate)]
         rows.append([*head, f"{f['tokens'] / s:.0f}", f"{rate:.3g}", *mfu, f"{rate / product:.1%}", f"{f['peak_bytes'] / 2**30:.1f}"])
         summary.append({
-            "attention": case.attention, "compile": case.compile, "tokens_per_s": f["tokens"] / s, "tflops": rate, "causal_tflops": causal_rate,
+            "attention": case.attention, "compile": case.compile, "fp8": case.fp8, "tokens_per_s": f["tokens"] / s, "tflops": rate, "causal_tflops": causal_rate,
             "mfu": rate / sheet if sheet else None, "mfu_causal": causal_rate / sheet if sheet else None, "product_tflops": product, "peak_bytes": f["peak_bytes"],
         })  # fmt: skip
     first = cases[0]
@@ -85,7 +91,7 @@ def gpu_result(
         f"datasheet: {sheet:.0f} TFLOP/s dense bf16" if sheet else f"no datasheet entry for {device_name!r}: MFU stays open",
         f"auto takes {choose_backend(first.device, PRECISIONS[first.precision].param, first.config.head_dim)}",
         *missing,
-        *(f"{s['attention']}{' compiled' if s['compile'] else ''}: {s['error']}" for s in summary if "error" in s),
+        *(f"{s['attention']}{' fp8' if s['fp8'] != 'none' else ''}{' compiled' if s['compile'] else ''}: {s['error']}" for s in summary if "error" in s),
     ]
     title = f"{shape.name}: {shape.layers} blocks of {shape.hidden}, vocabulary {shape.vocab}, bf16 weights, fp32 masters"
     return {"title": title, "rows": rows, "remarks": remarks, "cases": [asdict(c) for c in cases], "runs": list(found), "datasheet_tflops": sheet, "summary": summary}

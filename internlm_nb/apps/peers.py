@@ -29,6 +29,7 @@ from ..model.init import init_weights
 from ..model.loss import LossOutput
 from ..model.transformer import Transformer
 from ..train.config import RunConfig, TrainConfig
+from ..train.fp8 import Fp8
 from ..train.host import keep_freed_memory
 from ..train.optim import OptimConfig, Optimizer
 from ..train.parallelize import build_model
@@ -88,6 +89,7 @@ class Case:
     lengths: tuple[int, ...] = ()  # documents packed into one row; none: `batch` sequences of `seq`
     attention: str = "auto"  # ours: attention backend
     recompute: float = 0.0  # ours: share of the blocks
+    fp8: Fp8 = "none"  # ours: products of the blocks in float8
     micro_num: int = 1  # times the batch is run and its gradient added up before an update
     check: bool = True  # compute the float32 loss of the first batch
     seed: int = 1
@@ -238,11 +240,11 @@ class Ours(Contender):
         super().__init__(case)
         if keep_memory and torch.device(self.device).type == "cpu":
             keep_freed_memory()
-        train = TrainConfig(precision=case.precision, seed=case.seed, attention=case.attention, compile=case.compile, recompute=case.recompute)
+        train = TrainConfig(precision=case.precision, seed=case.seed, attention=case.attention, compile=case.compile, recompute=case.recompute, fp8=case.fp8)
         run = RunConfig("bench", case.config, optim=OptimConfig(lr=1e-4, clip=1.0), train=train)
         self.batch = Batch.of(self.pack, self.device)
         if case.check:
-            plain = replace(train, precision="float32", compile=False, attention="auto")
+            plain = replace(train, precision="float32", compile=False, attention="auto", fp8="none")
             out = self._loss(build_model(replace(run, train=plain), self.device)[0])
             self.loss32 = float(out)
         self.model, _ = build_model(run, self.device)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..model.config import ModelConfig, require
+from ..model.loss import chunk_tokens
 from .comm import Axis
 from .layout import Layout, Mode, check
 from .linear import ColumnLinear, RowLinear, SplitFeedForward
@@ -91,7 +92,7 @@ def tensor_bytes(
     embedding: Split = "vocabulary",  # which dim of the embedding is cut
     recomputed: int = 0,  # blocks that are recomputed, fully or selectively
     label_smoothing: bool = False,  # is there any?
-    chunk: int = 1024,  # of the head's loss, tokens
+    chunk: int = 0,  # of the head's loss, tokens; 0: as the head chooses
 ) -> dict[str, Count]:  # by purpose; "partial gradients" once a step, everything else once a pack, forward and backward together
     "What one rank sends over the tensor axis, in closed form"
     out: dict[str, Count] = {}
@@ -101,6 +102,7 @@ def tensor_bytes(
             have = out.setdefault(purpose, Count())
             out[purpose] = Count(have.calls + calls, have.payload_bytes + calls * payload_bytes, have.sent_bytes + calls * sent_bytes(op, payload_bytes, size))
 
+    chunk = chunk or chunk_tokens(cfg.vocab_size // size)
     blocks, states, wide = cfg.num_layers, tokens * cfg.hidden_size * itemsize, max(4, itemsize)
     split = mode != "mtp"
     for half in ("attention", "ffn"):

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..model.decode import thin_linear
 from ..model.layers import wide_dtype
-from ..model.loss import IGNORE, LossOutput, check_labels, slab_rows, times
+from ..model.loss import IGNORE, LossOutput, check_labels, chunk_tokens, slab_rows, times
 from ..model.transformer import Embedding, Head
 from .comm import Axis, Handle, start_all_gather
 from .layout import Mode
@@ -156,12 +156,13 @@ def split_cross_entropy(
     labels: Tensor,  # (tokens,) int64, `IGNORE` where there is no target, the same on every rank
     axis: Axis,  # the tensor axis
     label_smoothing: float = 0.0,  # share of the target spread evenly over the vocabulary
-    chunk: int = 1024,  # tokens whose logits exist at one time, twice
+    chunk: int = 0,  # tokens whose logits exist at one time, twice; 0: by `chunk_tokens` of this rank's words
 ) -> LossOutput:  # of all tokens, the same on every rank
     "Cross entropy over a vocabulary that is cut; raises `ValueError` for a label outside of it"
     if labels.shape != x.shape[:1]:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, but there are {x.shape[0]} tokens: give one label a token, of the whole pack")
     check_labels(labels, weight.shape[0] * axis.size)
+    chunk = chunk or chunk_tokens(weight.shape[0])
     enabled = torch.is_grad_enabled()
     return LossOutput(*SplitCrossEntropy.apply(x, weight, labels, label_smoothing, chunk, axis, enabled and x.requires_grad, enabled and weight.requires_grad))
 

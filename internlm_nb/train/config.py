@@ -17,6 +17,7 @@ from ..data.loader import DataConfig
 from ..data.mixture import SkippedBatches
 from ..model.config import ModelConfig
 from ..parallel.layout import Mode
+from .fp8 import Fp8
 from .optim import OptimConfig
 from .precision import LossScaleConfig, PrecisionName
 from .profile import parse_steps
@@ -34,6 +35,7 @@ class TrainConfig:
     recompute_policy: Literal["full", "selective"] = "full"  # selective keeps the matrix products and computes the rest again
     attention: str = "auto"  # Attention backend: auto, flash, varlen, sdpa, reference
     compile: bool = False  # torch.compile each block: slow to start, faster steps
+    fp8: Fp8 = "none"  # Products of the blocks in float8, through torchao: tensorwise (one scale a tensor, fastest) or rowwise. GPUs from Ada and Hopper on
     label_smoothing: float = 0.0  # Share of the target that is spread over the vocabulary
     valid_every: int = 0  # Validate before step 0 and after every n steps; 0: never
     max_minutes: float = 0.0  # Stop in time and save; 0: no limit
@@ -47,6 +49,8 @@ class TrainConfig:
             raise ValueError(f"--train.steps is {self.steps}: a run has at least 1 step")
         if not 0 <= self.recompute <= 1:
             raise ValueError(f"--train.recompute is {self.recompute}: give a share of the blocks, from 0 to 1")
+        if self.fp8 != "none" and self.precision != "bfloat16":
+            raise ValueError(f"--train.fp8 {self.fp8} is for --train.precision bfloat16, not {self.precision}: change one of them")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"--train.label-smoothing is {self.label_smoothing}: give a share, from 0 to below 1")
         parse_steps(self.profile_steps)

@@ -15,6 +15,7 @@ from ..parallel.mesh import Mesh, single
 from ..parallel.placement import Placement, init_placed
 from ..parallel.tensor import tensor_parallel
 from .config import RunConfig
+from .fp8 import fp8_linears
 from .precision import PRECISIONS
 
 # %% ../../nbs/train/11_parallelize.ipynb #ff96d48b
@@ -71,6 +72,9 @@ def build_model(
     model.head.label_smoothing = run.train.label_smoothing
     for block in model.blocks:
         block.attention.backend = backend  # type: ignore[union-attr]
+    if run.train.fp8 != "none" and mesh.layout.tensor > 1:
+        raise ValueError(f"--train.fp8 {run.train.fp8} works on whole matrices, not with --parallel.tensor {mesh.layout.tensor}: write --train.fp8 none, or --parallel.tensor 1")
+    fp8_linears(model, run.train.fp8, device)
     recompute(model, run.train.recompute, run.train.recompute_policy)
     if run.train.compile:
         for block in model.blocks:
