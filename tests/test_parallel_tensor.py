@@ -185,7 +185,7 @@ def sends(mesh: Mesh) -> None:
         *[("internlm2", mode, "none", "hidden", 0.0, torch.bfloat16) for mode in ("mtp", "msp", "fsp")],
         ("llama", "fsp", "none", "vocabulary", 0.0, torch.float64),
     ]:
-        cfg = config(family)
+        cfg = config(family)  # type: ignore[arg-type]
         model, placements = cut_model(cfg, axis, mode, dtype, embedding)
         recomputed = 0 if policy == "none" else 1  # of two blocks
         recompute(model, recomputed / 2, "full" if policy == "none" else policy)  # type: ignore[arg-type]
