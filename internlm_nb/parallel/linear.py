@@ -101,7 +101,8 @@ class ColumnLinear(nn.Module):
         purpose: str,  # what for
     ):
         super().__init__()
-        self.weight, self.bias, self.axis, self.mode, self.purpose = old.weight, old.bias, axis, mode, purpose
+        self.weight, self.bias, self.axis, self.purpose = old.weight, old.bias, axis, purpose
+        self.mode: Mode = mode
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, in) or a part -> (tokens, out / size)
         "See `column`"
@@ -129,7 +130,8 @@ class SplitFeedForward(nn.Module):
         mode: Mode,  # how activations lie between blocks
     ):
         super().__init__()
-        self.w1, self.w2, self.w3, self.axis, self.mode = old.w1, old.w2, old.w3, axis, mode
+        self.w1, self.w2, self.w3, self.axis = old.w1, old.w2, old.w3, axis
+        self.mode: Mode = mode
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden), or a part of the tokens; likewise out
         "The gated product: one exchange in, one out"
