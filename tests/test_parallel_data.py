@@ -149,12 +149,13 @@ def _poisoned(mesh):
     model = model_of()
     opt = Optimizer(model, OptimConfig(lr=1e-3), PRECISIONS["float32"], None, mesh)
     opt.set_schedule(50, 100)
-    before = model.head.weight.detach().clone()
+    weight = dict(model.named_parameters())["head.weight"]
+    before = weight.detach().clone()
     mine = batches(2)[mesh.rank :: 2]
     if mesh.rank == 1:
-        model.head.weight.register_hook(lambda g: g * float("inf"))
+        weight.register_hook(lambda g: g * float("inf"))
     out = train_step(model, opt, mine, sum(b.num_targets for b in mine), mesh=mesh)
-    return out.skipped.item(), torch.equal(before, model.head.weight.detach())
+    return out.skipped.item(), torch.equal(before, weight.detach())
 
 
 def test_one_bad_gradient_skips_the_step_everywhere():

@@ -225,7 +225,7 @@ def _unreadable(mesh, run, folder):
             raise OSError("the disk of node 1 is gone")
         return real(step, *args)
 
-    t.loader.batch = batch
+    t.loader.batch = batch  # type: ignore
     try:
         t.fit()
     except (OSError, RankFailed) as e:

@@ -23,7 +23,7 @@ def plan_buckets(
         raise ValueError(f"a bucket of {limit} elements holds nothing: give 1 or more")
     buckets: list[list[str]] = []
     filled = limit
-    for name in reversed(sizes):
+    for name in reversed(list(sizes)):
         if filled + sizes[name] > limit:
             buckets.append([])
             filled = 0

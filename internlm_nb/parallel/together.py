@@ -23,7 +23,7 @@ def gather_texts(
     if axis.size == 1:
         return [text]
     raw = text.encode()
-    room = agree(len(raw), axis, purpose)
+    room = int(agree(len(raw), axis, purpose))
     mine = torch.zeros(8 + room, dtype=torch.uint8)
     mine[:8] = torch.tensor(list(len(raw).to_bytes(8, "little")), dtype=torch.uint8)
     mine[8 : 8 + len(raw)] = torch.frombuffer(bytearray(raw or b"\0"), dtype=torch.uint8)[: len(raw)]

@@ -102,7 +102,7 @@ def norm_of_parts(
     squares = torch.stack([n.double() for n in norms]).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=like.device)
     return all_reduce(squares, axis, "gradient norm").sqrt().to(like.dtype)
 
-
+# %% ../../nbs/train/04_optim.ipynb #c2761c3a
 @dataclass(frozen=True)
 class UpdateInfo:
     "What one update did: tensors on the device, to be read when the step is over"
