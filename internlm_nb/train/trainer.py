@@ -73,7 +73,9 @@ class Trainer:
         if self.world.size > 1:
             agree_on(run, self.mesh)
         self._together(self._look, "looking at data and memory")
-        resume = Path(found) if (found := share(str(self._together(partial(find_checkpoint, run, self.run_dir, self.say), "looking for a checkpoint", only_first=True) or ""), self.world, "checkpoint")) else None
+        found = self._together(partial(find_checkpoint, run, self.run_dir, self.say), "looking for a checkpoint", only_first=True)
+        found = share(str(found or ""), self.world, "checkpoint")
+        resume = Path(found) if found else None
         self._together(self._build, "building the model")
         self.state = self._together(partial(load_start, run, resume, self.model, self.optimizer, self.loader, self.say), "loading weights")
         need = sum(t.numel() * t.element_size() for t in [*self.model.parameters(), *self.optimizer.named_state().values()])
