@@ -158,7 +158,10 @@ def times(
     out = torch.empty(grad.shape, dtype=dtype or grad.dtype, device=grad.device)
     rows = max(1, SLAB_BYTES // (grad.shape[1] * 4)) if grad.device.type == "cpu" else max(1, grad.shape[0])
     for part, result in zip(grad.split(rows), out.split(rows)):
-        result.copy_(part * upstream)
+        if part.dtype == result.dtype:
+            torch.mul(part, upstream, out=result)
+        else:
+            result.copy_(part * upstream)
     return out
 
 
