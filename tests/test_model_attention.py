@@ -166,7 +166,9 @@ def test_availability_is_explained():
     assert choose_backend("cpu", torch.bfloat16, 128) == "chunked"
     assert choose_backend("cpu", torch.bfloat16, 128, training=False) == choose_backend("cpu", torch.float32, 128) == "sdpa"
     line = describe_backend("cpu", torch.bfloat16, 128)
-    assert line.startswith("attention backend chunked in training, sdpa without gradients (not flash: ") and "not varlen: it needs a CUDA device, not cpu" in line
+    assert (
+        line.startswith("attention backend chunked in training, sdpa without gradients (not flash: ") and "not varlen: it needs a CUDA device, not cpu" in line
+    )
     assert "not chunked: PyTorch's kernel was measured faster" in describe_backend("cpu", torch.float32, 128)
     with pytest.raises(ValueError, match="choose auto or one of flash, varlen, cudnn, chunked, sdpa, reference"):
         attention(*tensors(3, 3, 1, 1, torch.float32, 0), Segments.from_lengths([3]), "fastest")

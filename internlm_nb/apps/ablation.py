@@ -141,7 +141,7 @@ def ablation(
         rate = told[name]["tokens"] / statistics.median(s for turn in times[name] for s in turn)
         summary[name] = {"tokens_per_s": rate, "peak_bytes": told[name]["peak_bytes"]}
         rows.append([name, f"{rate:.0f}", f"{(told[name]['peak_bytes'] or 0) / 2**20:.0f}", MEASURES[m][0] if m else ""])
-    ratios = {name: ratio(times["ours"], times[name]).as_dict() for name in names if name != "ours"}
+    ratios: dict[str, Any] = {name: ratio(times["ours"], times[name]).as_dict() for name in names if name != "ours"}
     differences = same_work(told, {"parameters": 0, "tokens": 0, "loss32": 1e-5, "first_loss": 0.02})
     remarks = [f"NOT THE SAME WORK: {line}" for line in differences]
     remarks += [f"{name.removeprefix('without ')}: the step is {Ratio(**r)} times as fast with it" for name, r in ratios.items()]

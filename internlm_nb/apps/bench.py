@@ -157,15 +157,13 @@ def bench_data(
 def bench_ablation(
     cfg: BenchConfig,
     at: Place,
-) -> list[dict[str, Any]]:  # nothing on a GPU: these are a CPU's measures
+) -> Iterator[dict[str, Any]]:  # nothing on a GPU: these are a CPU's measures
     "Our step against itself, one measure left out at a time"
     if at.device.startswith("cuda"):
-        return []
-    out = []
+        return
     for shape in chosen(cfg, ("42m-16k", "58m-103k")):
         at.say(f"{shape.name}, measures left out ...")
-        out.append(ablation(f"{shape.name}, bfloat16, one measure left out", Case(shape, "bfloat16", device=at.device), cfg.rounds, cfg.steps, at.threads))
-    return out
+        yield ablation(f"{shape.name}, bfloat16, one measure left out", Case(shape, "bfloat16", device=at.device), cfg.rounds, cfg.steps, at.threads)
 
 
 def bench_gpu(

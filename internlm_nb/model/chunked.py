@@ -188,7 +188,7 @@ class ChunkedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]
         saved = iter(ctx.saved_tensors)  # asked for once: under recomputation each is given once
         parts: tuple[list[Tensor], ...] = ([], [], [])
         for group, mask, grad, count in zip(ctx.rows.groups, ctx.rows.masks, ctx.rows.enter(grads[0], blank=True).split(ctx.cells), ctx.counts):
@@ -216,7 +216,7 @@ def grads_of_group(
         seen = p[i] if p else probabilities(queries, keys, mask)
         add_v = torch.bmm(seen.transpose(1, 2), g)
         grad_p = torch.bmm(g, v[:, : (i + 1) * size].contiguous().transpose(1, 2))
-        grad_s = torch._softmax_backward_data(grad_p, seen, -1, seen.dtype)
+        grad_s = torch._softmax_backward_data(grad_p, seen, -1, seen.dtype)  # type: ignore[reportPrivateImportUsage]
         torch.bmm(grad_s, keys, out=grad_q[i])
         add_k = torch.bmm(grad_s.transpose(1, 2), queries)
         if not several:

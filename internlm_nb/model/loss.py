@@ -142,7 +142,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]
         grad_x, grad_weight = ctx.saved_tensors
         return times(grad_x, grads[0], None), times(grad_weight, grads[0], ctx.weight_dtype), None, None, None, None, None
 

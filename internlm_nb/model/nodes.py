@@ -9,7 +9,6 @@ __all__ = ['wide_dtype', 'by_hand', 'RMSNormNode', 'over_heads', 'turn', 'RopeNo
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -40,7 +39,7 @@ class RMSNormNode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]
         x, weight, scale = ctx.saved_tensors
         unit = x * scale  # float32: x at root mean square 1
         grad = grads[0].to(unit.dtype)
@@ -85,7 +84,7 @@ class RopeNode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]
         cos, sin = ctx.saved_tensors
         back = turn(grads[0], cos, -sin)
         if ctx.interleaved:  # pairs go back to where they were read

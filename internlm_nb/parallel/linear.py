@@ -46,7 +46,7 @@ class _Column(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[reportIncompatibleMethodOverride]
         (x, *weights), (axis, mode, purpose), count = ctx.saved_tensors, ctx.how, len(grads)
         want_x, want = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         again = later("all_gather", x.contiguous(), axis, purpose + " again") if mode == "fsp" and any(want[:count]) else lambda: x
