@@ -43,8 +43,8 @@ def test_float8_is_near_bf16():
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="--train.fp8 tensorwise is for --train.precision bfloat16, not float32"):
+    with pytest.raises(ValueError, match=r"--train\.fp8 tensorwise is for --train\.precision bfloat16, not float32"):
         TrainConfig(precision="float32", fp8="tensorwise")
     run = RunConfig("x", CFG, train=TrainConfig(fp8="tensorwise"))
-    with pytest.raises(ValueError, match="--train.fp8 tensorwise cannot run here: .*; write --train.fp8 none"):
+    with pytest.raises(ValueError, match=r"--train\.fp8 tensorwise cannot run here: .*; write --train\.fp8 none"):
         build_model(run, torch.device("cpu"))
