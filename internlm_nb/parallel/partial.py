@@ -88,13 +88,14 @@ def plain_grads(
     lse: Tensor,  # (queries, heads), of all keys, wide
     causal: bool,  # query i sees keys up to i; else all
     scale: float,  # of the scores
+    most: int = SCORES,  # scores at one time
 ) -> tuple[Tensor, Tensor, Tensor]:  # of q, k and v, wide: these keys' part
     "What these keys contribute to the gradients"
     kv_heads, wide = k.shape[1], wide_dtype(q.dtype)
     wide_k, wide_v = (_heads_first(x, kv_heads).squeeze(2) for x in (k, v))
     grad_q = torch.empty(q.shape, dtype=wide, device=q.device)
     grad_k, grad_v = torch.zeros_like(wide_k), torch.zeros_like(wide_v)
-    for a, b, n in query_blocks(q.shape[0], k.shape[0], q.shape[1], causal):
+    for a, b, n in query_blocks(q.shape[0], k.shape[0], q.shape[1], causal, most):
         queries = _heads_first(q[a:b], kv_heads) * scale
         p = _scores(queries, wide_k[:, :n], a, causal)
         g, o = (_heads_first(x[a:b], kv_heads).flatten(1, 2) for x in (grad, out))  # (kv_heads, queries * group, head_dim)
