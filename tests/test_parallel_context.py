@@ -61,7 +61,8 @@ def against_reference(seeds: range, world: int) -> None:
         have = torch.autograd.grad(out, own, grad.detach()[rows])
         tolerance = 1e-12 if dtype == F64 else 2e-6
         for name, a, b in zip(("out", "q", "k", "v"), (out, *have), (expected, *wanted)):
-            assert (a - b[rows]).abs().max() <= tolerance * b.abs().max(), (seed, name, lengths)
+            size = b.abs().max().clamp(min=spread**3)  # where one key takes all, gradients are differences of products of three such numbers
+            assert (a - b[rows]).abs().max() <= tolerance * size, (seed, name, lengths)
         closed = context_bytes(small(heads, kv_heads), lengths, mesh.layout, mesh.coords, dtype.itemsize)
         assert {purpose: count for (_, purpose, _), count in recorder.counts.items()} == closed, (seed, lengths)
         with torch.no_grad():

@@ -6,6 +6,7 @@
 __all__ = ['Progress', 'Axis', 'find_axis', 'CollectiveTimeout', 'begin', 'finish', 'launch']
 
 # %% ../../nbs/parallel/14_axis.ipynb #c7a22a39
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,30 @@ def _why(axis: Axis, call: Call, error: RuntimeError) -> CollectiveTimeout:
     return CollectiveTimeout(f"{head}: {'; '.join(lost) or 'all ranks arrived, so the network failed'}. Arrived: {', '.join(map(str, sorted(same)))}. {axis.backend} says: {str(error).splitlines()[0]}")
 
 
+class _Aside(threading.Thread):
+    "Waits for a message between two ranks. Gloo cannot do that in slices: a slice that ends breaks the connection"
+
+    def __init__(self, work: Any):
+        super().__init__(daemon=True)
+        self.work, self.error = work, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            self.error = error
+
+    def wait(self, limit: timedelta) -> None:
+        "As a collective's: raises when it failed, or is not there yet"
+        self.join(limit.total_seconds())
+        if self.error is not None or self.is_alive():
+            raise self.error or RuntimeError("not yet")
+
+    def is_completed(self) -> bool:
+        return not self.is_alive()
+
+
 def finish(
     works: Sequence[Any],  # what `launch` gave
     axis: Axis,  # over which
@@ -122,6 +147,7 @@ def finish(
         if axis.backend != "gloo":
             work.wait()
             continue
+        work = _Aside(work) if call.op == "send" else work
         while True:
             try:
                 work.wait(_SLICE)
