@@ -216,6 +216,11 @@ def late_message(mesh: Mesh) -> None:
             time.sleep(1.2)
         (got,) = comm.start_send_receive([(x + axis.coord, 1 - axis.coord)], [(out, 1 - axis.coord)], axis, "late").wait()
         assert torch.equal(got, x + 1 - axis.coord)
+    first = comm.start_send_receive([(x, 1)] if axis.coord == 0 else [], [(out, 0)] if axis.coord == 1 else [], axis, "one way")
+    first.wait()
+    handle = comm.start_all_reduce(x, axis, "count")
+    assert handle._call is not None and handle._call.number == 1, "messages do not shift the collectives' numbers"
+    handle.wait()
 
 
 def test_a_late_message_arrives():

@@ -1,7 +1,7 @@
 "A pack cut over sequence and context: nothing is lost or doubled, work is even, and a model on its shares computes what one process does"
 
 import random
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from internlm_nb.parallel.mesh import Mesh, make_mesh
 from internlm_nb.parallel.placement import placements_of, sum_partial
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.parallel.record import Recorder
-from internlm_nb.parallel.sequence import LocalSegments, cut_rows, ring_of, sequence_bytes, ulysses
+from internlm_nb.parallel.sequence import LocalSegments, Ring, cut_rows, ring_of, sequence_bytes, ulysses
 from internlm_nb.parallel.tensor import tensor_bytes, tensor_parallel
 
 Lengths = tuple[int, ...]
@@ -45,14 +45,15 @@ def draw_lengths(pick: random.Random, tokens: int) -> Lengths:
 def pairs_of(lengths: Lengths) -> dict[tuple[int, int], int]:
     "Each query with each key that it must see, once"
     offsets = list(accumulate(lengths, initial=0))
-    return {(q, k): 1 for begin, end in zip(offsets, offsets[1:]) for q in range(begin, end) for k in range(begin, q + 1)}
+    return {(q, k): 1 for begin, end in pairwise(offsets) for q in range(begin, end) for k in range(begin, q + 1)}
 
 
 def computed(lengths: Lengths, layout: Layout) -> tuple[dict[tuple[int, int], int], list[list[int]]]:
     "How often the ranks' plans compute each pair; and how many pairs each rank computes at each step"
     count: dict[tuple[int, int], int] = {}
     work = [[0] * layout.context for _ in range(layout.context)]
-    plans, crossing = [], []
+    plans: list[Ring | None] = []
+    crossing: list[list[int]] = []
     for context in range(layout.context):
         rows = torch.cat([cut_rows(lengths, layout, Coords(sequence=s, context=context))[0] for s in range(layout.sequence)]).tolist()
         local = cut_rows(lengths, layout, Coords(context=context))[1]
@@ -76,7 +77,8 @@ def computed(lengths: Lengths, layout: Layout) -> tuple[dict[tuple[int, int], in
     for context, ring in enumerate(plans):
         for step, hop in enumerate(ring.hops if ring else (), 1):
             behind = (context - step) % layout.context
-            sent = plans[behind].hops[step - 1].send if plans[behind] else (0, 0)
+            theirs = plans[behind]
+            sent = theirs.hops[step - 1].send if theirs else (0, 0)
             assert sent[1] - sent[0] == hop.receive and (hop.receive > 0) == (hop.queries[1] > hop.queries[0])
             for q in crossing[context][slice(*hop.queries)]:
                 for k in crossing[behind][slice(*sent)]:
@@ -174,7 +176,7 @@ def alone(cfg: ModelConfig, lengths: Lengths, dtype: torch.dtype, seed: int):
     ids, labels = pack(cfg, sum(lengths), seed)
     out = model(ids, Segments.from_lengths(lengths), labels=labels)
     out.loss_sum.backward()
-    return out, {name: p.grad for name, p in model.named_parameters()}
+    return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def near(have: Tensor, want: Tensor, tolerance: float, what: object) -> None:
@@ -237,7 +239,7 @@ CASES = [
     (Layout(4, sequence=4), "llama", {}, "none", CROSSING, F64),  # more ranks than key heads
     (Layout(4, sequence=4), "internlm", {}, "selective", CROSSING, F64),
     (Layout(4, context=4), "internlm", {}, "full", CROSSING, F64),
-    (Layout(4, context=4), "llama", {}, "selective", (48,), F64),
+    (Layout(4, context=4), "llama", dict(num_layers=1), "selective", (48,), F64),
     (Layout(4, context=4), "internlm2", {}, "none", (1,) * 8 + (40,), F64),
     (Layout(4, context=4), "llama", {}, "none", (12, 6, 30), F32),
     (Layout(4, sequence=2, context=2), "internlm2", {}, "selective", CROSSING, F64),
@@ -267,7 +269,7 @@ def draw_case(seed: int, world: int):
 
 
 def test_any_cut_drawn():
-    run_ranks(same_computation, 4, [draw_case(seed, 4) for seed in range(6)], timeout=120)
+    run_ranks(same_computation, 4, [draw_case(seed, 4) for seed in range(3)], timeout=120)
 
 
 @pytest.mark.slow
