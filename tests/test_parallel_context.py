@@ -38,7 +38,8 @@ def heard(mesh: Mesh, recorder: Recorder) -> Recorder:
 
 
 def small(heads: int, kv_heads: int) -> ModelConfig:
-    return ModelConfig(**{**family_defaults("llama"), "vocab_size": 64, "hidden_size": 8 * heads, "num_layers": 1, "num_heads": heads, "num_kv_heads": kv_heads, "multiple_of": 8})  # type: ignore[arg-type]
+    sizes: dict = dict(vocab_size=64, hidden_size=8 * heads, num_layers=1, num_heads=heads, num_kv_heads=kv_heads, multiple_of=8)
+    return ModelConfig(**{**family_defaults("llama"), **sizes})  # type: ignore[arg-type]
 
 
 def against_reference(seeds: range, world: int) -> None:

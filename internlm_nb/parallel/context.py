@@ -58,7 +58,7 @@ class RingAttention(torch.autograd.Function):
             ahead = _pass_on(kv, ring, step + 1, axis, "ring")
             for came in coming.wait():
                 here = slice(*hop.queries)
-                combine(out[here], lse[here], *partial_attention(q[here], *came.unbind(1), False, scale))
+                combine(out[here], lse[here], *partial_attention(q[here], came[:, 0], came[:, 1], False, scale))
             coming = ahead
         out = out.to(q.dtype)
         ctx.save_for_backward(q, kv, out, lse)
@@ -71,7 +71,7 @@ class RingAttention(torch.autograd.Function):
         ring, axis, scale, wide = ctx.ring, ctx.axis, ctx.scale, wide_dtype(grads[0].dtype)
         q, kv, out, lse = ctx.saved_tensors  # asked for once: under recomputation each is given once
         coming = _pass_on(kv, ring, 1, axis, "ring backward")
-        own = [partial_grads(g, a, *b.unbind(1), o, n, True, scale) for g, a, b, o, n in zip(*(x.split(list(ring.lengths)) for x in (grads[0], q, kv, out, lse)))]
+        own = [partial_grads(g, a, b[:, 0], b[:, 1], o, n, True, scale) for g, a, b, o, n in zip(*(x.split(list(ring.lengths)) for x in (grads[0], q, kv, out, lse)))]
         grad_q, grad_k, grad_v = (torch.cat(parts) for parts in zip(*own))
         grad_kv = torch.stack((grad_k, grad_v), 1)  # wide
 
@@ -84,7 +84,7 @@ class RingAttention(torch.autograd.Function):
             ahead, part = _pass_on(kv, ring, step + 1, axis, "ring backward"), None
             for came in coming.wait():
                 here = slice(*hop.queries)
-                more_q, *more_kv = partial_grads(grads[0][here], q[here], *came.unbind(1), out[here], lse[here], False, scale)
+                more_q, *more_kv = partial_grads(grads[0][here], q[here], came[:, 0], came[:, 1], out[here], lse[here], False, scale)
                 grad_q[here] += more_q
                 part = torch.stack(more_kv, 1).to(wide)
             homes.append((_send_home(part, grad_kv, ring, step, axis), hop))
