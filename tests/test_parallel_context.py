@@ -205,6 +205,15 @@ def test_parts_far_apart_combine():
     assert torch.equal(out, torch.full((1, 1, 4), 5.0)) and lse.item() == 3000
 
 
+def test_flash_kernels_are_called_right(monkeypatch):
+    "Without a GPU at least the operators' signatures and shapes"
+    monkeypatch.setattr("internlm_nb.parallel.partial.has_flash", lambda x: True)
+    q, k, v, grad = (torch.empty(n, h, 64, dtype=torch.bfloat16, device="meta") for n, h in ((100, 8), (257, 2), (257, 2), (100, 8)))
+    out, lse = partial_attention(q, k, v, False, 0.1)
+    assert out.shape == q.shape and lse.shape == (100, 8) and out.dtype == lse.dtype == torch.float32
+    assert [x.shape for x in partial_grads(grad, q, k, v, out, lse, False, 0.1)] == [q.shape, k.shape, v.shape]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("causal, queries, keys", [(True, 300, 300), (False, 100, 257), (False, 257, 100), (True, 1, 1)])
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -53,7 +53,6 @@ class RingAttention(torch.autograd.Function):
         coming = _pass_on(kv, ring, 1, axis, "ring")
         own = [partial_attention(a, b, c, True, scale) for a, b, c in zip(*(x.split(list(ring.lengths)) for x in (q, k, v)))]
         out, lse = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*own))
-        out, lse = out.clone(), lse.clone()  # under selective recomputation a kernel's results are kept, and must not be written
         for step, hop in enumerate(ring.hops, 1):
             ahead = _pass_on(kv, ring, step + 1, axis, "ring")
             for came in coming.wait():

@@ -132,7 +132,7 @@ def partial_attention(
     if not has_flash(q):
         return plain_partial(q, k, v, causal, scale)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q[None], k[None], v[None], None, None, q.shape[0], k.shape[0], 0.0, causal, False, scale=scale)
-    return out[0].float(), lse[0].t().contiguous()
+    return out[0].float(), lse[0].t().clone(memory_format=torch.contiguous_format)  # new: under selective recomputation a kernel's own results are kept, and must not be written
 
 
 def partial_grads(
