@@ -207,6 +207,26 @@ def handles(mesh: Mesh) -> None:
         mesh.check_waited()
 
 
+def late_message(mesh: Mesh) -> None:
+    "Whoever waits for a message longer than a slice still gets it, whether he sends or receives"
+    axis = mesh.axis("data")
+    x, out = torch.arange(2**20), torch.empty(2**20, dtype=torch.int64)  # more than a socket's buffer: sending waits too
+    for late in (0, 1):
+        if axis.coord == late:
+            time.sleep(1.2)
+        (got,) = comm.start_send_receive([(x + axis.coord, 1 - axis.coord)], [(out, 1 - axis.coord)], axis, "late").wait()
+        assert torch.equal(got, x + 1 - axis.coord)
+    first = comm.start_send_receive([(x, 1)] if axis.coord == 0 else [], [(out, 0)] if axis.coord == 1 else [], axis, "one way")
+    first.wait()
+    handle = comm.start_all_reduce(x, axis, "count")
+    assert handle._call is not None and handle._call.number == 1, "messages do not shift the collectives' numbers"
+    handle.wait()
+
+
+def test_a_late_message_arrives():
+    run_ranks(late_message, Layout(2))
+
+
 def test_handles():
     run_ranks(handles, Layout(2))
     run_ranks(handles, Layout(3))

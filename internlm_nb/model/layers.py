@@ -120,10 +120,11 @@ def rope_tables(
     indexes: Tensor,  # (tokens,) position of each token in its sequence
     lengths: Sequence[int],  # tokens of each packed sequence, on the host
     dtype: torch.dtype = torch.float32,  # float64 for a float64 model
+    document_lengths: Sequence[int] | None = None,  # of the documents of which the sequences are pieces; None: they are whole
 ) -> tuple[Tensor, Tensor]:  # cos and sin, each (tokens, head_dim / 2)
     "Cosines and sines of all angles of a pack; made once for a forward pass and shared by all blocks"
     dtype = wide_dtype(dtype)
-    bases = [dynamic_base(cfg, n) for n in lengths]
+    bases = [dynamic_base(cfg, n) for n in (lengths if document_lengths is None else document_lengths)]
     exponent = torch.arange(0, cfg.head_dim, 2, dtype=dtype, device=indexes.device) / cfg.head_dim
     if all(b == cfg.rope_base for b in bases):
         inv_freq = 1.0 / cfg.rope_base**exponent  # (head_dim / 2,), the same for every token

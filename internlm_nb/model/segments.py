@@ -71,6 +71,11 @@ class Segments:
         "Tokens of the pack"
         return sum(self.lengths)
 
+    @property
+    def document_lengths(self) -> tuple[int, ...]:
+        "Tokens of the document that each sequence belongs to: itself, unless somebody has cut the pack"
+        return self.lengths
+
     def indexes(self) -> Tensor:  # (tokens,) int64
         "Position of each token in its own sequence, from 0"
         return positions_from([0] * len(self.lengths), self.lengths, self.cu_seqlens.device)
@@ -245,4 +250,4 @@ class Inputs:
         dtype: torch.dtype = torch.float32,  # of the model
     ) -> Positions:
         "Rotary tables for these tokens"
-        return Positions(self.segments, *rope_tables(cfg, self.indexes, self.segments.lengths, dtype), self.key_segments, self.step)
+        return Positions(self.segments, *rope_tables(cfg, self.indexes, self.segments.lengths, dtype, self.segments.document_lengths), self.key_segments, self.step)

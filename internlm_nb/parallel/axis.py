@@ -6,6 +6,7 @@
 __all__ = ['Progress', 'Axis', 'find_axis', 'CollectiveTimeout', 'begin', 'finish', 'launch']
 
 # %% ../../nbs/parallel/14_axis.ipynb #c7a22a39
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ class Progress:
 
     rank: int = 0  # global
     step: int = 0
-    numbers: dict[str, int] = field(default_factory=dict)  # name of a group -> its collectives so far
+    numbers: dict[str, int] = field(default_factory=dict)  # name of a group -> its collectives so far, and its messages
     pending: dict[int, Call] = field(default_factory=dict)  # id of a handle -> its call
 
 
@@ -74,8 +75,8 @@ def begin(
     payload_bytes: int,  # of the whole
     sent: int | None = None,  # bytes that leave this rank; None: by the closed form
 ) -> Call:
-    "Number a collective and tell the recorder"
-    progress, group = axis.progress, axis.key.partition("/")[0]
+    "Number a collective and tell the recorder. Messages between two ranks are counted apart: others of the group may have more or fewer"
+    progress, group = axis.progress, axis.key.partition("/")[0] + (" messages" if op == "send" else "")
     progress.numbers[group] = number = progress.numbers.get(group, 0) + 1
     call = Call(op, axis.name, purpose, payload_bytes, sent_bytes(op, payload_bytes, axis.size) if sent is None else sent, axis.ranks, progress.step, number)
     if axis.recorder is not None:
@@ -106,9 +107,34 @@ def _why(axis: Axis, call: Call, error: RuntimeError) -> CollectiveTimeout:
             time.sleep(0.02)
     except RuntimeError as e:
         return CollectiveTimeout(f"{head}; nor does the store answer in which ranks say where they are, so rank 0 or the launcher is gone ({e})")
-    same = [rank for rank, text in places.items() if text.split("|")[:3] == [group, str(call.number), call.op]]
+    here_too = lambda of, number, op, _: (of, op) == (group, call.op) and (op == "send" or number == str(call.number))  # noqa: E731
+    same = [rank for rank, text in places.items() if here_too(*text.split("|", 3))]
     lost = [f"rank {rank} " + (f"waits in {places[rank].split('|', 3)[3]} instead" if rank in places else "has not arrived: it computes, sleeps or is dead") for rank in axis.ranks if rank not in same]
     return CollectiveTimeout(f"{head}: {'; '.join(lost) or 'all ranks arrived, so the network failed'}. Arrived: {', '.join(map(str, sorted(same)))}. {axis.backend} says: {str(error).splitlines()[0]}")
+
+
+class _Aside(threading.Thread):
+    "Waits for a message between two ranks. Gloo cannot do that in slices: a slice that ends breaks the connection"
+
+    def __init__(self, work: Any):
+        super().__init__(daemon=True)
+        self.work, self.error = work, None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            self.error = error
+
+    def wait(self, limit: timedelta) -> None:
+        "As a collective's: raises when it failed, or is not there yet"
+        self.join(limit.total_seconds())
+        if self.error is not None or self.is_alive():
+            raise self.error or RuntimeError("not yet")
+
+    def is_completed(self) -> bool:
+        return not self.is_alive()
 
 
 def finish(
@@ -122,6 +148,7 @@ def finish(
         if axis.backend != "gloo":
             work.wait()
             continue
+        work = _Aside(work) if call.op == "send" else work
         while True:
             try:
                 work.wait(_SLICE)
