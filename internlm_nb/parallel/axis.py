@@ -6,6 +6,7 @@
 __all__ = ['Progress', 'Axis', 'find_axis', 'CollectiveTimeout', 'begin', 'finish', 'launch']
 
 # %% ../../nbs/parallel/14_axis.ipynb #c7a22a39
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,31 @@ def _why(axis: Axis, call: Call, error: RuntimeError) -> CollectiveTimeout:
     return CollectiveTimeout(f"{head}: {'; '.join(lost) or 'all ranks arrived, so the network failed'}. Arrived: {', '.join(map(str, sorted(same)))}. {axis.backend} says: {str(error).splitlines()[0]}")
 
 
+class _Patient:
+    "A message under way on gloo: a thread waits for it, and can be asked how far it is"
+
+    def __init__(self, work: Any):
+        self._error: RuntimeError | None = None
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def _run(self, work: Any) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self._error = error
+
+    def is_completed(self) -> bool:
+        return not self._thread.is_alive()
+
+    def wait(self, limit: timedelta) -> None:
+        self._thread.join(limit.total_seconds())
+        if self._thread.is_alive():
+            raise RuntimeError("still under way")
+        if self._error is not None:
+            raise self._error
+
+
 def finish(
     works: Sequence[Any],  # what `launch` gave
     axis: Axis,  # over which
@@ -122,6 +148,7 @@ def finish(
         if axis.backend != "gloo":
             work.wait()
             continue
+        work = _Patient(work) if call.op == "send" else work
         while True:
             try:
                 work.wait(_SLICE)
