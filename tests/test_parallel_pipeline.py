@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 import zlib
 from dataclasses import dataclass, replace
@@ -15,10 +16,11 @@ from internlm_nb.model.config import ModelConfig, family_defaults
 from internlm_nb.model.loss import LossOutput
 from internlm_nb.model.segments import Segments
 from internlm_nb.model.transformer import Transformer, recompute
+from internlm_nb.parallel.comm import start_send_receive
 from internlm_nb.parallel.data import GradientBuckets
 from internlm_nb.parallel.halves import WeightQueue
 from internlm_nb.parallel.layout import Layout
-from internlm_nb.parallel.mesh import Mesh, make_mesh, single
+from internlm_nb.parallel.mesh import Mesh, Place, destroy, init_distributed, make_mesh, single
 from internlm_nb.parallel.messages import check_schedule
 from internlm_nb.parallel.pipeline import pipeline_bytes, run_schedule
 from internlm_nb.parallel.placement import Placement, placements_of, sum_partial
@@ -109,7 +111,16 @@ def piped(mesh: Mesh, cases: list[tuple]) -> list[dict]:
         plan, losses = check_schedule(schedule), {}
         if mesh.recorder is not None:
             mesh.recorder.reset()
-        ran = run_schedule(part, plan, packs(count), axis, lambda i, out: out.loss_sum / 100, lambda i, out: losses.update({i: out.loss_sum}), queue=queue, split=split)
+        ran = run_schedule(
+            part,
+            plan,
+            packs(count),
+            axis,
+            lambda i, out: out.loss_sum / 100,
+            lambda i, out, losses=losses: losses.update({i: out.loss_sum}),
+            queue=queue,
+            split=split,
+        )
         mesh.check_waited()
         counts = {key[1]: replace(c) for key, c in mesh.recorder.counts.items() if key[0] == "pipeline"} if mesh.recorder else {}
         grads = {name: p.grad for name, p in part.named_parameters() if p.grad is not None}
@@ -129,13 +140,18 @@ def piped(mesh: Mesh, cases: list[tuple]) -> list[dict]:
     return results
 
 
-def piped_recorded(layout: Layout, cases: list[tuple]) -> list[dict]:
-    return piped(make_mesh(layout, recorder=Recorder()), cases)
+def piped_recorded(cases: list[tuple]) -> list[dict]:
+    "The cases, each on its own layout of the same ranks"
+    meshes: dict[Layout, Mesh] = {}
+    for layout, *_ in cases:
+        if layout not in meshes:
+            meshes[layout] = make_mesh(layout, recorder=Recorder())
+    return [piped(meshes[layout], [tuple(case)])[0] for layout, *case in cases]
 
 
-def compare(layout: Layout, cases: list[tuple]) -> None:
-    ranks = run_ranks(piped_recorded, layout.world, layout, cases, timeout=120)
-    for i, (cfg, arguments, policy) in enumerate(cases):
+def compare(world: int, cases: list[tuple]) -> None:
+    ranks = run_ranks(piped_recorded, world, cases, timeout=120)
+    for i, (layout, cfg, arguments, policy) in enumerate(cases):
         schedule, what = make_schedule(*arguments), f"{arguments}, {policy}, {layout}"
         loss, want = alone(cfg, arguments[2])
         seen: dict[str, Tensor] = {}
@@ -170,22 +186,25 @@ TWO = [
 
 
 def test_two_stages_are_one_process():
-    compare(Layout(2, pipeline=2), TWO)
+    compare(2, [(Layout(2, pipeline=2), *case) for case in TWO])
 
 
 def test_three_stages_are_one_process():
     "Layers that do not divide evenly; fewer micro-batches than ranks"
-    compare(Layout(3, pipeline=3), [(PLAIN, ("1f1b", 3, 2), "none"), (TIED, ("zbh1", 3, 4), "none"), (TIED, ("interleaved", 3, 6, 2), "full"), (TIED, ("zbv", 3, 6, 2), "none")])
+    cases = [(PLAIN, ("1f1b", 3, 2), "none"), (TIED, ("zbh1", 3, 4), "none"), (TIED, ("interleaved", 3, 6, 2), "full"), (TIED, ("zbv", 3, 6, 2), "none")]
+    compare(3, [(Layout(3, pipeline=3), *case) for case in cases])
 
 
-@pytest.mark.parametrize("mode", ["mtp", "msp", "fsp"])
-def test_with_the_tensor_axis(mode):
-    cases = {
-        "mtp": [(TIED, ("zbh1", 2, 3), "full"), (BIASES, ("interleaved", 2, 4, 2), "none")],
-        "msp": [(TIED, ("zbv", 2, 4, 2), "full"), (BIASES, ("1f1b", 2, 3), "none"), (BIASES, ("zbh1", 2, 3), "none")],
-        "fsp": [(BIASES, ("zbv", 2, 4, 2), "none"), (TIED, ("zbh1", 2, 3), "selective")],
-    }
-    compare(Layout(4, tensor=2, pipeline=2, mode=mode), cases[mode])
+MODES = {
+    "mtp": [(TIED, ("zbh1", 2, 3), "full"), (BIASES, ("interleaved", 2, 4, 2), "none")],
+    "msp": [(TIED, ("zbv", 2, 4, 2), "full"), (BIASES, ("1f1b", 2, 3), "none"), (BIASES, ("zbh1", 2, 3), "none")],
+    "fsp": [(BIASES, ("zbv", 2, 4, 2), "none"), (TIED, ("zbh1", 2, 3), "selective")],
+}
+
+
+def test_with_the_tensor_axis():
+    "Each rank has some heads and channels of some layers; in msp and fsp a message is a part of the tokens"
+    compare(4, [(Layout(4, tensor=2, pipeline=2, mode=mode), *case) for mode, cases in MODES.items() for case in cases])
 
 
 def test_one_rank_is_the_model_itself():
@@ -203,15 +222,26 @@ def test_one_rank_is_the_model_itself():
 def evaluate(mesh: Mesh, arguments: tuple) -> dict[int, Tensor]:
     schedule, losses = make_schedule(*arguments), {}
     part, _ = make_part(mesh, TIED, schedule)
-    run_schedule(part, check_schedule(without_backward(schedule)), packs(arguments[2]), mesh.axis("pipeline"), lambda i, out: out.loss_sum, lambda i, out: losses.update({i: out.loss_sum}))
+    run_schedule(
+        part,
+        check_schedule(without_backward(schedule)),
+        packs(arguments[2]),
+        mesh.axis("pipeline"),
+        lambda i, out: out.loss_sum,
+        lambda i, out: losses.update({i: out.loss_sum}),
+    )
     assert all(p.grad is None for p in part.parameters())
     mesh.check_waited()
     return losses
 
 
+def each(mesh: Mesh, fn, cases: tuple) -> list:
+    return [fn(mesh, arguments) for arguments in cases]
+
+
 def test_evaluation_runs_forward_alone():
-    for arguments in (("interleaved", 2, 4, 2), ("zbv", 2, 4, 2)):
-        losses = {k: v for got in run_ranks(evaluate, Layout(2, pipeline=2), arguments) for k, v in got.items()}
+    for got in zip(*run_ranks(each, Layout(2, pipeline=2), evaluate, (("interleaved", 2, 4, 2), ("zbv", 2, 4, 2)))):
+        losses = {k: v for one in got for k, v in one.items()}
         assert sorted(losses) == [0, 1, 2, 3]
         torch.testing.assert_close(sum(losses.values()), alone(TIED, 4)[0], rtol=1e-12, atol=0)
 
@@ -233,13 +263,13 @@ def bucketed(mesh: Mesh, arguments: tuple) -> tuple[dict[str, Tensor], list[int]
 
 
 def test_gradient_buckets_leave_when_their_last_gradient_has_come():
-    for arguments in (("zbv", 2, 4, 2), ("interleaved", 2, 2, 2)):
+    cases = ("zbv", 2, 4, 2), ("interleaved", 2, 2, 2)
+    for arguments, *got in zip(cases, *run_ranks(each, Layout(4, pipeline=2), bucketed, cases)):
         want = alone(TIED, 2 * arguments[2])[1]
-        got = run_ranks(bucketed, Layout(4, pipeline=2), arguments)
         for grads, left, count in got:
             assert count > 3 and all(left)  # before finish was called
             for name, g in grads.items():
-                torch.testing.assert_close(g, want[name], rtol=0, atol=1e-12 * want[name].abs().max().item(), msg=lambda m, n=name: f"{n}: {m}")  # noqa: B023
+                torch.testing.assert_close(g, want[name], rtol=0, atol=1e-12 * want[name].abs().max().item(), msg=lambda m, n=name: f"{n}: {m}")
         assert torch.equal(got[0][0]["embedding.weight"], got[1][0]["embedding.weight"])
         if arguments[0] == "interleaved":
             assert torch.equal(got[0][0]["embedding.weight"], got[2][0]["embedding.weight"])  # the copy on the last rank
@@ -268,13 +298,16 @@ def extra(mesh: Mesh, arguments: tuple) -> tuple[dict[str, Tensor], Tensor]:
         total.append(value.detach())
         return value * 0.5
 
-    run_schedule(WithExtra(part), check_schedule(schedule), packs(arguments[2]), mesh.axis("pipeline"), lambda i, out: out.loss_sum, scale_extra=scale_extra, queue=queue)  # type: ignore[arg-type]
+    run_schedule(
+        WithExtra(part), check_schedule(schedule), packs(arguments[2]), mesh.axis("pipeline"), lambda i, out: out.loss_sum, scale_extra=scale_extra, queue=queue
+    )  # type: ignore[arg-type]
     return {n: p.grad for n, p in part.named_parameters()}, sum(total)
 
 
 def test_what_stages_add_to_the_loss():
     "An auxiliary loss begins its backward in its own stage"
-    for arguments in (("1f1b", 2, 3), ("zbv", 2, 4, 2)):
+    cases = ("1f1b", 2, 3), ("zbv", 2, 4, 2)
+    for arguments, *got in zip(cases, *run_ranks(each, Layout(2, pipeline=2), extra, cases)):
         schedule = make_schedule(*arguments)
         model = Transformer(PLAIN, dtype=torch.float64)
         fill(model, placements_of(model))
@@ -283,7 +316,7 @@ def test_what_stages_add_to_the_loss():
             stop = [r[-1] for r in split_layers(7, schedule.stages)]
             start = [r[0] for r in split_layers(7, schedule.stages)]
             outs = []
-            hooks = [model.blocks[i].register_forward_hook(lambda m, a, out: outs.append(out)) for i in stop[:-1]]
+            hooks = [model.blocks[i].register_forward_hook(lambda m, a, out, outs=outs: outs.append(out)) for i in stop[:-1]]
             out = model(b.input_ids, b.segments, b.indexes, labels=b.labels)
             for h in hooks:
                 h.remove()
@@ -291,7 +324,6 @@ def test_what_stages_add_to_the_loss():
             aux = sum(o.square().sum() for o in outs) * 1e-3 + out.loss_sum * 1e-3 + sum(model.blocks[i].feed_forward.w1.weight.square().sum() for i in start)  # type: ignore[union-attr,operator]
             (out.loss_sum + 0.5 * aux).backward()
             added.append(aux.detach())
-        got = run_ranks(extra, Layout(2, pipeline=2), arguments)
         torch.testing.assert_close(sum(t for _, t in got), sum(added), rtol=1e-12, atol=0)
         for name, p in model.named_parameters():
             g = next(grads[name] for grads, _ in got if name in grads)
@@ -328,8 +360,8 @@ def freed(mesh: Mesh, arguments: tuple) -> list[tuple[str, int]]:
 
 def test_memory_is_free_when_the_count_says_so():
     "What backward needs of a micro-batch is alive for no more micro-batches than the simulated peak; results of stages vanish once they are sent"
-    for arguments in (("1f1b", 2, 6), ("zbh1", 2, 6), ("zbv", 2, 6, 2)):
-        for seen in run_ranks(freed, Layout(2, pipeline=2), arguments):
+    for results in run_ranks(each, Layout(2, pipeline=2), freed, (("1f1b", 2, 6), ("zbh1", 2, 6), ("zbv", 2, 6, 2))):
+        for seen in results:
             assert max(o for _, o in seen) <= 3, seen  # of six: those under way, and on the first rank its warm-up's
 
 
@@ -342,7 +374,12 @@ def theirs(mesh: Mesh, name: str, chunks: int, count: int) -> dict[str, Tensor]:
     mine = {s: chain(s) for s in schedule.stages_of(axis.coord)}
     stages = [PipelineStage(mine[s], s, schedule.stages, torch.device("cpu"), group=axis.group) for s in mine]
     loss = lambda out, target: (out - target).square().sum()  # noqa: E731
-    cls = {"1f1b": theirs.Schedule1F1B, "zbh1": theirs.ScheduleInterleavedZeroBubble, "zbv": theirs.ScheduleZBVZeroBubble, "interleaved": theirs.ScheduleInterleaved1F1B}[name]
+    cls = {
+        "1f1b": theirs.Schedule1F1B,
+        "zbh1": theirs.ScheduleInterleavedZeroBubble,
+        "zbv": theirs.ScheduleZBVZeroBubble,
+        "interleaved": theirs.ScheduleInterleaved1F1B,
+    }[name]
     run = cls(stages[0] if name == "1f1b" else stages, count, loss_fn=loss, scale_grads=False)
     x, target = toy(count)
     run.step(*([x] if 0 in mine else []), **({"target": target} if schedule.stages - 1 in mine else {}))
@@ -396,10 +433,6 @@ def both(mesh: Mesh) -> None:
             torch.testing.assert_close(mine[n], others[n], rtol=0, atol=1e-12)
 
 
-def test_second_opinion():
-    run_ranks(both, Layout(2, pipeline=2), timeout=90)
-
-
 def refused(mesh: Mesh) -> None:
     schedule, axis = make_schedule("zbh1", 2, 4), mesh.axis("pipeline")
     part, _ = make_part(mesh, PLAIN, schedule)
@@ -414,8 +447,48 @@ def refused(mesh: Mesh) -> None:
             run()
 
 
-def test_what_does_not_belong_together_is_named():
-    run_ranks(refused, Layout(2, pipeline=2))
+def late(mesh: Mesh) -> float:
+    "A message that comes after the first slice of its wait"
+    if mesh.rank == 0:
+        time.sleep(1.2)
+    other = 1 - mesh.rank
+    return start_send_receive([(torch.full((3,), float(mesh.rank)), other)], [(torch.empty(3), other)], mesh.axis("pipeline"), "test").wait()[0][0].item()
+
+
+def some(mesh: Mesh) -> float:
+    both(mesh)
+    refused(mesh)
+    return late(mesh)
+
+
+def test_second_opinion_refusals_and_late_messages():
+    assert run_ranks(some, Layout(2, pipeline=2), timeout=90) == [1.0, 0.0]
+
+
+def test_a_step_under_fake_tensors():
+    "The lab's tracer runs a stage of any world in one process: nothing in it waits for the device"
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    recorder, cfg = Recorder(), config(num_layers=8)
+    init_distributed("fake", place=Place(2, 4, 0))
+    try:
+        axis = make_mesh(Layout(4, pipeline=4), recorder=recorder).axis("pipeline")
+        for arguments in (("1f1b", 4, 8), ("zbv", 4, 8, 2)):
+            schedule, queue = make_schedule(*arguments), WeightQueue()
+            part = pipeline_cut(Transformer(cfg, device="meta", dtype=torch.bfloat16), schedule, axis.coord)
+            defer_weights(part, queue)
+            recorder.reset()
+            with FakeTensorMode():
+                for module in part.modules():
+                    for name, p in list(module.named_parameters(recurse=False)):
+                        setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype)))
+                ids = torch.zeros(16, dtype=torch.int64)
+                batch = Pack(ids, ids, ids, Segments(torch.zeros(3, dtype=torch.int32), (8, 8), 8))
+                run_schedule(part, check_schedule(schedule), [batch] * 8, axis, lambda i, out: out.loss_sum, queue=queue)
+            assert all(p.grad is not None for p in part.parameters())
+            assert {key[1]: c for key, c in recorder.counts.items()} == pipeline_bytes(cfg, schedule, axis.coord, [16] * 8)
+    finally:
+        destroy()
 
 
 def lost(mesh: Mesh) -> None:

@@ -79,7 +79,10 @@ def torch_actions(cls, ranks: int, n: int, chunks: int) -> list[list[tuple[str, 
             made.microbatches_per_round = n // made.number_of_rounds
         orders = {r: made._calculate_single_rank_operations(r) for r in range(ranks)}
     kind = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
-    return [[(kind[a.computation_type.name], a.microbatch_index, a.stage_index) for a in orders[r] if a is not None and a.computation_type.name in kind] for r in range(ranks)]
+    return [
+        [(kind[a.computation_type.name], a.microbatch_index, a.stage_index) for a in orders[r] if a is not None and a.computation_type.name in kind]
+        for r in range(ranks)
+    ]
 
 
 @pytest.mark.parametrize("ranks", (2, 3, 4, 8))
@@ -158,7 +161,9 @@ def mutate(s: Schedule, rng: random.Random) -> tuple[str, Schedule]:
 def test_the_check_finds_every_mutant():
     "A mutant is refused exactly if it is wrong; the message says where"
     rng, seen = random.Random(0), {True: 0, False: 0}
-    pool = [s for ranks in (1, 2, 3, 4) for s in every(ranks) if 1 < s.micro_num <= 2 * ranks + 1]  # without its only backward, a schedule is one for evaluation
+    pool = [
+        s for ranks in (1, 2, 3, 4) for s in every(ranks) if 1 < s.micro_num <= 2 * ranks + 1
+    ]  # without its only backward, a schedule is one for evaluation
     for _ in range(3000):
         s = rng.choice(pool)
         how, bad = mutate(s, rng)
@@ -187,7 +192,7 @@ def strict(plan: Plan) -> bool:
             if what == "run":
                 made = a._replace(kind="B") if a.kind == "I" else a
                 needs = {"F": [(0, -1)] if a.stage else [], "W": []}.get(a.kind, [(1, 1)] if a.stage < s.stages - 1 else [])
-                ready = all(((k := Action("F" if far < 0 else "B", a.micro, a.stage + far)), r) in have for _, far in needs)
+                ready = all((Action("F" if far < 0 else "B", a.micro, a.stage + far), r) in have for _, far in needs)
                 if not ready:
                     continue
                 have.add((made, r))
@@ -235,7 +240,7 @@ def test_messages_in_another_order_are_found():
         if right:
             follow(bad)
         else:
-            with pytest.raises(ScheduleError, match="never ends|before it has it"):
+            with pytest.raises(ScheduleError, match=r"never ends|before it has it"):
                 follow(bad)
     assert min(seen.values()) > 40, seen
 

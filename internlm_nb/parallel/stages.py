@@ -8,6 +8,7 @@ __all__ = ['split_layers', 'Packed', 'Blocks', 'PipelinePart', 'pipeline_cut', '
 # %% ../../nbs/parallel/26_stages.ipynb #c9274c01
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -32,7 +33,7 @@ def split_layers(
     require(0 < stages <= num_layers, f"{num_layers} layers do not fill {stages} stages: each needs one, so make pipeline or chunks smaller")
     each, more = divmod(num_layers, stages)
     starts = [s * each + max(0, s - (stages - more)) for s in range(stages + 1)]
-    return tuple(range(a, b) for a, b in zip(starts, starts[1:]))
+    return tuple(range(a, b) for a, b in pairwise(starts))
 
 # %% ../../nbs/parallel/26_stages.ipynb #5f86a99f
 class Packed(Protocol):
@@ -107,10 +108,11 @@ class PipelinePart(nn.Module):
             assert self.embedding is not None and x is None
             check_ids(batch.input_ids, self.cfg.vocab_size)
             x = self.embedding(batch.input_ids)
-        assert x is not None
+        assert isinstance(x, Tensor)
         positions = inputs.positions(self.cfg, x.dtype)
         for layer in self.ranges[stage]:
             x = self.blocks[layer](x, positions)
+            assert isinstance(x, Tensor)
         if stage < self.stage_count - 1:
             return x, None
         assert self.head is not None
