@@ -39,12 +39,12 @@ class _Bucket:
         self.flat = torch.zeros(sum(s.numel() for s in shapes.values()), dtype=dtype, device=device)
         parts = self.flat.split([s.numel() for s in shapes.values()])
         self.views = {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts)}
-        self.missing = set(shapes)  # in the last micro-batch
+        self.missing = set(shapes)  # whose gradient is not complete
         self.handle: Handle | None = None
 
 # %% ../../nbs/parallel/11_data.ipynb #3765b173
 class GradientBuckets:
-    "Sums of gradients over micro-batches and ranks. For each step: `start`, backward passes with `last` called before the last one, `finish`"
+    "Sums of gradients over micro-batches and ranks. For each step: `start`, backward passes, `finish`; and `last` before the last pass, unless `start` was told how many gradients are due"
 
     def __init__(
         self,
@@ -61,13 +61,21 @@ class GradientBuckets:
         self._of = {n: b for b in self.buckets for n in b.views}
         self.grads = {n: self._of[n].views[n] for n in params}  # views of the buckets
         self._arrived: set[str] = set()  # parameters that have a gradient in this step
+        self._due: dict[str, int] | None = None  # gradients that are still to come, by parameter; None: until `last` says so
         self._last, self._next = False, 0  # is it the last micro-batch; the bucket to be launched next
         self._hooks = [p.register_post_accumulate_grad_hook(self._hook(n)) for n, p in params.items()]
 
-    def start(self) -> None:
-        "A step begins: what buckets hold is of the past. Nothing is written, since the first gradient overwrites"
+    def start(
+        self,
+        expected: Mapping[str, int] | int | None = None,  # gradients that each parameter will get in this step; None: until `last` is called
+    ) -> None:
+        "A step begins: what buckets hold is of the past. Nothing is written, since the first gradient overwrites. Raises ValueError for a parameter without a number"
         self._arrived.clear()
         self._last, self._next = False, 0
+        self._due = None if expected is None else {n: expected if isinstance(expected, int) else expected.get(n, 0) for n in self.grads}
+        for name, due in (self._due or {}).items():
+            if due < 1:
+                raise ValueError(f"{due} gradients are expected of parameter {name!r}: each takes part at least once a step, so give 1 or more, or freeze it")
         for bucket in self.buckets:
             bucket.missing = set(bucket.views)
 
@@ -87,7 +95,13 @@ class GradientBuckets:
                 view.copy_(p.grad)
                 self._arrived.add(name)
             p.grad = None
-            if self._last:
+            complete = self._last
+            if self._due is not None:
+                self._due[name] -= 1
+                complete = self._due[name] == 0
+                if self._due[name] < 0:
+                    raise RuntimeError(f"parameter {name!r} got more gradients than start was told to expect: its bucket has left already")
+            if complete:
                 bucket.missing.discard(name)
                 self._launch()
 
@@ -105,9 +119,9 @@ class GradientBuckets:
         lost = [n for n in self.grads if n not in self._arrived]
         if lost:
             raise RuntimeError(f"parameter {lost[0]!r} got no gradient: it takes no part in the loss. Freeze it with --optim.frozen '{lost[0]}'")
-        if not self._last:
+        if not self._last and self._due is None:
             raise RuntimeError("gradients were not sent: call last() before the step's last backward pass")
-        for bucket in self.buckets[self._next :]:  # a parameter that only earlier micro-batches used
+        for bucket in self.buckets[self._next :]:  # with a parameter that fewer micro-batches used than were expected, or only earlier ones
             bucket.missing.clear()
         self._launch()
         for bucket in self.buckets:

@@ -6,7 +6,8 @@
 __all__ = ['later', 'column', 'row', 'ColumnLinear', 'RowLinear', 'SplitFeedForward']
 
 # %% ../../nbs/parallel/08_linear.ipynb #46723ddc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..model.decode import thin_linear
 from .comm import Axis, all_gather, all_reduce, reduce_scatter, start_all_gather, start_all_reduce, start_reduce_scatter
+from .halves import Finish, Late, WeightQueue, linear_in_halves, with_grad
 from .layout import Mode
 from .pairs import reduce_from, scatter_to_sequence
 
@@ -37,18 +39,21 @@ class _Column(torch.autograd.Function):
     "Products of one input with this rank's rows of several weights"
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, mode: Mode, purpose: str, count: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, axis: Axis, mode: Mode, purpose: str, late: Late | None, count: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases = parameters[:count], parameters[count:]
         whole = x if mode == "mtp" else all_gather(x, axis, purpose)
         ctx.save_for_backward(x if mode == "fsp" else whole, *weights)
-        ctx.how = axis, mode, purpose
+        ctx.how = axis, mode, purpose, late
         return tuple(F.linear(whole, w, b) for w, b in zip(weights, biases))  # type: ignore[arg-type]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:  # type: ignore[reportIncompatibleMethodOverride]
-        (x, *weights), (axis, mode, purpose), count = ctx.saved_tensors, ctx.how, len(grads)
-        want_x, want = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        (x, *weights), (axis, mode, purpose, late), count = ctx.saved_tensors, ctx.how, len(grads)
+        want_x, want = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
+        if late is not None:
+            queue, leaves = late
+            queue.put(partial(_of_weights, x.detach(), [(w, g) for w, g in zip(leaves, grads) if w.requires_grad], axis if mode == "fsp" else None, purpose))
         again = later("all_gather", x.contiguous(), axis, purpose + " again") if mode == "fsp" and any(want[:count]) else lambda: x
         done: Callable[[], Tensor | None] = lambda: None  # noqa: E731
         if want_x:  # under this product the input comes again
@@ -59,7 +64,19 @@ class _Column(torch.autograd.Function):
         whole = again()
         of_weights = [g.t() @ whole if w else None for g, w in zip(grads, want[:count])]  # under these the input's gradient travels
         of_biases = [g.sum(0) if b else None for g, b in zip(grads, want[count:])]
-        return done(), None, None, None, None, *of_weights, *of_biases
+        return done(), None, None, None, None, None, *of_weights, *of_biases
+
+
+def _of_weights(x: Tensor, late: list[tuple[Tensor, Tensor]], axis: Axis | None, purpose: str) -> Finish:
+    "Gradients of weights that were put off; where only a part of x was kept, the whole is launched first"
+    whole = (lambda: x) if axis is None else later("all_gather", x.contiguous(), axis, purpose + " again")
+
+    def finish() -> Iterator[tuple[Tensor, Tensor]]:
+        got = whole()
+        for weight, grad in late:
+            yield weight, grad.t() @ got
+
+    return finish
 
 
 def column(
@@ -69,10 +86,13 @@ def column(
     axis: Axis,  # the tensor axis
     mode: Mode,  # how activations lie between blocks
     purpose: str,  # what for
+    queue: WeightQueue | None = None,  # takes the weights' gradients
 ) -> tuple[Tensor, ...]:  # (tokens, out / size), one a weight
     "Products with matrices that are cut by their output, which share one exchange"
     if torch.is_grad_enabled():
-        return _Column.apply(x, axis, mode, purpose, len(weights), *weights, *biases)  # type: ignore[return-value]
+        if queue is None or not any(w.requires_grad for w in weights):
+            return _Column.apply(x, axis, mode, purpose, None, len(weights), *weights, *biases)  # type: ignore[return-value]
+        return _Column.apply(with_grad(x), axis, mode, purpose, (queue, tuple(weights)), len(weights), *(w.detach() for w in weights), *biases)  # type: ignore[return-value]
     whole = x if mode == "mtp" else all_gather(x, axis, purpose)
     return tuple(thin_linear(whole, w, b) for w, b in zip(weights, biases))
 
@@ -84,9 +104,10 @@ def row(
     axis: Axis,  # the tensor axis
     mode: Mode,  # how activations lie between blocks
     purpose: str,  # what for
+    queue: WeightQueue | None = None,  # takes the weight's gradient
 ) -> Tensor:  # (tokens, out), or in msp and fsp this rank's (tokens / size, out)
     "Product with a matrix that is cut by its input, summed over the ranks"
-    out = (reduce_from if mode == "mtp" else scatter_to_sequence)(thin_linear(x, weight), axis, purpose)
+    out = (reduce_from if mode == "mtp" else scatter_to_sequence)(linear_in_halves(x, weight, None, queue), axis, purpose)
     return out if bias is None else out + bias
 
 # %% ../../nbs/parallel/08_linear.ipynb #4b8a5f3b
@@ -103,10 +124,11 @@ class ColumnLinear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.axis, self.purpose = old.weight, old.bias, axis, purpose
         self.mode: Mode = mode
+        self.queue: WeightQueue | None = None  # set from outside, where backward comes in halves
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, in) or a part -> (tokens, out / size)
         "See `column`"
-        return column(x, (self.weight,), (self.bias,), self.axis, self.mode, self.purpose)[0]
+        return column(x, (self.weight,), (self.bias,), self.axis, self.mode, self.purpose, self.queue)[0]
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {self.mode} over {self.axis.size}"
@@ -117,7 +139,7 @@ class RowLinear(ColumnLinear):
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, in / size) -> (tokens, out) or a part
         "See `row`"
-        return row(x, self.weight, self.bias, self.axis, self.mode, self.purpose)
+        return row(x, self.weight, self.bias, self.axis, self.mode, self.purpose, self.queue)
 
 
 class SplitFeedForward(nn.Module):
@@ -132,8 +154,9 @@ class SplitFeedForward(nn.Module):
         super().__init__()
         self.w1, self.w2, self.w3, self.axis = old.w1, old.w2, old.w3, axis
         self.mode: Mode = mode
+        self.queue: WeightQueue | None = None  # set from outside, where backward comes in halves
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden), or a part of the tokens; likewise out
         "The gated product: one exchange in, one out"
-        gate, up = column(x, (self.w1.weight, self.w3.weight), (None, None), self.axis, self.mode, "ffn in")  # type: ignore[arg-type]
-        return row(F.silu(gate) * up, self.w2.weight, None, self.axis, self.mode, "ffn out")  # type: ignore[arg-type]
+        gate, up = column(x, (self.w1.weight, self.w3.weight), (None, None), self.axis, self.mode, "ffn in", self.queue)  # type: ignore[arg-type]
+        return row(F.silu(gate) * up, self.w2.weight, None, self.axis, self.mode, "ffn out", self.queue)  # type: ignore[arg-type]

@@ -151,13 +151,16 @@ class Optimizer:
                 "step": torch.zeros((), dtype=torch.float32, device=m.device), "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m),
             }  # fmt: skip
 
-    def zero_grad(self) -> None:
+    def zero_grad(
+        self,
+        expected: Mapping[str, int] | int | None = None,  # Gradients that each parameter will get in this step; None: until `last_micro_batch` is called
+    ) -> None:
         "Forget the gradients of the last step"
         for m in self.masters.values():
             m.grad = None
         self._collected = False
         if self.buckets is not None:
-            self.buckets.start()
+            self.buckets.start(expected)
 
     def last_micro_batch(self) -> None:
         "The next backward pass completes the gradients: their reduction over ranks may begin behind it"
