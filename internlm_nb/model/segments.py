@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .decode import Step, align, put, take_rows, unalign, with_room
 from .layers import dynamic_base, rope_tables
+from .loss import ExtraLosses
 
 # %% ../../nbs/model/03_segments.ipynb #850e8ef9
 def positions_from(
@@ -194,6 +195,8 @@ class Positions:
     sin: Tensor  # (tokens, head_dim / 2)
     key_segments: Segments | None = None  # of cached and new keys together; None: no cache, keys are those of this pass
     step: Step | None = None  # when this pass adds one token to each sequence of a cache, and no gradient is wanted
+    extra: ExtraLosses | None = None  # where blocks with experts leave their losses and figures; None: nobody asks
+    order: Tensor | None = None  # (tokens,) int64, places of these tokens in the pack when ranks have parts of it; None: all of it is here, in order
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,4 +248,5 @@ class Inputs:
         dtype: torch.dtype = torch.float32,  # of the model
     ) -> Positions:
         "Rotary tables for these tokens"
-        return Positions(self.segments, *rope_tables(cfg, self.indexes, self.segments.lengths, dtype), self.key_segments, self.step)
+        extra = ExtraLosses() if cfg.num_experts and self.key_segments is None else None
+        return Positions(self.segments, *rope_tables(cfg, self.indexes, self.segments.lengths, dtype), self.key_segments, self.step, extra)
