@@ -29,7 +29,7 @@ class Cut(NamedTuple):
     coord: int  # this rank's position on the axis
     size: int  # ranks on the axis
 
-
+# %% ../../nbs/parallel/07_placement.ipynb #358927ea
 @dataclass(frozen=True)
 class Placement:
     "A rank's part of a logical parameter. Raises ValueError when the ranks do not divide the dim"

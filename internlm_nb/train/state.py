@@ -109,13 +109,13 @@ def share_out(
 
     cut = {name: over(name) for name in chunks}
     load = {at: 0 for at in product(*(range(axis.size) for axis in axes))}
+    teams: dict[tuple[bool, ...], dict[tuple[int, ...], list[tuple[int, ...]]]] = {kind: {} for kind in cut.values()}  # ranks that have all of it between them, each its own part
+    for kind, at in product(teams, load):
+        teams[kind].setdefault(tuple(0 if c else i for c, i in zip(kind, at)), []).append(at)
     mine = {}
     for name in sorted(chunks, key=lambda n: (-sum(cut[n]), cut[n], -chunks[n].tensor.numel(), n)):  # those that bind most ranks before the others, the largest first
         size = chunks[name].tensor.numel() * chunks[name].tensor.element_size()
-        teams: dict[tuple[int, ...], list[tuple[int, ...]]] = {}  # ranks that have all of it between them, each its own part
-        for at in load:
-            teams.setdefault(tuple(0 if c else i for c, i in zip(cut[name], at)), []).append(at)
-        writers = min(teams.items(), key=lambda team: (max(load[at] for at in team[1]), team[0]))[1]
+        writers = min(teams[cut[name]].items(), key=lambda team: (max(load[at] for at in team[1]), team[0]))[1]
         for at in writers:
             load[at] += size
         if here in writers:
