@@ -51,7 +51,17 @@ def gradients(out: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad((out * upstream).sum(), inputs)
 
 
-@pytest.mark.parametrize("changes", [dict(), dict(experts_per_token=1), dict(experts_per_token=4, num_shared_experts=2), dict(num_experts=7, experts_per_token=3), dict(num_experts=1, experts_per_token=1)], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(experts_per_token=1),
+        dict(experts_per_token=4, num_shared_experts=2),
+        dict(num_experts=7, experts_per_token=3),
+        dict(num_experts=1, experts_per_token=1),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("n", [1, 2, 37])
 def test_every_expert_on_every_token_says_the_same(changes, n):
     cfg = config(**changes)
@@ -80,7 +90,9 @@ def test_mixtral_says_the_same():
     cfg = config()
     moe = filled(cfg, torch.float32)
     theirs = MixtralSparseMoeBlock(
-        MixtralConfig(hidden_size=32, intermediate_size=cfg.ffn_size, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.0, experts_implementation="eager")
+        MixtralConfig(
+            hidden_size=32, intermediate_size=cfg.ffn_size, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.0, experts_implementation="eager"
+        )
     )
     with torch.no_grad():
         theirs.gate.weight.copy_(moe.gate.weight)
@@ -239,7 +251,12 @@ def test_a_cache_gives_what_the_whole_gives(factor):
 
 def test_first_values():
     cfg = config(init_std=0.1, num_shared_experts=1)
-    assert parameter_std(cfg, "blocks.7.feed_forward.experts.w1") == parameter_std(cfg, "blocks.7.feed_forward.gate.weight") == parameter_std(cfg, "blocks.7.feed_forward.shared.w3.weight") == 0.1
+    assert (
+        parameter_std(cfg, "blocks.7.feed_forward.experts.w1")
+        == parameter_std(cfg, "blocks.7.feed_forward.gate.weight")
+        == parameter_std(cfg, "blocks.7.feed_forward.shared.w3.weight")
+        == 0.1
+    )
     assert parameter_std(cfg, "blocks.7.feed_forward.experts.w2") == parameter_std(cfg, "blocks.7.feed_forward.shared.w2.weight") == 0.1 / 4
     for wrong in ("blocks.7.feed_forward.experts.w4", "blocks.7.feed_forward.gates.weight", "blocks.7.feed_forward.experts.w1.bias2"):
         with pytest.raises(ValueError, match="no rule of initialisation"):

@@ -65,11 +65,11 @@ class Gate(nn.Module):
 def choose(
     logits: Tensor,  # (tokens, experts), of the gate
     count: int,  # experts a token goes to
-) -> tuple[Tensor, Tensor, Tensor]:  # probabilities (tokens, experts); weights (tokens, count), sums 1; choices (tokens, count) int64, the likeliest first
-    "Softmax over all experts, the likeliest few, their probabilities divided by their sum: so do InternLM's gate (GShard's) and Mixtral's"
+) -> tuple[Tensor, Tensor, Tensor]:  # probabilities (tokens, experts); weights (tokens, count); choices (tokens, count) int64, the likeliest first
+    "Softmax over all experts, the likeliest few, and their probabilities divided by their sum; of one alone the probability itself"
     probs = logits.softmax(-1)
     top, choices = probs.topk(count, dim=-1)
-    return probs, top / top.sum(-1, keepdim=True), choices
+    return probs, top if count == 1 else top / top.sum(-1, keepdim=True), choices
 
 # %% ../../nbs/model/15_moe.ipynb #b1abf1f9
 def chosen(
