@@ -192,7 +192,7 @@ def part_of_a_pack(mesh: Mesh, cfg: ModelConfig):
     mesh.check_waited()
 
 
-@pytest.mark.parametrize("layout", [Layout(2, sequence=2), Layout(4, sequence=2, context=2)])
+@pytest.mark.parametrize("layout", [pytest.param(Layout(2, sequence=2), marks=pytest.mark.slow), Layout(4, sequence=2, context=2)])
 def test_a_pack_on_several_ranks(layout):
     def both(mesh: Mesh) -> None:
         for factor in (0.0, 0.8):
