@@ -83,6 +83,16 @@ def test_experts_that_nobody_chose_get_zero_gradients():
         assert not g[[0, 3]].any() and g[[1, 2]].any()
 
 
+def test_experts_without_a_single_row():
+    "A rank of whose experts no token wants one still has gradients to reduce: zeros"
+    experts = filled(config()).experts
+    x = torch.empty(0, 32, dtype=torch.float64, requires_grad=True)
+    out = experts(x, torch.zeros(4, dtype=torch.int64))
+    assert out.shape == (0, 32)
+    for g, p in zip(torch.autograd.grad(out.sum(), [*experts.parameters()]), experts.parameters()):
+        assert g.shape == p.shape and not g.any()
+
+
 def test_mixtral_says_the_same():
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func

@@ -151,7 +151,8 @@ def presets() -> dict[str, dict]:  # name -> fields of `ModelConfig`
     "All presets by name, as fields"
     return {
         "internlm-7b": family_defaults("internlm") | dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32),
-        "internlm-7b-moe4": family_defaults("internlm") | dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, mlp_ratio=4 / 3, num_experts=4),
+        "internlm-7b-moe4": family_defaults("internlm")
+        | dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, mlp_ratio=4 / 3, num_experts=4, experts_per_token=2, aux_loss_coef=0.1),
         "internlm-20b": family_defaults("internlm") | dict(hidden_size=5120, num_layers=60, num_heads=40, num_kv_heads=40),
         "internlm2-1.8b": family_defaults("internlm2") | dict(hidden_size=2048, num_layers=24, num_heads=16, num_kv_heads=8, mlp_ratio=4.0, norm_head=True),
         "internlm2-7b": family_defaults("internlm2")

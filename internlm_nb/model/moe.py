@@ -265,7 +265,7 @@ class Experts(nn.Module):
     ) -> Tensor:  # (rows, hidden)
         "Each expert on its rows"
         experts, ffn, hidden = self.w1.shape
-        if why_not_grouped(x.device, x.dtype, hidden, ffn) is None:
+        if x.shape[0] and why_not_grouped(x.device, x.dtype, hidden, ffn) is None:
             counts = torch.full((experts,), sizes, device=x.device) if isinstance(sizes, int) else sizes
             groups: Tensor | list[int] = counts.cumsum(0).to(torch.int32)
         else:
