@@ -274,6 +274,28 @@ def test_a_step_under_fake_tensors():
         destroy()
 
 
+def all_to_one(mesh: Mesh) -> tuple[float, list[int], list[bool]]:
+    "A gate that knows no difference sends every token to the same expert: one rank computes, the other has nothing"
+    cfg = config(num_experts=2, experts_per_token=1)
+    model, _ = build(cfg, mesh)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.feed_forward.gate.weight.zero_()  # type: ignore[union-attr]
+    out = forward(model, cfg, 0)
+    assert out.extra_sum is not None and out.expert_tokens is not None
+    (out.loss_sum + out.extra_sum).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    idle = [not block.feed_forward.experts.w1.grad.any() for block in model.blocks]  # type: ignore[union-attr]
+    return out.loss_sum.item(), out.expert_tokens[0].tolist(), idle
+
+
+def test_a_rank_that_no_token_comes_to():
+    loss, tokens, _ = all_to_one(single())
+    assert sorted(tokens) == [0, TOKENS]
+    ranks = run_ranks(all_to_one, Layout(2, expert=2))
+    assert all(abs(r[0] - loss) <= 1e-12 * loss for r in ranks) and sorted(r[2][0] for r in ranks) == [False, True]
+
+
 # which part is where
 
 
