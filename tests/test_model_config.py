@@ -13,6 +13,7 @@ from internlm_nb.model.transformer import Transformer
 
 EXACT = {
     "internlm-7b": (4096, 32, 32, 32, 11008, 103168, 7_321_948_160),
+    "internlm-7b-moe4": (4096, 32, 32, 32, 5632, 103168, 2 * 103168 * 4096 + 4096 + 32 * (2 * 4096 + 4 * 4096**2 + 4 * 4096 + 4 * (3 * 4096 * 5632 + 4096))),
     "internlm-20b": (5120, 40, 40, 60, 13824, 103168, 20_089_943_040),
     "internlm2-1.8b": (2048, 16, 8, 24, 8192, 92544, 1_889_110_016),
     "internlm2-7b": (4096, 32, 8, 32, 14336, 92544, 7_737_708_544),
@@ -38,13 +39,14 @@ def test_every_preset_is_in_the_table():
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     kv=st.integers(1, 4), group=st.integers(1, 4), half=st.integers(1, 8), layers=st.integers(1, 3), vocab=st.integers(1, 200), ratio=st.floats(1.0, 5.0),
-    multiple=st.integers(1, 64), flags=st.tuples(*[st.booleans()] * 5), own_width=st.booleans(),
+    multiple=st.integers(1, 64), flags=st.tuples(*[st.booleans()] * 5), own_width=st.booleans(), experts=st.integers(0, 4), shared=st.integers(0, 2),
 )  # fmt: skip
-def test_closed_form_equals_the_built_model(kv, group, half, layers, vocab, ratio, multiple, flags, own_width):
+def test_closed_form_equals_the_built_model(kv, group, half, layers, vocab, ratio, multiple, flags, own_width, experts, shared):
     heads, head_dim = kv * group, 2 * half
     cfg = ModelConfig(
         "llama", vocab, 24 if own_width else heads * head_dim, layers, heads, kv, ratio, multiple, head_dim_override=head_dim if own_width else None,
         qkv_bias=flags[0], out_bias=flags[1], tie_embeddings=flags[2], norm_head=flags[3], qk_interleaved=flags[4],
+        num_experts=experts, experts_per_token=min(2, max(1, experts)), num_shared_experts=shared if experts else 0,
     )  # fmt: skip
     model = Transformer(cfg, device="meta")
     assert sum(p.numel() for p in model.parameters()) == num_params(cfg)
@@ -59,6 +61,8 @@ def test_closed_form_equals_the_built_model(kv, group, half, layers, vocab, rati
         dict(mlp_ratio=0.0), dict(multiple_of=0), dict(intermediate_size=0), dict(head_dim_override=7), dict(max_position_embeddings=0), dict(rope_base=0.0),
         dict(rope_scaling="yarn"), dict(rope_scaling="linear", rope_factor=0.5), dict(rope_factor=2.0), dict(norm_eps=0.0), dict(embed_grad_scale=1.5),
         dict(init_std=-1.0), dict(init_std_embedding=-1.0), dict(hidden_size=48.0), dict(vocab_size=True), dict(intermediate_size=64.0), dict(mlp_ratio=0.01),
+        dict(num_experts=-1), dict(num_experts=2.0), dict(num_experts=2, experts_per_token=3), dict(experts_per_token=0), dict(num_shared_experts=1), dict(capacity_factor=1.0),
+        dict(num_experts=2, capacity_factor=-1.0), dict(num_experts=2, aux_loss_coef=-0.1), dict(num_experts=2, z_loss_coef=float("inf")), dict(num_experts=2, num_shared_experts=-1),
     ],
     ids=str,
 )  # fmt: skip

@@ -67,6 +67,7 @@ def test_every_rank_is_in_one_group_of_each_kind(layout):
         **{name: getattr(layout, name) for name in ("tensor", "sequence", "context", "data", "pipeline", "expert", "replica", "world")},
         "loss": layout.replica,
         "model": layout.tensor * layout.pipeline,
+        "parts": layout.tensor * layout.expert * layout.pipeline,
         "expert_data": layout.data // layout.expert,
         "expert_replica": layout.replica // layout.expert,
     }

@@ -155,4 +155,6 @@ def entries(
     "All entries of a layout; raises `ValueError` for a layout that does not exist"
     if layout not in get_args(Layout):
         raise ValueError(f"layout is {layout!r}: choose one of {', '.join(get_args(Layout))}")
+    if cfg.num_experts:
+        raise ValueError(f"num_experts is {cfg.num_experts}: models with experts have no layout outside yet; keep them in this library's own checkpoints")
     return internlm2_entries(cfg) if layout == "internlm2" else llama_entries(cfg, one_switch=layout != "internlm3")

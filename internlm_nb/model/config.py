@@ -52,6 +52,12 @@ class ModelConfig:
     embed_grad_scale: float = 1.0  # share of the gradient that reaches the embedding
     init_std: float = 0.02  # standard deviation of the projections; wo and w2 of block i get it divided by sqrt(2(i + 1))
     init_std_embedding: float | None = None  # of embedding and head; None: init_std
+    num_experts: int = 0  # feed-forward networks of each block, of which a gate chooses; 0: one, for every token
+    experts_per_token: int = 2  # how many of them a token goes to; their weights sum to 1
+    num_shared_experts: int = 0  # beside them, for every token: one network of so many times ffn_size
+    capacity_factor: float = 0.0  # an expert takes at most this times its even share of a pack when training; 0: every token that comes
+    aux_loss_coef: float = 0.01  # of the loss that balances experts (0.01: Switch Transformer)
+    z_loss_coef: float = 0.0  # of the loss that keeps the gate's logits small (ST-MoE has 0.001)
 
     def __post_init__(self):
         for field, choices in (("family", get_args(Family)), ("rope_scaling", get_args(RopeScaling))):
@@ -85,6 +91,18 @@ class ModelConfig:
         for field in ("init_std", "init_std_embedding"):
             value = getattr(self, field)
             require(value is None or value >= 0, f"{field} is {value}: a standard deviation is not negative")
+        for field in ("num_experts", "num_shared_experts"):
+            value = getattr(self, field)
+            require(type(value) is int and value >= 0, f"{field} is {value!r}: it must be an integer, 0 for none")
+        require(type(self.experts_per_token) is int and self.experts_per_token > 0, f"experts_per_token is {self.experts_per_token!r}: it must be a positive integer")
+        require(
+            self.num_experts == 0 or self.experts_per_token <= self.num_experts,
+            f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}: a token goes to an expert once, so make it smaller",
+        )
+        require(self.num_experts > 0 or self.num_shared_experts == 0, f"num_shared_experts is {self.num_shared_experts}, but num_experts is 0: without a gate there is nothing to share")
+        for field in ("capacity_factor", "aux_loss_coef", "z_loss_coef"):
+            require(0 <= getattr(self, field) < math.inf, f"{field} is {getattr(self, field)}: it must be 0 (off) or positive")
+        require(self.num_experts > 0 or self.capacity_factor == 0, f"capacity_factor is {self.capacity_factor}, but num_experts is 0: there is nothing that could be full")
 
     @property
     def head_dim(self) -> int:
@@ -104,11 +122,13 @@ class ModelConfig:
 # %% ../../nbs/model/01_config.ipynb #171b8465
 def num_params(
     cfg: ModelConfig,  # architecture
+    active: bool = False,  # only those that one token meets: of the experts, its own
 ) -> int:  # number of parameters, a tied weight counted once
     "Exact number of parameters of a config, in closed form"
     h, inner = cfg.hidden_size, cfg.num_heads * cfg.head_dim
     attention = cfg.qkv_size * (h + cfg.qkv_bias) + h * (inner + cfg.out_bias)
-    block = attention + 3 * h * cfg.ffn_size + 2 * h
+    networks = (cfg.experts_per_token if active else cfg.num_experts) + cfg.num_shared_experts if cfg.num_experts else 1
+    block = attention + networks * 3 * h * cfg.ffn_size + cfg.num_experts * h + 2 * h
     return (1 if cfg.tie_embeddings else 2) * cfg.vocab_size * h + cfg.num_layers * block + h
 
 # %% ../../nbs/model/01_config.ipynb #b0010dcf
@@ -131,6 +151,8 @@ def presets() -> dict[str, dict]:  # name -> fields of `ModelConfig`
     "All presets by name, as fields"
     return {
         "internlm-7b": family_defaults("internlm") | dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32),
+        "internlm-7b-moe4": family_defaults("internlm")
+        | dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, mlp_ratio=4 / 3, num_experts=4, experts_per_token=2, aux_loss_coef=0.1),
         "internlm-20b": family_defaults("internlm") | dict(hidden_size=5120, num_layers=60, num_heads=40, num_kv_heads=40),
         "internlm2-1.8b": family_defaults("internlm2") | dict(hidden_size=2048, num_layers=24, num_heads=16, num_kv_heads=8, mlp_ratio=4.0, norm_head=True),
         "internlm2-7b": family_defaults("internlm2")

@@ -29,7 +29,8 @@ def linear_flops(
 ) -> tuple[int, int]:  # of one block, of the head
     "Forward FLOPs per token in matrix products with weights"
     inner = cfg.num_heads * cfg.head_dim
-    block = 2 * cfg.hidden_size * (cfg.qkv_size + inner + 3 * cfg.ffn_size)
+    networks = cfg.experts_per_token + cfg.num_shared_experts if cfg.num_experts else 1  # of which a token meets so many, and a gate
+    block = 2 * cfg.hidden_size * (cfg.qkv_size + inner + 3 * cfg.ffn_size * networks + cfg.num_experts)
     return block, 2 * cfg.hidden_size * cfg.vocab_size
 
 
@@ -64,10 +65,11 @@ def step_flops(
     causal = attention_flops(cfg, sum(n * (n + 1) / 2 for n in lengths))
     again = math.floor(layers * recompute_fraction + 1e-9) if recompute_policy == "full" else 0
     forward = tokens * (layers * block + head)
+    unneeded = cfg.num_shared_experts if cfg.num_experts else 1  # last products that backward can do without: what an expert gives is needed for the gate's gradient
     model = 3 * (forward + layers * full)
     return StepFlops(
         published=tokens * published_flops_per_token(cfg, seq_len, recomputed=again > 0),
         model=model,
         causal=3 * (forward + layers * causal),
-        hardware=model + again * (tokens * (block - 2 * cfg.hidden_size * cfg.ffn_size) + full),
+        hardware=model + again * (tokens * (block - 2 * cfg.hidden_size * cfg.ffn_size * unneeded) + full),
     )

@@ -54,8 +54,8 @@ def parameter_std(
         return 0.0
     if name in ("embedding.weight", "head.weight"):
         return cfg.init_std if cfg.init_std_embedding is None else cfg.init_std_embedding
-    if match := re.fullmatch(r"blocks\.(\d+)\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))\.weight", name):
-        residual = match[2] in ("attention.wo", "feed_forward.w2")
+    if match := re.fullmatch(r"blocks\.(\d+)\.(attention\.(?:wqkv|wo)|feed_forward\.(?:shared\.|experts\.)?w[123]|feed_forward\.gate)(?:\.weight)?", name):
+        residual = match[2].endswith(("wo", "w2"))
         return cfg.init_std * ((2 * (int(match[1]) + 1)) ** -0.5 if residual else 1.0)
     raise ValueError(f"no rule of initialisation for a parameter named {name!r}: add one to parameter_std")
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from .config import ModelConfig
 from .decode import Step, align, put, take_rows, unalign, with_room
 from .layers import dynamic_base, rope_tables
+from .loss import ExtraLosses
 
 # %% ../../nbs/model/03_segments.ipynb #850e8ef9
 def positions_from(
@@ -75,6 +76,11 @@ class Segments:
     def document_lengths(self) -> tuple[int, ...]:
         "Tokens of the document that each sequence belongs to: itself, unless somebody has cut the pack"
         return self.lengths
+
+    @property
+    def order(self) -> Tensor | None:
+        "(tokens,) places of these tokens in the pack, when it was cut; None: all of it is here"
+        return None
 
     def indexes(self) -> Tensor:  # (tokens,) int64
         "Position of each token in its own sequence, from 0"
@@ -199,6 +205,8 @@ class Positions:
     sin: Tensor  # (tokens, head_dim / 2)
     key_segments: Segments | None = None  # of cached and new keys together; None: no cache, keys are those of this pass
     step: Step | None = None  # when this pass adds one token to each sequence of a cache, and no gradient is wanted
+    extra: ExtraLosses | None = None  # where blocks with experts leave their losses and figures; None: nobody asks
+    order: Tensor | None = None  # (tokens,) int64, places of these tokens in the pack when ranks have parts of it; None: all of it is here, in order
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,4 +258,6 @@ class Inputs:
         dtype: torch.dtype = torch.float32,  # of the model
     ) -> Positions:
         "Rotary tables for these tokens"
-        return Positions(self.segments, *rope_tables(cfg, self.indexes, self.segments.lengths, dtype, self.segments.document_lengths), self.key_segments, self.step)
+        tables = rope_tables(cfg, self.indexes, self.segments.lengths, dtype, self.segments.document_lengths)
+        extra = ExtraLosses() if cfg.num_experts and self.key_segments is None else None
+        return Positions(self.segments, *tables, self.key_segments, self.step, extra, self.segments.order)

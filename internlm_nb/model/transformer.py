@@ -21,6 +21,7 @@ from .decode import thin_linear
 from .init import init_weights
 from .layers import FeedForward, RMSNorm, wide_dtype
 from .loss import LossOutput, linear_cross_entropy
+from .moe import MixtureOfExperts
 from .segments import Inputs, KVCache, Positions, Segments
 
 # %% ../../nbs/model/07_transformer.ipynb #ebdb4518
@@ -49,7 +50,7 @@ Recompute = Literal["none", "full", "selective"]
 def keep_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     "Selective policy: keep results of matrix products with weights and of fused attention, recompute everything else"
     name = str(op)
-    kept = name in ("aten.mm.default", "aten.addmm.default") or "attention" in name or "_attn" in name
+    kept = name in ("aten.mm.default", "aten.addmm.default", "aten._grouped_mm.default") or "attention" in name or "_attn" in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 # %% ../../nbs/model/07_transformer.ipynb #23a205b8
@@ -68,7 +69,7 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, device, dtype)
         self.attention = Attention(cfg, layer, device, dtype)
         self.ffn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, device, dtype)
-        self.feed_forward = FeedForward(cfg.hidden_size, cfg.ffn_size, device, dtype)
+        self.feed_forward = MixtureOfExperts(cfg, layer, device, dtype) if cfg.num_experts else FeedForward(cfg.hidden_size, cfg.ffn_size, device, dtype)
 
     def compute(
         self,
@@ -78,7 +79,8 @@ class Block(nn.Module):
     ) -> Tensor:  # (tokens, hidden)
         "The block itself"
         x = x + self.attention(self.attention_norm(x), positions, cache)
-        return x + self.feed_forward(self.ffn_norm(x))
+        y = self.ffn_norm(x)
+        return x + (self.feed_forward(y, positions) if isinstance(self.feed_forward, MixtureOfExperts) else self.feed_forward(y))
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None = None) -> Tensor:
         "`compute`, with or without recomputation; without, when nothing is kept for a backward pass"
@@ -201,7 +203,8 @@ class Transformer(nn.Module):
             x = x[inputs.wanted]
         if last_only:
             x = x[segments.cu_seqlens[1:].long() - 1]
-        return self.head(x, labels, self.embedding.weight if self.cfg.tie_embeddings else None)
+        out = self.head(x, labels, self.embedding.weight if self.cfg.tie_embeddings else None)
+        return positions.extra.put_into(out) if positions.extra is not None and isinstance(out, LossOutput) else out
 
 # %% ../../nbs/model/07_transformer.ipynb #4fa94ebb
 def recompute(

@@ -128,7 +128,7 @@ class Layout:
 # %% ../../nbs/parallel/01_layout.ipynb #43f21984
 def axis_names() -> tuple[str, ...]:
     "Every axis that has groups"
-    return (*Coords._fields, "expert", "expert_data", "replica", "expert_replica", "loss", "model", "world")
+    return (*Coords._fields, "expert", "expert_data", "replica", "expert_replica", "loss", "model", "parts", "world")
 
 
 def _free(axis: str) -> tuple[str, ...]:
@@ -140,7 +140,8 @@ def _free(axis: str) -> tuple[str, ...]:
         "replica": ("sequence", "context", *data),  # same weights, other tokens
         "expert_replica": ("sequence", "context", "expert_data"),
         "loss": ("sequence", "context", *data),  # other tokens: over these a stage adds up losses and counts of targets
-        "model": ("tensor", "pipeline"),  # together one whole copy of the weights
+        "model": ("tensor", "pipeline"),  # together one whole copy of the weights that are no experts
+        "parts": ("tensor", "expert", "pipeline"),  # together one whole copy of all weights, experts too: over these a norm adds up
         "world": everything,
     }
     require(axis in free, f"no axis named {axis!r}: choose one of {', '.join(axis_names())}")

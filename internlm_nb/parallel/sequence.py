@@ -140,11 +140,17 @@ class LocalSegments(Segments):
     runs: tuple[Run, ...]  # of consecutive tokens
     shard: Segments  # pieces of the context rank, which its sequence ranks have together
     ring: Ring | None  # what to do about documents on several context ranks; None: nothing
+    rows: Tensor  # (tokens,) int64, places of these tokens in the pack
 
     @property
     def document_lengths(self) -> tuple[int, ...]:
         "Tokens of each piece's document"
         return self.whole
+
+    @property
+    def order(self) -> Tensor:
+        "(tokens,) places of these tokens in the pack"
+        return self.rows
 
     def indexes(self) -> Tensor:  # (tokens,) int64
         "Position of each token in its document"
@@ -171,7 +177,7 @@ def cut_rows(
     ring = ring_of(lengths, layout, coords.context, device) if layout.context > 1 else None
     rows = torch.cat([torch.arange(a, b, device="cpu") for a, b in spans])
     whole = tuple(offsets[d + 1] - offsets[d] for d, _ in pieces)
-    return rows, LocalSegments(local.cu_seqlens, local.lengths, local.max_seqlen, whole, tuple(runs), shard, ring)
+    return rows, LocalSegments(local.cu_seqlens, local.lengths, local.max_seqlen, whole, tuple(runs), shard, ring, rows.to(device, non_blocking=True))
 
 # %% ../../nbs/parallel/15_sequence.ipynb #2bddb926
 def take_heads(

@@ -15,6 +15,7 @@ from torch import nn
 from ..model.config import ModelConfig, require
 from ..model.loss import chunk_tokens
 from .comm import Axis
+from .expert import SplitMixture
 from .layout import Layout, Mode, check
 from .linear import ColumnLinear, RowLinear, SplitFeedForward
 from .placement import Placement, placements_of
@@ -28,8 +29,10 @@ def cut_dim(
 ) -> int | None:  # None: every rank has all of it
     "The dim of a parameter that is cut; raises ValueError for a name it does not know"
     *_, module, leaf = name.split(".")
-    if module.endswith("norm") or (module, leaf) == ("wo", "bias"):
+    if module.endswith("norm") or (module, leaf) == ("wo", "bias") or module == "gate":
         return None
+    if module == "experts" and leaf in ("w1", "w2", "w3"):  # (experts, out, in)
+        return 2 if leaf == "w2" else 1
     if module == "embedding":
         return 0 if embedding == "vocabulary" else 1
     if module in ("wqkv", "w1", "w3", "head"):
@@ -66,14 +69,15 @@ def tensor_parallel(
     split, placements = mode != "mtp", {}
     for name, parameter in list(model.named_parameters()):
         dim = cut_dim(name, embedding)
-        placements[name] = place = Placement(tuple(parameter.shape), dim, axis.coord, axis.size, partial=split and dim is None)
+        partial = dim is None and (split or ".gate." in name)  # a gate's gradient is made of what its rank's channels of the experts say
+        placements[name] = place = Placement(tuple(parameter.shape), dim, axis.coord, axis.size, partial=partial)
         owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         setattr(owner, leaf, nn.Parameter(place.cut(parameter.detach()).clone(memory_format=torch.contiguous_format), parameter.requires_grad))
     for block in model.blocks:  # type: ignore[union-attr]
         attention = block.attention
         attention.wqkv = ColumnLinear(attention.wqkv, axis, mode, "attention in")
         attention.wo = RowLinear(attention.wo, axis, mode, "attention out")
-        block.feed_forward = SplitFeedForward(block.feed_forward, axis, mode)
+        block.feed_forward = SplitMixture(block.feed_forward, axis, mode) if cfg.num_experts else SplitFeedForward(block.feed_forward, axis, mode)
     if getattr(model, "embedding", None) is not None:
         model.embedding = SplitEmbedding(model.embedding, axis, mode, embedding)  # type: ignore[arg-type]
     if getattr(model, "head", None) is not None:
@@ -108,7 +112,7 @@ def tensor_bytes(
     for half in ("attention", "ffn"):
         if split:
             add(f"{half} in", "all_gather", states, blocks + recomputed)
-            add(f"{half} in again", "all_gather", states, blocks if mode == "fsp" else 0)
+            add(f"{half} in again", "all_gather", states, blocks if mode == "fsp" and (half == "attention" or not cfg.num_experts) else 0)
             add(f"{half} out backward", "all_gather", states, blocks)
         add(f"{half} in backward", "reduce_scatter" if split else "all_reduce", states, blocks)
         add(f"{half} out", "reduce_scatter" if split else "all_reduce", states, blocks + (recomputed if half == "attention" else 0))
@@ -122,5 +126,6 @@ def tensor_bytes(
     add("head backward", "reduce_scatter" if split else "all_reduce", states, 1)
     for rows, calls in ((chunk, tokens // chunk), (tokens % chunk, int(tokens % chunk > 0))):
         add("loss", "all_gather", (4 if label_smoothing else 3) * rows * wide * size, calls)
-    add("partial gradients", "all_reduce", (blocks * (2 + cfg.out_bias) + 1) * cfg.hidden_size * wide, int(split))
+    partial = (blocks * (2 + cfg.out_bias) + 1 if split else 0) + blocks * cfg.num_experts  # rows of hidden_size
+    add("partial gradients", "all_reduce", partial * cfg.hidden_size * wide, int(partial > 0))
     return out

@@ -127,6 +127,7 @@ class Optimizer:
         self.cfg = cfg
         self._collected = False
         self.tensor = mesh.axis("tensor") if mesh is not None and mesh.layout.tensor > 1 else None
+        self.parts = mesh.axis("parts") if mesh is not None and mesh.axis("parts").size > 1 else None  # together they have all parameters
         self.placements = placements or {}
         params = dict(model.named_parameters())  # tied parameters appear once
         self.groups = param_groups(list(params), cfg)
@@ -138,9 +139,14 @@ class Optimizer:
         self.loss_scale = loss_scale or LossScale(LossScaleConfig(), first.device, enabled=False)
         self.masters = {n: p.detach().to(precision.master, copy=True) if p.dtype != precision.master else p for n, p in self.params.items()}
         many = mesh is not None and mesh.layout.world > 1
-        self.buckets = GradientBuckets(self.params, precision.master, mesh.axis("replica"), bucket_bytes) if mesh is not None and many else None
+        self.buckets: list[GradientBuckets] = []
+        if mesh is not None and many:  # experts have fewer replicas: other expert ranks hold other ones
+            cut = {n for n in self.params if n in self.placements and self.placements[n].is_cut("expert")}
+            for names, axis in (([n for n in self.params if n not in cut], "replica"), ([n for n in self.params if n in cut], "expert_replica")):
+                if names:
+                    self.buckets.append(GradientBuckets({n: self.params[n] for n in names}, precision.master, mesh.axis(axis), bucket_bytes))
         for n, p in self.params.items():
-            if self.buckets is None and self.masters[n] is not p:
+            if not self.buckets and self.masters[n] is not p:
                 p.register_post_accumulate_grad_hook(_into_master(self.masters[n]))
         self.inner = torch.optim.AdamW(
             [{"params": [self.masters[n] for n in g.names], "weight_decay": g.weight_decay} for g in self.groups],
@@ -159,20 +165,20 @@ class Optimizer:
         for m in self.masters.values():
             m.grad = None
         self._collected = False
-        if self.buckets is not None:
-            self.buckets.start(expected)
+        for buckets in self.buckets:
+            buckets.start(expected)
 
     def last_micro_batch(self) -> None:
         "The next backward pass completes the gradients: their reduction over ranks may begin behind it"
-        if self.buckets is not None:
-            self.buckets.last()
+        for buckets in self.buckets:
+            buckets.last()
 
     def collect(self) -> None:
         "Wait for the gradients of all ranks, once a step; nothing happens where there is one rank"
-        if self.buckets is None or self._collected:
+        if not self.buckets or self._collected:
             return
         self._collected = True
-        grads = self.buckets.finish()
+        grads = {n: g for buckets in self.buckets for n, g in buckets.finish().items()}
         if self.tensor is not None:
             sum_partial(grads, self.placements, self.tensor)
         for n, m in self.masters.items():
@@ -201,7 +207,7 @@ class Optimizer:
         if len(grads) < len(self.masters):
             lost = next(n for n, m in self.masters.items() if m.grad is None)
             raise RuntimeError(f"parameter {lost!r} got no gradient: it takes no part in the loss. Freeze it with --optim.frozen '{lost}'")
-        norm = (torch.nn.utils.get_total_norm(grads) if self.tensor is None else self._norm_over(self.tensor)) / self.loss_scale.scale
+        norm = (torch.nn.utils.get_total_norm(grads) if self.parts is None else self._norm_over(self.parts)) / self.loss_scale.scale
         coef = (self.cfg.clip / (norm + 1e-6)).clamp(max=1.0) if self.cfg.clip > 0 else torch.ones_like(norm)
         torch._foreach_mul_(grads, coef / self.loss_scale.scale)  # type: ignore[reportPrivateImportUsage]
         skipped = (~torch.isfinite(norm)).float()

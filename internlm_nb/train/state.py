@@ -10,6 +10,7 @@ import importlib.metadata
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -93,22 +94,31 @@ def located(
 def share_out(
     chunks: Mapping[str, Chunk],  # What this rank holds; the same names on every rank
     mesh: Mesh,  # Ranks that save together
+    placements: Mapping[str, Placement] | None = None,  # Which part of each parameter is here; None: what is no whole is cut over tensor alone
 ) -> dict[str, Chunk]:
     "The chunks that this rank writes: what several ranks hold is written by one of them, and each writes about as much. Every rank comes to the same division without asking"
-    tensor, replica = mesh.axis("tensor"), mesh.axis("replica")
-    cut = {n for n, c in chunks.items() if tuple(c.tensor.shape) != tuple(c.global_shape)}
-    load = {(t, r): 0 for t in range(tensor.size) for r in range(replica.size)}
+    axes = [mesh.axis(name) for name in ("tensor", "expert", "expert_replica")]  # a rank's place among those that have the same layers
+    here = tuple(axis.coord for axis in axes)
+
+    def over(name: str) -> tuple[bool, ...]:
+        "For each axis: do its ranks have other parts?"
+        place = (placements or {}).get(name.partition(".")[2])
+        if tuple(chunks[name].tensor.shape) == tuple(chunks[name].global_shape):
+            return False, False, False
+        return (True, False, False) if place is None else (place.is_cut("tensor"), place.is_cut("expert"), False)
+
+    cut = {name: over(name) for name in chunks}
+    load = {at: 0 for at in product(*(range(axis.size) for axis in axes))}
+    teams: dict[tuple[bool, ...], dict[tuple[int, ...], list[tuple[int, ...]]]] = {kind: {} for kind in cut.values()}  # ranks that have all of it between them, each its own part
+    for kind, at in product(teams, load):
+        teams[kind].setdefault(tuple(0 if c else i for c, i in zip(kind, at)), []).append(at)
     mine = {}
-    for name in sorted(chunks, key=lambda n: (n not in cut, -chunks[n].tensor.numel(), n)):  # the largest first; those that bind all tensor ranks before the others
+    for name in sorted(chunks, key=lambda n: (-sum(cut[n]), cut[n], -chunks[n].tensor.numel(), n)):  # those that bind most ranks before the others, the largest first
         size = chunks[name].tensor.numel() * chunks[name].tensor.element_size()
-        if name in cut:  # each tensor rank has another part, and one of its replicas writes it
-            at = min(range(replica.size), key=lambda r: (load[0, r], r))
-            writers = [(t, at) for t in range(tensor.size)]
-        else:
-            writers = [min(load, key=lambda k: (load[k], k))]
-        for k in writers:
-            load[k] += size
-        if (tensor.coord, replica.coord) in writers:
+        writers = min(teams[cut[name]].items(), key=lambda team: (max(load[at] for at in team[1]), team[0]))[1]
+        for at in writers:
+            load[at] += size
+        if here in writers:
             mine[name] = chunks[name]
     return mine
 
@@ -128,7 +138,7 @@ def save_run(
     about = {"step": state.step, "train": asdict(state), "run": to_dict(run), "data": list(data), "versions": versions()}
     if mesh is None or mesh.layout.world == 1:
         return save_state(folder, tensors, about, overwrite=overwrite)
-    return _save_together(folder, share_out(tensors, mesh), about, overwrite, mesh.axis("world"))
+    return _save_together(folder, share_out(tensors, mesh, optimizer.placements), about, overwrite, mesh.axis("world"))
 
 
 def _save_together(folder: str | Path, tensors: Mapping[str, Chunk], about: Mapping[str, Any], overwrite: bool, world: Axis) -> Path:
