@@ -206,6 +206,14 @@ def test_with_the_tensor_axis():
     compare(4, [(Layout(4, tensor=2, pipeline=2, mode=mode), *case) for mode, cases in MODES.items() for case in cases])
 
 
+@pytest.mark.parametrize("layers, stages", [(7, 3), (8, 4), (5, 5), (31, 8), (1, 1)])
+def test_layers_are_cut_evenly_and_the_last_stages_take_the_rest(layers, stages):
+    ranges = split_layers(layers, stages)
+    sizes = [len(r) for r in ranges]
+    assert [layer for r in ranges for layer in r] == list(range(layers))
+    assert max(sizes) - min(sizes) <= 1 and sizes == sorted(sizes)
+
+
 def test_one_rank_is_the_model_itself():
     "With one rank and one chunk nothing changes, to the bit; with more chunks there is nothing to send"
     loss, want = alone(TIED, 4)

@@ -54,7 +54,7 @@ def test_time_and_memory(ranks):
 @pytest.mark.parametrize("ranks", RANKS)
 def test_all_are_whole_and_end(ranks):
     for s in every(ranks):
-        for early in (0, 1, 4):
+        for early in (0, 2):
             for one in (s, without_backward(s)):
                 plan = check_schedule(one, early)
                 for program, order in zip(plan.programs, one.orders):
