@@ -65,7 +65,7 @@ def test_ranks_and_coordinates_are_inverse(layout):
 def test_every_rank_is_in_one_group_of_each_kind(layout):
     sizes = {
         **{name: getattr(layout, name) for name in ("tensor", "sequence", "context", "data", "pipeline", "expert", "replica", "world")},
-        "loss": layout.replica,
+        "loss": layout.replica * layout.pipeline,
         "model": layout.tensor * layout.pipeline,
         "parts": layout.tensor * layout.expert * layout.pipeline,
         "expert_data": layout.data // layout.expert,

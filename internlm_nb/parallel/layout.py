@@ -139,7 +139,7 @@ def _free(axis: str) -> tuple[str, ...]:
         "data": data,
         "replica": ("sequence", "context", *data),  # same weights, other tokens
         "expert_replica": ("sequence", "context", "expert_data"),
-        "loss": ("sequence", "context", *data),  # other tokens: over these a stage adds up losses and counts of targets
+        "loss": ("sequence", "context", *data, "pipeline"),  # other tokens, and the stages that have no loss: over these losses and counts of targets are added up
         "model": ("tensor", "pipeline"),  # together one whole copy of the weights that are no experts
         "parts": ("tensor", "expert", "pipeline"),  # together one whole copy of all weights, experts too: over these a norm adds up
         "world": everything,

@@ -9,7 +9,7 @@ __all__ = ['split_layers', 'Packed', 'Blocks', 'PipelinePart', 'pipeline_cut', '
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +89,7 @@ class PipelinePart(nn.Module):
         self.embedding = whole.embedding if 0 in stages or (last in stages and whole.cfg.tie_embeddings) else None
         self.blocks = Blocks({layer: whole.blocks[layer] for stage in stages for layer in ranges[stage]})  # type: ignore[misc]
         self.head = whole.head if last in stages else None
+        self.staged: Any = None  # how the part is run, for whoever runs it
 
     @property
     def holds_copy(self) -> bool:
@@ -114,10 +115,11 @@ class PipelinePart(nn.Module):
             x = self.blocks[layer](x, positions)
             assert isinstance(x, Tensor)
         if stage < self.stage_count - 1:
-            return x, None
+            return x, None if positions.extra is None else positions.extra.total()
         assert self.head is not None
         tied = self.embedding.weight if self.cfg.tie_embeddings and self.embedding is not None else None
-        return self.head(x, batch.labels, tied), None
+        out = self.head(x, batch.labels, tied)
+        return (out if positions.extra is None else positions.extra.put_into(out)), None
 
 # %% ../../nbs/parallel/26_stages.ipynb #f64abbe5
 def pipeline_cut(

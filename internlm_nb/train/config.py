@@ -17,6 +17,7 @@ from ..data.loader import DataConfig
 from ..data.mixture import SkippedBatches
 from ..model.config import ModelConfig
 from ..parallel.layout import Mode
+from ..parallel.schedules import Name
 from .fp8 import Fp8
 from .optim import OptimConfig
 from .precision import LossScaleConfig, PrecisionName
@@ -60,18 +61,31 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    "How the work is shared out over ranks; what tensor leaves of them is data parallelism"
+    "How the work is shared out over ranks; what the other axes leave of them is data parallelism"
 
     tensor: int = 1  # Ranks that split every matrix between them
-    mode: Mode = "mtp"  # Activations between blocks: mtp whole on every rank; msp split along the sequence; fsp split, and gathered again in backward
+    mode: Mode = "mtp"  # Activations between blocks: mtp whole on every tensor rank; msp split along the sequence; fsp split, and gathered again in backward
+    sequence: int = 1  # Ranks that split a pack's tokens, and its heads inside attention (Ulysses)
+    context: int = 1  # Ranks that split a pack's tokens in zigzag, also inside attention (ring attention)
+    pipeline: int = 1  # Ranks that split the layers
+    schedule: Name = "1f1b"  # Order of a pipeline's work: 1f1b, interleaved, zbh1 or zbv
+    chunks: int = 1  # Pieces of the model on each pipeline rank: 2 or more with interleaved, 2 with zbv
+    expert: int = 1  # Data ranks that split the experts of a mixture
     bucket_mb: float = 32.0  # MiB of gradients that are reduced at a time, behind backward
     timeout: float = 600.0  # Seconds after which a collective is given up, and the ranks that did not come are named
 
     def __post_init__(self):
-        if self.tensor < 1:
-            raise ValueError(f"--parallel.tensor is {self.tensor}: give 1 (no split) or a number of ranks")
-        if self.mode not in typing.get_args(Mode):
-            raise ValueError(f"--parallel.mode is {self.mode!r}: choose one of {', '.join(typing.get_args(Mode))}")
+        for name in ("tensor", "sequence", "context", "pipeline", "chunks", "expert"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--parallel.{name} is {getattr(self, name)}: give 1 (no split) or more")
+        for name, choices in (("mode", Mode), ("schedule", Name)):
+            if getattr(self, name) not in typing.get_args(choices):
+                raise ValueError(f"--parallel.{name} is {getattr(self, name)!r}: choose one of {', '.join(typing.get_args(choices))}")
+        wanted = {"interleaved": self.chunks > 1, "zbv": self.chunks == 2}.get(self.schedule, self.chunks == 1)
+        if not wanted:
+            raise ValueError(f"--parallel.chunks is {self.chunks}, but --parallel.schedule {self.schedule} has {({'interleaved': '2 or more', 'zbv': '2'}).get(self.schedule, '1')} a rank: change one of them")
+        if self.pipeline == 1 and self.chunks > 1:
+            raise ValueError(f"--parallel.chunks is {self.chunks}, but --parallel.pipeline is 1: pieces of a model are for several pipeline ranks")
         if not (self.bucket_mb > 0 and self.timeout > 0):
             raise ValueError("--parallel.bucket-mb and --parallel.timeout are positive")
 

@@ -7,7 +7,7 @@ __all__ = ['OptimConfig', 'ParamGroup', 'param_groups', 'norm_of_parts', 'Update
 
 # %% ../../nbs/train/04_optim.ipynb #e7a8a702
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -70,8 +70,9 @@ def _matching(patterns: tuple[str, ...], names: list[str], option: str) -> set[s
 def param_groups(
     names: list[str],  # Logical parameter names
     cfg: OptimConfig,  # With patterns
+    here: Container[str] | None = None,  # Those that this rank has; None: all
 ) -> list[ParamGroup]:  # In order of first appearance; frozen parameters are in none
-    "Sort parameters into groups of equal peak learning rate and decay. Raises ValueError for a pattern that matches nothing or a rate that is none"
+    "Sort parameters into groups of equal peak learning rate and decay. Raises ValueError for a pattern that matches nothing, a rate that is none, or a rank that is left nothing to train"
     frozen, no_decay = _matching(cfg.frozen, names, "frozen"), _matching(cfg.no_decay, names, "no-decay")
     lr = dict.fromkeys(names, cfg.lr)
     for rule in cfg.own_lr:
@@ -85,10 +86,10 @@ def param_groups(
         lr.update(dict.fromkeys(_matching((pattern,), names, "own-lr"), own))
     groups: dict[tuple[float, float], list[str]] = {}
     for n in names:
-        if n not in frozen:
+        if n not in frozen and (here is None or n in here):
             groups.setdefault((lr[n], 0.0 if n in no_decay else cfg.weight_decay), []).append(n)
     if not groups:
-        raise ValueError("--optim.frozen leaves no parameter to train")
+        raise ValueError(f"--optim.frozen leaves no parameter to train{'' if here is None else ' on this pipeline stage: make --parallel.pipeline smaller'}")
     return [ParamGroup(tuple(ns), *key) for key, ns in groups.items()]
 
 # %% ../../nbs/train/04_optim.ipynb #dda01bf6
@@ -123,6 +124,8 @@ class Optimizer:
         mesh: Mesh | None = None,  # Ranks that train together; None: one process alone
         placements: Mapping[str, Placement] | None = None,  # Which part of each parameter is here; None: all of it
         bucket_bytes: int = 32 << 20,  # Of gradients reduced at a time
+        names: Sequence[str] | None = None,  # Logical names of the whole model's parameters, where this rank has a part of them; None: those of `model`
+        tie: Callable[[Mapping[str, Tensor]], None] | None = None,  # Adds up, once a step, what another pipeline stage holds too
     ):
         self.cfg = cfg
         self._collected = False
@@ -130,7 +133,8 @@ class Optimizer:
         self.parts = mesh.axis("parts") if mesh is not None and mesh.axis("parts").size > 1 else None  # together they have all parameters
         self.placements = placements or {}
         params = dict(model.named_parameters())  # tied parameters appear once
-        self.groups = param_groups(list(params), cfg)
+        self.groups = param_groups(list(params), cfg) if names is None else param_groups(list(names), cfg, params)
+        self.tie = tie
         trained = [n for g in self.groups for n in g.names]
         for n, p in params.items():
             p.requires_grad_(n in set(trained))
@@ -181,6 +185,8 @@ class Optimizer:
         grads = {n: g for buckets in self.buckets for n, g in buckets.finish().items()}
         if self.tensor is not None:
             sum_partial(grads, self.placements, self.tensor)
+        if self.tie is not None:
+            self.tie(grads)
         for n, m in self.masters.items():
             m.grad = grads[n]
 

@@ -21,12 +21,12 @@ from .precision import PRECISIONS
 
 # %% ../../nbs/train/14_preflight.ipynb #85f67fbc
 def memory_needed(
-    run: RunConfig,  # Architecture and precision
+    run: RunConfig,  # Architecture and precision, and over how many ranks tensor and pipeline cut the model
 ) -> int:  # Bytes
-    "Weights, gradients, masters and moments of one process that holds them all; activations come on top"
+    "Weights, gradients, masters and moments of one rank; activations come on top. With a pipeline it is the mean of the stages, and of experts that are shared out it counts all"
     p = PRECISIONS[run.train.precision]
     each = p.param.itemsize + 3 * p.master.itemsize + (p.master.itemsize if p.has_master else 0)
-    return num_params(run.model) * each
+    return num_params(run.model) * each // (run.parallel.tensor * run.parallel.pipeline)
 
 
 def memory_there(

@@ -125,7 +125,12 @@ def summary(
     d, layout, precision = run.data, mesh.layout, PRECISIONS[run.train.precision]
     tokens = d.packed_length * d.micro_num
     of = f" of {run.model.num_layers} blocks" if run.train.recompute else ""
-    ranks = [f"ranks: {layout.world} = tensor {layout.tensor} ({layout.mode}) x data {layout.data}"] if layout.world > 1 else []
+    others = [f"{name} {getattr(layout, name)}" for name in ("sequence", "context", "pipeline") if getattr(layout, name) > 1]
+    ranks = [f"ranks: {layout.world} = tensor {layout.tensor} ({layout.mode}) x {' x '.join([*others, f'data {layout.data}'])}{f', experts over {layout.expert} of data' if layout.expert > 1 else ''}"] if layout.world > 1 else []
+    if layout.pipeline > 1:
+        ranks.append(f"pipeline: schedule {run.parallel.schedule}, {run.parallel.chunks} {'stage' if run.parallel.chunks == 1 else 'stages'} a rank, {d.micro_num // layout.data} micro-batches")
+    if layout.expert > 1 and not run.model.capacity_factor:
+        ranks.append("experts without a capacity: in each block the host waits to learn how many tokens go where")
     return [
         f"run {run.name}: {run.model.family}, {num_params(run.model):,} parameters, on {mesh.device} in {run.train.precision}",
         *ranks,
@@ -133,6 +138,6 @@ def summary(
         f"data: {', '.join(loader.sources)}; types {', '.join(loader.types)}",
         describe_backend(mesh.device, precision.param, run.model.head_dim) if run.train.attention == "auto" else f"attention backend {run.train.attention}",
         *fast_paths(run, mesh.device.type),
-        f"memory: {memory_needed(run) / 1e9:.2f} GB for weights, gradients and optimizer{f', less where tensor {layout.tensor} cuts' if layout.tensor > 1 else ''}; recomputation {run.train.recompute:g}{of}",
+        f"memory: {memory_needed(run) / 1e9:.2f} GB for weights, gradients and optimizer{' of a rank' if layout.world > 1 else ''}; recomputation {run.train.recompute:g}{of}",
         f"folder: {run_dir}",
     ]

@@ -23,6 +23,7 @@ from ..checkpoint.reader import Checkpoint
 from ..checkpoint.regions import Chunk
 from ..data.loader import Loader, parse_folders
 from ..data.order import ShuffledPacks
+from ..model.transformer import parameter_names
 from ..parallel.comm import Axis
 from ..parallel.mesh import Mesh
 from ..parallel.placement import Placement
@@ -92,11 +93,15 @@ def located(
 
 
 def share_out(
-    chunks: Mapping[str, Chunk],  # What this rank holds; the same names on every rank
+    chunks: Mapping[str, Chunk],  # What this rank holds; the same names on every rank of a pipeline stage
     mesh: Mesh,  # Ranks that save together
     placements: Mapping[str, Placement] | None = None,  # Which part of each parameter is here; None: what is no whole is cut over tensor alone
 ) -> dict[str, Chunk]:
     "The chunks that this rank writes: what several ranks hold is written by one of them, and each writes about as much. Every rank comes to the same division without asking"
+    stage = mesh.axis("pipeline").coord  # what stages have in common is the first one's: an embedding that is also the head, the loss scale
+    if stage:
+        own = {n: p for n, p in (placements or {}).items() if not any(c.axis == "pipeline" and c.coord for c in p.more)}
+        chunks = {n: c for n, c in chunks.items() if n.partition(".")[2] in own}
     axes = [mesh.axis(name) for name in ("tensor", "expert", "expert_replica")]  # a rank's place among those that have the same layers
     here = tuple(axis.coord for axis in axes)
 
@@ -171,7 +176,8 @@ def _weights(checkpoint: Source, model: nn.Module, optimizer: Optimizer) -> dict
 
 def _refuse_unknown(checkpoint: Source, model: nn.Module) -> None:
     "Weights that the model has no place for mean that the architectures differ"
-    extra = [n for n in checkpoint.names if n.startswith("model.") and n not in gather_state(model)]
+    known = {f"model.{n}" for n in parameter_names(model.cfg)}  # type: ignore[arg-type]  # of all stages, where the model is only some of them
+    extra = [n for n in checkpoint.names if n.startswith("model.") and n not in known]
     if extra:
         raise CheckpointError(f"{checkpoint.folder} has weights that this model has no place for: {', '.join(extra[:4])}{' ...' if len(extra) > 4 else ''}. Is --model the right one?")
 

@@ -9,20 +9,22 @@ __all__ = ['Batch', 'StepClock', 'StepOutput', 'train_step', 'evaluate']
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data.packing import Pack
-from ..model.loss import LossOutput
+from ..data.packing import Pack, padding_pack
+from ..model.loss import IGNORE, LossOutput
 from ..model.segments import Segments
 from ..model.transformer import Transformer
 from ..parallel.comm import all_reduce, start_all_reduce
 from ..parallel.mesh import Mesh
+from ..parallel.sequence import cut_rows
+from ..parallel.stages import PipelinePart, expected_gradients
 from .metrics import TypeMeter
 from .optim import Optimizer
+from .passes import forward_backward, forward_only
 
 # %% ../../nbs/train/09_step.ipynb #143f6162
 @dataclass(frozen=True)
@@ -41,15 +43,20 @@ class Batch:
         cls,
         pack: Pack,  # From the loader, on the host
         device: torch.device | str = "cpu",  # Where the model is
+        mesh: Mesh | None = None,  # Whose sequence and context ranks share out the tokens; None: all of them are wanted
     ) -> "Batch":
-        "Copy a pack to the device"
+        "Copy a pack, or this rank's part of it, to the device"
         device = torch.device(device)
 
         def put(t: Tensor) -> Tensor:
             return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t.to(device)
 
-        segments = Segments(put(pack.cu_seqlens), pack.lengths, pack.max_seqlen)
-        return cls(put(pack.input_ids), put(pack.labels), put(pack.indexes), put(pack.type_ids), segments, pack.num_targets)
+        if mesh is None or mesh.layout.sequence * mesh.layout.context == 1:
+            segments = Segments(put(pack.cu_seqlens), pack.lengths, pack.max_seqlen)
+            return cls(put(pack.input_ids), put(pack.labels), put(pack.indexes), put(pack.type_ids), segments, pack.num_targets)
+        rows, local = cut_rows(pack.lengths, mesh.layout, mesh.coords, device)
+        labels = pack.labels[rows]
+        return cls(put(pack.input_ids[rows]), put(labels), put(pack.indexes[rows]), put(pack.type_ids[rows]), local, int((labels != IGNORE).sum()))
 
 # %% ../../nbs/train/09_step.ipynb #8850c146
 class StepClock:
@@ -93,10 +100,12 @@ class StepOutput:
     loss: Tensor  # () mean over the step's targets
     grad_norm: Tensor  # () before clipping
     skipped: Tensor  # () float32, 1 where the gradient was not finite and nothing was changed
+    expert_tokens: Tensor | None = None  # (layers, experts) int64, choices of this rank's tokens in the layers before the head; None: no experts
+    expert_dropped: Tensor | None = None  # (layers,) int64, those that found their expert full
 
 
 def train_step(
-    model: Transformer,  # With gradients
+    model: Transformer | PipelinePart,  # With gradients
     optimizer: Optimizer,  # Its rates already set for this step
     batches: Sequence[Batch],  # This rank's micro-batches
     num_targets: int,  # Targets of these micro-batches
@@ -108,21 +117,28 @@ def train_step(
     device = batches[0].input_ids.device
     clock = clock or StepClock(device)
     clock.mark("start")
-    optimizer.zero_grad()
+    staged = isinstance(model, PipelinePart)
+    optimizer.zero_grad(expected_gradients(model, len(batches)) if staged else None)
     total = torch.zeros((), dtype=torch.float64, device=device)
     targets: int | Tensor = max(num_targets, 1)  # a step without any target has loss 0, not 0/0
     if mesh is not None and mesh.axis("loss").size > 1:  # law 3 counts over all ranks: a number that only the device knows
-        targets = all_reduce(torch.full((), num_targets, dtype=torch.int64, device=device), mesh.axis("loss"), "number of targets").clamp(min=1)
-    for i, batch in enumerate(batches):
-        out = model(batch.input_ids, batch.segments, batch.indexes, labels=batch.labels)
-        assert isinstance(out, LossOutput)
+        mine = 0 if staged and model.head is None else num_targets  # all stages read a pack, and the last one counts its targets
+        targets = all_reduce(torch.full((), mine, dtype=torch.int64, device=device), mesh.axis("loss"), "number of targets").clamp(min=1)
+
+    def minimise(i: int, out: LossOutput) -> Tensor:
         loss = out.loss_sum / targets
-        if i == len(batches) - 1:
-            optimizer.last_micro_batch()
-        optimizer.scaled(loss).backward()
-        total += loss.detach()
+        total.add_(loss.detach())
+        return optimizer.scaled(loss if out.extra_sum is None else loss + out.extra_sum / targets)
+
+    experts: list[tuple[Tensor, Tensor]] = []
+
+    def note(i: int, out: LossOutput) -> None:
+        if out.expert_tokens is not None and out.expert_dropped is not None:
+            experts.append((out.expert_tokens, out.expert_dropped))
         if meter is not None:
-            meter.add(out.token_loss, out.correct, batch.type_ids, batch.labels)
+            meter.add(out.token_loss, out.correct, batches[i].type_ids, batches[i].labels)
+
+    forward_backward(model, batches, minimise, note, lambda extra: optimizer.scaled(extra / targets), optimizer.last_micro_batch)
     clock.mark("backward")
     summed = start_all_reduce(total, mesh.axis("loss"), "loss") if mesh is not None else None
     optimizer.collect()
@@ -131,12 +147,12 @@ def train_step(
     if summed is not None:
         summed.wait()
     clock.mark("end")
-    return StepOutput(total, info.grad_norm, info.skipped)
+    return StepOutput(total, info.grad_norm, info.skipped, *(torch.stack(each).sum(0) for each in zip(*experts)))
 
 # %% ../../nbs/train/09_step.ipynb #768e54b0
 @torch.no_grad()
 def evaluate(
-    model: Transformer,  # Left in the mode it was in
+    model: Transformer | PipelinePart,  # Left in the mode it was in
     packs: Iterable[Pack],  # A fixed set
     names: Sequence[str],  # Data types by id
     device: torch.device | str = "cpu",  # Where the model is
@@ -145,11 +161,11 @@ def evaluate(
     "Loss, accuracy and perplexity of a fixed set, over all and by data type"
     meter, was_training = TypeMeter(names, device), model.training
     model.eval()
-    data = mesh.axis("data") if mesh is not None else None
-    for p in packs if data is None else islice(packs, data.coord, None, data.size):
-        b = Batch.of(p, device)
-        out = model(b.input_ids, b.segments, b.indexes, labels=b.labels)
-        assert isinstance(out, LossOutput)
-        meter.add(out.token_loss, out.correct, b.type_ids, b.labels)
+    packs, data = list(packs), mesh.axis("data") if mesh is not None else None
+    if data is not None and packs:  # equally many for each, since ranks may have experts of each other's; a padding pack has no targets
+        blank = padding_pack(len(packs[0].input_ids), 1)
+        packs = [*packs, *[blank] * (-len(packs) % data.size)][data.coord :: data.size]
+    batches = [Batch.of(p, device, mesh) for p in packs]
+    forward_only(model, batches, lambda i, out: meter.add(out.token_loss, out.correct, batches[i].type_ids, batches[i].labels))
     model.train(was_training)
     return meter.read(axis=None if mesh is None else mesh.axis("loss"))

@@ -23,6 +23,7 @@ from ..checkpoint.keep import Found, mark_best, prune, read_stop, snapshot_folde
 from ..data.loader import Loader, make_validation
 from ..data.packing import Pack
 from ..model.flops import step_flops
+from ..model.transformer import parameter_names
 from ..parallel.comm import agree, all_reduce
 from ..parallel.mesh import Mesh, single
 from ..parallel.together import share, together
@@ -33,7 +34,7 @@ from .launch import agree_on, check_disk, describe_links, measure_links
 from .metrics import StepRecord, Throughput, TypeMeter, flop_rates, peak_tflops
 from .monitor import LivePlot, in_notebook, progress_bar
 from .optim import Optimizer
-from .parallelize import build_model, choose_device
+from .parallelize import build_model, choose_device, make_tie
 from .plots import save_plots
 from .precision import PRECISIONS, LossScale, matmul_precision
 from .preflight import check_data, check_memory
@@ -42,7 +43,7 @@ from .schedules import acts
 from .sinks import VALIDATION_FILE, ConsoleSink, JsonlSink, Sink, Sinks, open_sinks, read_metrics
 from .start import find_checkpoint, load_start, open_folder, summary
 from .state import data_facts, save_run
-from .step import Batch, StepClock, evaluate, train_step
+from .step import Batch, StepClock, StepOutput, evaluate, train_step
 from .stopping import Stopped, StopRequest, signals_ask
 
 # %% ../../nbs/train/18_trainer.ipynb #9833dcb9
@@ -79,7 +80,7 @@ class Trainer:
         self._together(self._build, "building the model")
         self.state = self._together(partial(load_start, run, resume, self.model, self.optimizer, self.loader, self.say), "loading weights")
         need = sum(t.numel() * t.element_size() for t in [*self.model.parameters(), *self.optimizer.named_state().values()])
-        self._together(partial(open_folder, run, self.run_dir, self.state, resume, need * run.parallel.tensor, command, self.say), f"opening {self.run_dir}", only_first=True)
+        self._together(partial(open_folder, run, self.run_dir, self.state, resume, need * run.parallel.tensor * run.parallel.pipeline * run.parallel.expert, command, self.say), f"opening {self.run_dir}", only_first=True)
         if self.world.size > 1:
             check_disk(self.run_dir, self.mesh)
         self.sinks = self._open_sinks(sinks)
@@ -116,7 +117,7 @@ class Trainer:
         with matmul_precision(self.precision):
             self.model, placements = build_model(run, self.mesh)
         scale = LossScale(run.train.loss_scale, self.device, enabled=self.precision.loss_scale)
-        self.optimizer = Optimizer(self.model, run.optim, self.precision, scale, self.mesh, placements, int(run.parallel.bucket_mb * 2**20))
+        self.optimizer = Optimizer(self.model, run.optim, self.precision, scale, self.mesh, placements, int(run.parallel.bucket_mb * 2**20), parameter_names(run.model), make_tie(self.model))
 
     def _open_sinks(self, more: Iterable[Sink]) -> Sinks:
         "metrics.jsonl always, what the run names, and the caller's own; TensorBoard is left out, with a word, where it is not installed"
@@ -213,8 +214,8 @@ class Trainer:
         lr, beta2 = self.optimizer.set_schedule(state.step, run.train.steps)
         scale = self.optimizer.loss_scale.scale.clone()
         with self.profiler.step(state.step):
-            batches = [Batch.of(p, self.device) for p in packs]
-            out = train_step(self.model, self.optimizer, batches, sum(p.num_targets for p in packs), meter, clock, self.mesh)
+            batches = [Batch.of(p, self.device, self.mesh) for p in packs]
+            out = train_step(self.model, self.optimizer, batches, sum(b.num_targets for b in batches), meter, clock, self.mesh)
             loss, norm, skipped, loss_scale = torch.stack([t.double() for t in (out.loss, out.grad_norm, out.skipped, scale)]).tolist()  # the step is over: now the host may wait
         flops = step_flops(run.model, [n for p in packs for n in p.lengths], run.data.seq_len, run.train.recompute, run.train.recompute_policy)
         documents, tokens = [p.num_documents for p in packs], sum(p.num_tokens for p in packs)
@@ -225,13 +226,14 @@ class Trainer:
         self.throughput = self.throughput.add(int(sums[1]), seconds)
         rates = flop_rates(seconds, self.world.size, self.peak, *sums[3:])
         seen = self.loader.tokens_seen(self.state.step) if len(self.loader.sources) > 1 else {}
+        experts = self._experts(out)
         by_type = {k: v for k, v in meter.read(axis=self.mesh.axis("loss")).items() if "/" in k}
         record = StepRecord(
             step=state.step, loss=loss, grad_norm=norm, lr=lr, tokens=int(sums[1]), tgs=self.throughput.last(), tflops=rates.pop("tflops"),
             num_consumed_tokens=self.state.num_consumed_tokens, loss_scale=loss_scale, micro_num=int(sums[0]), inf_nan_skip_batches=self.state.inf_nan_skip_batches,
             num_samples_in_batch=int(sums[2]), largest_length=int(most[0]), largest_batch=int(most[1]), smallest_batch=-int(most[2]),
             adam_beta2=beta2, fwd_bwd_time=clock.seconds("start", "backward"),
-            extra={**self.throughput.figures(), **rates, **by_type, **{f"tokens_seen/{k}": v for k, v in seen.items()}},
+            extra={**self.throughput.figures(), **rates, **experts, **by_type, **{f"tokens_seen/{k}": v for k, v in seen.items()}},
         )  # fmt: skip
         self.sinks.write(record.as_dict())
         if self.own_sink is not None:
@@ -240,6 +242,14 @@ class Trainer:
             self.own_sink.write({"step": state.step, **own})
         self.whole = True
         return record
+
+    def _experts(self, out: StepOutput) -> dict[str, float]:
+        "How evenly a mixture's experts are used, and how many choices found theirs full, over the layers; nothing for dense models and pipelines, whose stages each know their own"
+        if out.expert_tokens is None or out.expert_dropped is None or self.mesh.layout.pipeline > 1:
+            return {}
+        tokens, dropped = (all_reduce(t, self.mesh.axis("replica"), "experts").double() for t in (out.expert_tokens, out.expert_dropped))
+        uneven = tokens.amax(1) / tokens.mean(1).clamp(min=1)
+        return {"experts/largest_over_mean": uneven.mean().item(), "experts/dropped": (dropped.sum() / tokens.sum().clamp(min=1)).item()}
 
     def _over_data(self, values: Sequence[float], op: str = "sum") -> list[float]:
         "Host numbers of this rank's packs, reduced over the ranks that have others"
