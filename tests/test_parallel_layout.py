@@ -138,7 +138,6 @@ MODEL = ModelConfig("llama", vocab_size=64, hidden_size=48, num_layers=4, num_he
         (lambda: check(Layout(4, context=4), MODEL, 20), "not divisible by 8 = 8"),
         (lambda: check(Layout(4, tensor=4, mode="msp"), MODEL, 21, 2), "42 tokens is not divisible by 4"),
         (lambda: check(Layout(4), MODEL, 48, micro_num=6), "micro_num 6 is not a multiple of data 4.*write 8"),
-        (lambda: check(Layout(4, pipeline=2), MODEL, 48, micro_num=6, chunks=2), "3 packs, not a multiple of pipeline 2.*multiple of 4"),
     ],
 )
 def test_wrong_sizes_say_what_to_write(make, words):
