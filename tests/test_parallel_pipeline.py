@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 import weakref
 import zlib
@@ -25,7 +26,7 @@ from internlm_nb.parallel.pipeline import pipeline_bytes, run_schedule
 from internlm_nb.parallel.placement import Placement, placements_of, sum_partial
 from internlm_nb.parallel.ranks import RankError, run_ranks
 from internlm_nb.parallel.record import Recorder
-from internlm_nb.parallel.schedules import make_schedule, without_backward
+from internlm_nb.parallel.schedules import Schedule, ScheduleError, make_schedule, without_backward
 from internlm_nb.parallel.stages import defer_weights, expected_gradients, pipeline_cut, split_layers, sum_tied
 from internlm_nb.parallel.tensor import tensor_parallel
 from internlm_nb.parallel.timeline import timeline
@@ -102,7 +103,8 @@ def piped(mesh: Mesh, cases: list[tuple]) -> list[dict]:
     "Each case on this rank: (config, schedule's arguments, recomputation)"
     results = []
     for cfg, arguments, policy in cases:
-        schedule, count = make_schedule(*arguments), arguments[2]
+        schedule = arguments if isinstance(arguments, Schedule) else make_schedule(*arguments)
+        count = schedule.micro_num
         axis, tensor = mesh.axis("pipeline"), mesh.axis("tensor")
         queue = WeightQueue() if schedule.split else None
         part, placements = make_part(mesh, cfg, schedule, policy, queue=queue)
@@ -151,8 +153,9 @@ def piped_recorded(cases: list[tuple]) -> list[dict]:
 def compare(world: int, cases: list[tuple]) -> None:
     ranks = run_ranks(piped_recorded, world, cases, timeout=120)
     for i, (layout, cfg, arguments, policy) in enumerate(cases):
-        schedule, what = make_schedule(*arguments), f"{arguments}, {policy}, {layout}"
-        loss, want = alone(cfg, arguments[2])
+        schedule = arguments if isinstance(arguments, Schedule) else make_schedule(*arguments)
+        what = f"{schedule.name}, {schedule.micro_num} micro-batches, {policy}, {layout}"
+        loss, want = alone(cfg, schedule.micro_num)
         seen: dict[str, Tensor] = {}
         peaks = timeline(schedule).peaks
         for rank, results in enumerate(ranks):
@@ -280,6 +283,45 @@ def test_gradient_buckets_leave_when_their_last_gradient_has_come():
         assert torch.equal(got[0][0]["embedding.weight"], got[1][0]["embedding.weight"])
         if arguments[0] == "interleaved":
             assert torch.equal(got[0][0]["embedding.weight"], got[2][0]["embedding.weight"])  # the copy on the last rank
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", (2, 3, 4))
+def test_any_order_that_the_check_lets_pass(ranks):
+    "Orders nobody would write, but that are right: actions moved about at random"
+    rng, cases = random.Random(ranks), []
+    for arguments in (("1f1b", ranks, 4), ("interleaved", ranks, 2 * ranks, 2), ("zbh1", ranks, 4), ("zbv", ranks, 2 * ranks, 2)):
+        schedule, moved = make_schedule(*arguments), 0
+        while moved < 25:
+            orders = [list(order) for order in schedule.orders]
+            order = rng.choice(orders)
+            order.insert(rng.randrange(len(order)), order.pop(rng.randrange(len(order))))
+            other = replace(schedule, orders=tuple(map(tuple, orders)))
+            try:
+                check_schedule(other)
+            except ScheduleError:
+                continue
+            schedule, moved = other, moved + 1
+        cases.append((Layout(ranks, pipeline=ranks), config(num_layers=9, tie_embeddings=True), schedule, rng.choice(("none", "full", "selective"))))
+    compare(ranks, cases)
+
+
+@pytest.mark.slow
+def test_eight_ranks():
+    wide = config(num_layers=18, tie_embeddings=True)
+    flat = Layout(8, pipeline=8)
+    both = Layout(8, tensor=2, pipeline=4, mode="msp")
+    compare(
+        8,
+        [
+            (flat, wide, ("1f1b", 8, 10), "none"),
+            (flat, wide, ("interleaved", 8, 16, 2), "none"),
+            (flat, wide, ("zbh1", 8, 9), "none"),
+            (flat, wide, ("zbv", 8, 16, 2), "none"),
+            (both, wide, ("zbv", 4, 9, 2), "full"),
+            (both, wide, ("interleaved", 4, 8, 4), "none"),
+        ],
+    )
 
 
 class WithExtra(nn.Module):
