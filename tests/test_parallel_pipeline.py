@@ -16,7 +16,7 @@ from internlm_nb.model.config import ModelConfig, family_defaults
 from internlm_nb.model.loss import LossOutput
 from internlm_nb.model.segments import Segments
 from internlm_nb.model.transformer import Transformer, recompute
-from internlm_nb.parallel.comm import start_send_receive
+from internlm_nb.parallel.comm import all_reduce, start_send_receive
 from internlm_nb.parallel.data import GradientBuckets
 from internlm_nb.parallel.halves import WeightQueue
 from internlm_nb.parallel.layout import Layout
@@ -199,7 +199,7 @@ def test_three_stages_are_one_process():
 
 MODES = {
     "mtp": [(TIED, ("zbh1", 2, 3), "full"), (BIASES, ("interleaved", 2, 4, 2), "none")],
-    "msp": [(TIED, ("zbv", 2, 4, 2), "full"), (BIASES, ("1f1b", 2, 3), "none"), (BIASES, ("zbh1", 2, 3), "none")],
+    "msp": [(TIED, ("zbv", 2, 4, 2), "full"), (BIASES, ("zbh1", 2, 3), "none")],
     "fsp": [(BIASES, ("zbv", 2, 4, 2), "none"), (TIED, ("zbh1", 2, 3), "selective")],
 }
 
@@ -283,6 +283,50 @@ def test_gradient_buckets_leave_when_their_last_gradient_has_come():
         assert torch.equal(got[0][0]["embedding.weight"], got[1][0]["embedding.weight"])
         if arguments[0] == "interleaved":
             assert torch.equal(got[0][0]["embedding.weight"], got[2][0]["embedding.weight"])  # the copy on the last rank
+
+
+def steps(mesh: Mesh, arguments: tuple) -> dict[str, Tensor]:
+    "Three steps of AdamW with one global norm, a copy of a tied weight not counted twice"
+    schedule, axis = make_schedule(*arguments), mesh.axis("pipeline")
+    queue = WeightQueue() if schedule.split else None
+    part, _ = make_part(mesh, TIED, schedule, queue=queue)
+    optimizer, plan = torch.optim.AdamW(part.parameters(), lr=3e-4, weight_decay=0.1), check_schedule(schedule)
+    for _ in range(3):
+        optimizer.zero_grad()
+        run_schedule(part, plan, packs(schedule.micro_num), axis, lambda i, out: out.loss_sum / 100, queue=queue)
+        grads = {name: p.grad for name, p in part.named_parameters() if p.grad is not None}
+        sum_tied(grads, part, schedule, axis)
+        counted = [g.square().sum() for name, g in grads.items() if not (part.holds_copy and name == "embedding.weight")]
+        norm = all_reduce(torch.stack(counted).sum(), axis, "norm").sqrt()
+        for g in grads.values():
+            g.div_(norm)
+        optimizer.step()
+    return {name: p.detach() for name, p in part.named_parameters()}
+
+
+def test_three_steps_are_those_of_one_process():
+    "Weights of law 2; and the copies of a tied weight stay equal to the bit, though nobody compares them"
+    model = Transformer(TIED, dtype=torch.float64)
+    fill(model, placements_of(model))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for b in packs(4):
+            out = model(b.input_ids, b.segments, b.indexes, labels=b.labels)
+            assert isinstance(out, LossOutput)
+            (out.loss_sum / 100).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        for p in model.parameters():
+            p.grad = None if p.grad is None else p.grad / norm
+        optimizer.step()
+    want = dict(model.named_parameters())
+    cases = ("1f1b", 2, 4), ("interleaved", 2, 4, 2), ("zbh1", 2, 4), ("zbv", 2, 4, 2)
+    for arguments, *got in zip(cases, *run_ranks(each, Layout(2, pipeline=2), steps, cases)):
+        for weights in got:
+            for name, w in weights.items():  # Adam divides rounding noise by small gradients
+                torch.testing.assert_close(w, want[name], rtol=0, atol=1e-10 * want[name].abs().max().item(), msg=lambda m, n=name: f"{arguments}, {n}: {m}")  # noqa: B023
+        if arguments[0] != "zbv":
+            assert torch.equal(*(weights["embedding.weight"] for weights in got))
 
 
 @pytest.mark.slow

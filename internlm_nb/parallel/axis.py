@@ -76,7 +76,8 @@ def begin(
     sent: int | None = None,  # bytes that leave this rank; None: by the closed form
 ) -> Call:
     "Number a collective and tell the recorder"
-    progress, group = axis.progress, axis.key.partition("/")[0]
+    progress = axis.progress
+    group = axis.key.partition("/")[0] + " messages" * (op == "send")  # not all ranks of a group have equally many messages
     progress.numbers[group] = number = progress.numbers.get(group, 0) + 1
     call = Call(op, axis.name, purpose, payload_bytes, sent_bytes(op, payload_bytes, axis.size) if sent is None else sent, axis.ranks, progress.step, number)
     if axis.recorder is not None:
