@@ -121,3 +121,30 @@ def test_all_factors_on_four_ranks(micro):
 @pytest.mark.parametrize("micro", [1, 3])
 def test_all_factors_on_eight_ranks(micro):
     hold(run_of(8 * micro), 8, [Shards(*c) for c in chains(8)], BOTH, timeout=580)
+
+
+MOE = dict(num_experts=4, experts_per_token=2, num_shared_experts=1, capacity_factor=1.0, aux_loss_coef=0.05, z_loss_coef=0.01)
+COMPOSED: dict[str, tuple[RunConfig, int]] = {  # a run, and Z of its weights
+    "msp": (run_of(4, parallel=ParallelConfig(tensor=2, mode="msp"), recompute=(1.0, "full")), 2),
+    "mtp": (run_of(4, parallel=ParallelConfig(tensor=2, mode="mtp"), tie_embeddings=True), 2),
+    "fsp": (run_of(4, parallel=ParallelConfig(tensor=2, mode="fsp"), recompute=(0.7, "selective")), 2),
+    "sequence": (run_of(4, parallel=ParallelConfig(sequence=2), recompute=(1.0, "selective")), 4),
+    "context": (run_of(4, parallel=ParallelConfig(context=2), tie_embeddings=True, recompute=(1.0, "full")), 4),
+    "1f1b": (run_of(6, parallel=ParallelConfig(pipeline=2), tie_embeddings=True, num_layers=4), 2),
+    "interleaved": (run_of(8, parallel=ParallelConfig(pipeline=2, schedule="interleaved", chunks=2), num_layers=4, recompute=(1.0, "full")), 2),
+    "zbh1": (run_of(6, parallel=ParallelConfig(pipeline=2, schedule="zbh1"), num_layers=4, recompute=(0.5, "full")), 2),
+    "zbv": (run_of(10, parallel=ParallelConfig(pipeline=2, schedule="zbv", chunks=2), tie_embeddings=True, num_layers=4), 2),
+    "zbv-msp": (run_of(4, parallel=ParallelConfig(tensor=2, mode="msp", pipeline=2, schedule="zbv", chunks=2), num_layers=4), 1),
+    "expert": (run_of(8, parallel=ParallelConfig(expert=2), recompute=(0.7, "full"), **MOE), 4),
+    "expert-pipeline": (run_of(8, parallel=ParallelConfig(expert=2, pipeline=2, schedule="zbh1"), num_layers=4, **MOE), 2),
+    "expert-msp": (run_of(4, parallel=ParallelConfig(expert=2, tensor=2, mode="msp"), **MOE), 2),
+    "frozen": (run_of(4, optim=dict(frozen=("embedding.*", "blocks.0.*", "blocks.1.ffn_norm.weight")), recompute=(1.0, "full")), 4),
+}
+RESHARD = [dict(check=True), dict(reshard="step", overlap=False), dict(reshard="never")]
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_composed(name):
+    run, z = COMPOSED[name]
+    shards = [Shards(*c) for c in chains(z)]
+    hold(run, 4, [shards[-1], shards[len(shards) // 2]][: 1 if z == 1 else 2], RESHARD)
