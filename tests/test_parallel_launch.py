@@ -152,6 +152,30 @@ def test_any_number_of_ranks_goes_on(tmp_path, no_plots):
     assert len(files) == 4 and max(sizes) < 1.2 * min(sizes)  # each rank writes about as much
 
 
+def test_any_layout_goes_on(tmp_path, no_plots):
+    "A mixture of experts with a tied head: a pipeline that splits matrices, then one process, then ranks that split packs and experts, with validations between"
+    model = replace(TINY, vocab_size=96, num_layers=4, tie_embeddings=True, num_experts=4, experts_per_token=2, capacity_factor=1.25)
+    run = replace(wide_run(train_steps=6, train_valid_every=2), model=model)
+    assert fit(None, run, tmp_path / "one") is Stopped.DONE
+    steps2 = replace(run, checkpoint=replace(run.checkpoint, every=2))
+    staged = ParallelConfig(tensor=2, mode="msp", pipeline=2, schedule="zbv", chunks=2)
+    run_ranks(fit, Layout(4, tensor=2, pipeline=2, mode="msp"), replace(steps2, parallel=staged), tmp_path / "mixed", 2)
+    assert fit(None, steps2, tmp_path / "mixed", 2) is Stopped.PAUSED
+    said = run_ranks(_fit_and_tell, Layout(4, context=2, expert=2), replace(steps2, parallel=ParallelConfig(context=2, expert=2)), tmp_path / "mixed")
+    assert [s[0] for s in said] == ["all steps are made"] * 4
+    a, b = ([{k: v for k, v in r.items() if not k.startswith("experts/")} for r in facts(tmp_path / name)] for name in ("one", "mixed"))
+    assert len(a) == len(b) == 6
+    for r, s in zip(a, b):
+        assert r.keys() == s.keys()
+        assert all(s[k] == v if isinstance(v, int) else abs(s[k] - v) <= 1e-10 * abs(v) for k, v in r.items())
+    v, w = facts(tmp_path / "one", "validation.jsonl"), facts(tmp_path / "mixed", "validation.jsonl")
+    assert [r["step"] for r in v] == [r["step"] for r in w] == [0, 2, 4, 6]
+    assert all(abs(r["valid_loss"] - s["valid_loss"]) <= 1e-10 and r["valid_tokens"] == s["valid_tokens"] for r, s in zip(v, w))
+    x, y = tensors(tmp_path / "one", 6), tensors(tmp_path / "mixed", 6)
+    assert x.keys() == y.keys()
+    assert max((x[n].double() - y[n].double()).abs().max().item() for n in x) <= 1e-10
+
+
 def _fit_and_tell(mesh, run, folder):
     said: list[str] = []
     return fit(mesh, run, folder, None, said).value, said

@@ -14,14 +14,13 @@ import pytest
 
 from internlm_nb.data.loader import DataConfig, Loader
 from internlm_nb.model.config import Family, ModelConfig
-from internlm_nb.model.transformer import parameter_names
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.mesh import Mesh, single
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.train.config import ParallelConfig, RunConfig, TrainConfig
-from internlm_nb.train.optim import OptimConfig, Optimizer
-from internlm_nb.train.parallelize import build_model, layout_of, make_tie
-from internlm_nb.train.precision import PRECISIONS, PrecisionName
+from internlm_nb.train.optim import OptimConfig
+from internlm_nb.train.parallelize import build_model, build_optimizer, layout_of
+from internlm_nb.train.precision import PrecisionName
 from internlm_nb.train.schedules import ScheduleConfig
 from internlm_nb.train.step import Batch, train_step
 
@@ -86,9 +85,8 @@ def draw(seed: int, precision: PrecisionName, most: int = 8, least: int = 2) -> 
 
 def three_steps(mesh: Mesh, run: RunConfig):
     "Losses and norms of three steps, the first step's gradients, the last weights; and which part of each is here"
-    precision = PRECISIONS[run.train.precision]
     model, placements = build_model(run, mesh)
-    opt = Optimizer(model, run.optim, precision, None, mesh, placements, int(run.parallel.bucket_mb * 2**20), parameter_names(run.model), make_tie(model))
+    opt = build_optimizer(run, model, placements, mesh)
     loader, data = Loader(run.data, run.train.seed, run.model.vocab_size), mesh.axis("data")
     figures, first = [], {}
     for step in range(STEPS):

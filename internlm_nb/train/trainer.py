@@ -23,7 +23,6 @@ from ..checkpoint.keep import Found, mark_best, prune, read_stop, snapshot_folde
 from ..data.loader import Loader, make_validation
 from ..data.packing import Pack
 from ..model.flops import step_flops
-from ..model.transformer import parameter_names
 from ..parallel.comm import agree, all_reduce
 from ..parallel.mesh import Mesh, single
 from ..parallel.together import share, together
@@ -33,10 +32,9 @@ from .host import keep_freed_memory
 from .launch import agree_on, check_disk, describe_links, measure_links
 from .metrics import StepRecord, Throughput, TypeMeter, flop_rates, peak_tflops
 from .monitor import LivePlot, in_notebook, progress_bar
-from .optim import Optimizer
-from .parallelize import build_model, choose_device, make_tie
+from .parallelize import build_model, build_optimizer, choose_device
 from .plots import save_plots
-from .precision import PRECISIONS, LossScale, matmul_precision
+from .precision import PRECISIONS, matmul_precision
 from .preflight import check_data, check_memory
 from .profile import StepProfiler
 from .schedules import acts
@@ -116,8 +114,7 @@ class Trainer:
         run = self.run
         with matmul_precision(self.precision):
             self.model, placements = build_model(run, self.mesh)
-        scale = LossScale(run.train.loss_scale, self.device, enabled=self.precision.loss_scale)
-        self.optimizer = Optimizer(self.model, run.optim, self.precision, scale, self.mesh, placements, int(run.parallel.bucket_mb * 2**20), parameter_names(run.model), make_tie(self.model))
+        self.optimizer = build_optimizer(run, self.model, placements, self.mesh)
 
     def _open_sinks(self, more: Iterable[Sink]) -> Sinks:
         "metrics.jsonl always, what the run names, and the caller's own; TensorBoard is left out, with a word, where it is not installed"
