@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/zero/01_sharding.ipynb #bf792c37
 class Factors(NamedTuple):
-    "The three numbers alone, to be checked"
+    "Three numbers, not checked: parts of the parameters, of the gradients, of the optimizer's states"
 
-    param: int
-    grad: int
-    optim: int
+    param: int = 1  # p
+    grad: int = 1  # g
+    optim: int = 1  # o
 
 
 @dataclass(frozen=True)
@@ -186,18 +186,18 @@ def plot_slices(
     sharding: Sharding,
     ranks: int = 8,  # Z, that hold the same weights
 ) -> "Figure":
-    "Which part of one unit each rank holds: a column a kind of state, a row a rank. Ranks of one colour hold the same"
+    "Which part of one unit each rank holds: a column a kind of state, a row a rank. In a column, ranks of one colour hold the same"
     import matplotlib.pyplot as plt
 
     s = sharding.resolved(ranks)
     fig, axes = plt.subplots(1, 3, figsize=(6, 0.75 + 0.13 * ranks), dpi=80, sharey=True, layout="constrained")
     colours = plt.get_cmap("tab20" if s.optim > 10 else "tab10").colors  # type: ignore[attr-defined]
-    for ax, name, letter, parts in zip(axes, ("parameters", "gradients", "optimizer states"), "pgo", s.factors):
+    for kind, (ax, name, parts) in enumerate(zip(axes, ("parameters, p", "gradients, g", "optimizer states, o"), s.factors)):
         for coord in range(ranks):
-            part = slices(s, coord, s.optim)[axes.tolist().index(ax)]
+            part = slices(s, coord, s.optim)[kind]
             ax.barh(coord, len(part), 0.8, part.start, color=colours[part.start * parts // s.optim % len(colours)], alpha=0.7)
         ax.set(xlim=(0, s.optim), ylim=(ranks - 0.4, -0.6), xticks=(0, s.optim), xticklabels=("0", "all"), yticks=range(ranks))
-        ax.set_title(f"{name}, {letter} = {parts}", fontsize=8)
+        ax.set_title(f"{name} = {parts}", fontsize=8)
         ax.tick_params(labelsize=6, length=0)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("rank", fontsize=7)
