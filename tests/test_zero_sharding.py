@@ -228,6 +228,7 @@ def test_ring_times():
     assert ring_s("all_gather", 400, 1, 1, links) == 0
     assert ring_s("all_gather", 400, 4, 1, links) == 3 * (1 + 100 / 100)
     assert ring_s("all_reduce", 400, 4, 2, links) == 2 * 3 * (5 + 100 / 5)  # two rings share a node's 10
+    assert ring_s("all_gather", 400, 4, 8, links) == 3 * (5 + 100 / 2.5)  # only four ranks of a node can share
     assert ring_s("broadcast", 400, 8, 1, links) == 7 * 5 + 400 / 10
 
 
