@@ -5,7 +5,7 @@ CI: four ranks, several cases to a group of processes. All factors on eight rank
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,23 +22,9 @@ from internlm_nb.train.parallelize import build_model, layout_of, make_tie
 from internlm_nb.train.precision import PRECISIONS, LossScale
 from internlm_nb.train.schedules import ScheduleConfig
 from internlm_nb.train.step import Batch, train_step
+from internlm_nb.zero.sharding import Sharding, shardings
 
 STEPS = 3
-
-
-@dataclass(frozen=True)
-class Shards:
-    "Three factors"
-
-    param: int = 1
-    grad: int = 1
-    optim: int = 1
-
-
-def chains(z: int) -> list[tuple[int, int, int]]:
-    "All p | g | o | z"
-    divisors = [n for n in range(1, z + 1) if z % n == 0]
-    return [(p, g, o) for p in divisors for g in divisors if g % p == 0 for o in divisors if o % g == 0]
 
 
 def run_of(micro_num: int, precision: str = "float64", parallel: ParallelConfig | None = None, recompute: tuple[float, str] = (0.0, "full"), optim: dict[str, Any] | None = None, **model: Any) -> RunConfig:
@@ -50,7 +36,7 @@ def run_of(micro_num: int, precision: str = "float64", parallel: ParallelConfig 
     return RunConfig("zero", cfg, data, rates, training, parallel=parallel or ParallelConfig())
 
 
-def make(mesh: Mesh, run: RunConfig, sharding: Shards | None, **options: Any):
+def make(mesh: Mesh, run: RunConfig, sharding: Sharding | None, **options: Any):
     "Model and optimizer"
     precision = PRECISIONS[run.train.precision]
     model, placements = build_model(run, mesh)
@@ -58,7 +44,7 @@ def make(mesh: Mesh, run: RunConfig, sharding: Shards | None, **options: Any):
     return model, Optimizer(model, run.optim, precision, scale, mesh, placements, 1 << 20, parameter_names(run.model), make_tie(model), sharding, **options), placements
 
 
-def train(mesh: Mesh, run: RunConfig, sharding: Shards | None = None, steps: int = STEPS, **options: Any):
+def train(mesh: Mesh, run: RunConfig, sharding: Sharding | None = None, steps: int = STEPS, **options: Any):
     "Losses and norms of some steps, and this rank's part of the last weights, whole again"
     model, opt, placements = make(mesh, run, sharding, **options)
     loader, data, figures = Loader(run.data, run.train.seed, run.model.vocab_size), mesh.axis("data"), []
@@ -77,9 +63,9 @@ def train(mesh: Mesh, run: RunConfig, sharding: Shards | None = None, steps: int
     return figures, weights, placements
 
 
-def cases(mesh: Mesh, run: RunConfig, shardings: list[Shards], options: list[dict[str, Any]]):
+def cases(mesh: Mesh, run: RunConfig, which: list[Sharding], options: list[dict[str, Any]]):
     "Several trainings by one group of processes"
-    return [train(mesh, run, s, **o) for s in shardings for o in options]
+    return [train(mesh, run, s, **o) for s in which for o in options]
 
 
 def same(alone, got, tolerance: float = 1e-10) -> None:
@@ -91,10 +77,10 @@ def same(alone, got, tolerance: float = 1e-10) -> None:
         assert (got[1][name] - place.cut(alone[1][name])).abs().max() <= tolerance, name
 
 
-def hold(run: RunConfig, world: int, shardings: list[Shards], options: list[dict[str, Any]], timeout: float = 120) -> None:
+def hold(run: RunConfig, world: int, which: list[Sharding], options: list[dict[str, Any]], timeout: float = 120) -> None:
     "The law, for some shardings of one run"
     alone = train(single(), replace(run, parallel=ParallelConfig()))
-    ranks = run_ranks(cases, layout_of(run, world), run, shardings, options, timeout=timeout)
+    ranks = run_ranks(cases, layout_of(run, world), run, which, options, timeout=timeout)
     names = set()
     for results in ranks:
         for got in results:
@@ -109,18 +95,18 @@ BOTH = [dict(check=True), dict(overlap=False)]
 
 def test_all_factors_on_two_ranks():
     for micro in (1, 3):
-        hold(run_of(2 * micro), 2, [Shards(*c) for c in chains(2)], BOTH)
+        hold(run_of(2 * micro), 2, shardings(2), BOTH)
 
 
 @pytest.mark.parametrize("micro", [1, 3])
 def test_all_factors_on_four_ranks(micro):
-    hold(run_of(4 * micro), 4, [Shards(*c) for c in chains(4)], ON if micro == 1 else BOTH)
+    hold(run_of(4 * micro), 4, shardings(4), ON if micro == 1 else BOTH)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro", [1, 3])
 def test_all_factors_on_eight_ranks(micro):
-    hold(run_of(8 * micro), 8, [Shards(*c) for c in chains(8)], BOTH, timeout=580)
+    hold(run_of(8 * micro), 8, shardings(8), BOTH, timeout=580)
 
 
 MOE = dict(num_experts=4, experts_per_token=2, num_shared_experts=1, capacity_factor=1.0, aux_loss_coef=0.05, z_loss_coef=0.01)
@@ -146,5 +132,5 @@ RESHARD = [dict(check=True), dict(reshard="step", overlap=False), dict(reshard="
 @pytest.mark.parametrize("name", COMPOSED)
 def test_composed(name):
     run, z = COMPOSED[name]
-    shards = [Shards(*c) for c in chains(z)]
-    hold(run, 4, [shards[-1], shards[len(shards) // 2]][: 1 if z == 1 else 2], RESHARD)
+    some = shardings(z)
+    hold(run, 4, [some[-1], some[len(some) // 2]][: 1 if z == 1 else 2], RESHARD)

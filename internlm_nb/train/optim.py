@@ -20,8 +20,9 @@ from ..parallel.mesh import Mesh, single
 from ..parallel.placement import Placement, sum_partial
 from .precision import LossScale, LossScaleConfig, Precision
 from .schedules import ScheduleConfig, beta2_at, lr_at
-from ..zero.hybrid import FlatPart, HybridZero, Reshard
-from ..zero.stations import Sharded
+from ..zero.hybrid import FlatPart, HybridZero
+from ..zero.sharding import Sharding
+from ..zero.stations import Reshard
 
 # %% ../../nbs/train/04_optim.ipynb #a8247417
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class Optimizer:
         bucket_bytes: int = 32 << 20,  # Of gradients reduced at a time
         names: Sequence[str] | None = None,  # Logical names of the whole model's parameters, where this rank has a part of them; None: those of `model`
         tie: Callable[[Mapping[str, Tensor]], None] | None = None,  # Adds up, once a step, what another pipeline stage holds too
-        sharding: Sharded | None = None,  # (param, grad, optim) of Hybrid ZeRO; None: every rank holds everything
+        sharding: Sharding | None = None,  # (param, grad, optim) of Hybrid ZeRO; None: every rank holds everything
         reshard: Reshard = "forward",  # When parameters that were gathered are freed, with a sharding
         grad_dtype: torch.dtype | None = None,  # In which gradients are summed, with a sharding; None: the masters'
         overlap: bool = True,  # With a sharding: launch exchanges ahead, and wait late
@@ -281,27 +282,15 @@ class Optimizer:
         return out | self.loss_scale.named_state()
 
     def flat_state(self) -> dict[str, list[FlatPart]]:
-        "What this rank has of everything that a checkpoint keeps, with a sharding: ranges of parameters, by the names of `named_state` and `model.*`. An `adam_step.*` is one number, held where its parameter begins"
-        out: dict[str, list[FlatPart]] = {}
+        "What this rank has with a sharding, by kind: ranges of `master`, `exp_avg`, `exp_avg_sq`, of `frozen` weights; and `adam_step`, one number for each parameter of which something is here"
         if self.zero is None:
-            return out
+            return {}
         leaves = self.zero.leaves
-        masters = [leaf.master for leaf in leaves]
-        states = [self.inner.state[m] for m in masters]
-        kinds = {"master": masters, "exp_avg": [s["exp_avg"] for s in states], "exp_avg_sq": [s["exp_avg_sq"] for s in states]}
-        weights = leaves[0].unit.full.dtype
-        if weights == self.zero.master:
-            kinds["model"] = kinds.pop("master")
-        else:
-            kinds["model"] = [m.detach().to(weights) for m in masters]
-        for kind, tensors in kinds.items():
-            for flat in self.zero.parts(tensors):
-                out.setdefault(f"{kind}.{flat.name}", []).append(flat)
-        for flat in self.zero.frozen_parts():
-            out.setdefault(f"model.{flat.name}", []).append(flat)
-        for leaf, state in zip(leaves, states):
-            for flat in self.zero.parts_of(leaf, leaf.master):
-                out.setdefault(f"adam_step.{flat.name}", []).append(FlatPart(flat.name, state["step"], 0, flat.writes and flat.first == 0))
+        states = [self.inner.state[leaf.master] for leaf in leaves]
+        out = {"master": list(self.zero.parts([leaf.master for leaf in leaves])), "frozen": list(self.zero.frozen_parts())}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            out[kind] = list(self.zero.parts([state[kind] for state in states]))
+        out["adam_step"] = [flat._replace(tensor=state["step"]) for leaf, state in zip(leaves, states) for flat in self.zero.parts_of(leaf, leaf.master)]
         return out
 
 # %% ../../nbs/train/04_optim.ipynb #a2e220f2
