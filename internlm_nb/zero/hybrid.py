@@ -88,7 +88,9 @@ class HybridZero:
         if lost := sorted(set(params) - {n for unit in self.units for n in unit.params}):
             raise ValueError(f"parameters {', '.join(lost[:3])} belong to no unit: they are outside of embedding, blocks and head")
         for chain in self.chains:
+            back = chain[0].name != "embedding"  # what an earlier stage sends wants a gradient
             for i, station in enumerate(chain):
+                back = station.back = back or any(unit in self.sums for unit in self.at[station])
                 self._hook(station, chain[i + 1 : i + 4], chain[i - 1] if i else None)
 
     def _unit(self, prefix: str, kind: str, params: Mapping[str, nn.Parameter], trained: Mapping[str, int], grad: torch.dtype) -> FlatUnit:
@@ -143,7 +145,8 @@ class HybridZero:
         if wants:
             station.waiting += 1
             wants[0].register_hook(partial(self._back, station, before))
-        if self.reshard != "never" and (not torch.is_grad_enabled() or (self.reshard == "forward" and not (wants and station.keep))):
+        done = not torch.is_grad_enabled() or (self.reshard in ("forward", "backward") and not wants)
+        if self.reshard != "never" and (done or (self.reshard == "forward" and not station.keep)):
             self._free(station)
 
     def _back(self, station: Station, before: Station | None, grad: Tensor) -> None:

@@ -7,7 +7,7 @@ __all__ = ['Reshard', 'Station', 'stations_of', 'Kind', 'counts', 'split_group']
 
 # %% ../../nbs/zero/05_stations.ipynb #0251ae85
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from torch import nn
@@ -25,7 +25,8 @@ class Station:
     groups: dict[str, dict[str, nn.Parameter]]  # parameters by logical name, in groups that are units of their own
     again: bool = True  # are weights needed in backward?
     keep: bool = False  # from forward to backward, which follows at once?
-    waiting: int = field(default=0, compare=False)  # backward passes that are to come
+    back: bool = True  # does a backward pass come here at all? Not where all up to here is frozen
+    waiting: int = 0  # backward passes that are to come
 
 
 def stations_of(
