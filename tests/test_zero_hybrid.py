@@ -5,6 +5,8 @@ CI: four ranks, several cases to a group of processes. All factors on eight rank
 
 from __future__ import annotations
 
+import random
+
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +25,7 @@ from internlm_nb.train.precision import PRECISIONS, LossScale
 from internlm_nb.train.schedules import ScheduleConfig
 from internlm_nb.train.step import Batch, train_step
 from internlm_nb.zero.sharding import Sharding, shardings
+from test_parallel_law import draw, told
 
 STEPS = 3
 
@@ -134,3 +137,31 @@ def test_composed(name):
     run, z = COMPOSED[name]
     some = shardings(z)
     hold(run, 4, [some[-1], some[len(some) // 2]][: 1 if z == 1 else 2], RESHARD)
+
+
+def drawn(seed: int, most: int) -> tuple[RunConfig, int, Sharding, dict[str, Any]]:
+    "A run over any axes, and a sharding of it"
+    run, world = draw(seed, "float64", most)
+    pick = random.Random(seed)
+    sharding = pick.choice(shardings(layout_of(run, world).replica))
+    options = dict(reshard=pick.choice(["forward", "forward", "backward", "step", "never"]), overlap=pick.random() < 0.7, check=pick.random() < 0.7)
+    if pick.random() < 0.3:
+        run = replace(run, optim=replace(run.optim, frozen=pick.choice([("embedding.*",), ("*ffn_norm.weight",), ("head.norm.weight", "blocks.0.attention.*")])))
+    return run, world, sharding, options
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100))
+def test_sweep(seed):
+    run, world, sharding, options = drawn(seed, 8)
+    print(sharding, options, told(run, world))
+    hold(run, world, [sharding], [options])
+
+
+def test_draws_reach_everything():
+    draws = [drawn(seed, 8) for seed in range(100)]
+    assert {(s.param > 1, s.grad > s.param, s.optim > s.grad) for _, _, s, _ in draws} >= {(a, b, c) for a in (False, True) for b in (False, True) for c in (False, True) if not (a and b and c)}
+    assert {o["reshard"] for *_, o in draws} == {"forward", "backward", "step", "never"}
+    assert {r.parallel.schedule for r, world, s, _ in draws if r.parallel.pipeline > 1 and s.optim > 1} == {"1f1b", "interleaved", "zbh1", "zbv"}
+    assert {(r.parallel.expert > 1, s.param > 1) for r, _, s, _ in draws} == {(a, b) for a in (False, True) for b in (False, True)}
+    assert {bool(r.optim.frozen) for r, *_ in draws} == {True, False}
