@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from test_zero_hybrid import STEPS, cases, make, run_of
 
-from internlm_nb.checkpoint.logical import save_state  # noqa: F401
 from internlm_nb.checkpoint.reader import Checkpoint
 from internlm_nb.data.loader import Loader
 from internlm_nb.parallel.mesh import Mesh, make_mesh, single
@@ -20,7 +19,6 @@ from internlm_nb.train.parallelize import layout_of
 from internlm_nb.train.state import TrainState, init_run, load_run, save_run
 from internlm_nb.train.step import Batch, train_step
 from internlm_nb.zero.sharding import Sharding, shardings
-from test_zero_hybrid import STEPS, cases, make, run_of, same, train
 
 
 def batches_of(mesh: Mesh, run: RunConfig, step: int) -> list[Batch]:
@@ -47,7 +45,13 @@ def test_overlap_changes_no_bit(precision):
     "Launching ahead changes when exchanges happen, and no sum"
     run = run_of(8, precision, recompute=(0.7, "full"))
     some = [Sharding(1, 1, 4), Sharding(1, 2, 4), Sharding(4, 4, 4), Sharding(2, 2, 2), Sharding(2, 4, 4), Sharding(1, 4, 4)]
-    kinds: list[dict[str, Any]] = [dict(), dict(overlap=False), dict(reshard="step"), dict(reshard="backward", check=True), dict(reshard="never", overlap=False)]
+    kinds: list[dict[str, Any]] = [
+        dict(),
+        dict(overlap=False),
+        dict(reshard="step"),
+        dict(reshard="backward", check=True),
+        dict(reshard="never", overlap=False),
+    ]
     for results in run_ranks(cases, layout_of(run, 4), run, some, kinds):
         for i in range(0, len(results), len(kinds)):
             first = results[i]
@@ -118,7 +122,9 @@ def test_updated_parameters_come_just_in_time():
     at = {what: n for n, what in marks}
     for axis in ("optim", "grad"):
         launched = [i for i, (kind, a, purpose, _) in enumerate(line) if (kind, a, purpose) == ("launch", axis, "updated parameters")]
-        assert len(launched) == 5 and all(i < line.index(("launch", "copies", "summed gradients", 0)) if ("launch", "copies", "summed gradients", 0) in line else True for i in launched)
+        assert len(launched) == 5 and all(
+            i < line.index(("launch", "copies", "summed gradients", 0)) if ("launch", "copies", "summed gradients", 0) in line else True for i in launched
+        )
         assert launched[3] > at["forward 0"] - 3 and launched[4] > at["forward 0"]  # not all at the beginning
     done = [i for i, (kind, a, purpose, _) in enumerate(line) if (kind, a, purpose) == ("wait", "grad", "updated parameters")]
     assert [sum(i < at[f"forward {n}"] for i in done) for n in range(3)] == [2, 3, 4]
@@ -127,7 +133,7 @@ def test_updated_parameters_come_just_in_time():
 # ---- checkpoints
 
 
-def save_and_go(mesh: Mesh, run: RunConfig, sharding: Sharding | None, folder: str, frozen: bool = False):
+def save_and_go(mesh: Mesh, run: RunConfig, sharding: Sharding | None, folder: str):
     model, opt, _ = make(mesh, run, sharding)
     go(mesh, run, model, opt, range(2))
     save_run(folder, model, opt, TrainState(step=2), run, mesh=mesh)
@@ -146,7 +152,9 @@ def load_and_go(mesh: Mesh, run: RunConfig, which: list[Sharding | None], folder
     return out
 
 
-@pytest.mark.parametrize("precision,options", [("float64", {}), ("bfloat16", {}), ("float64", dict(optim=dict(frozen=("embedding.*", "blocks.1.attention_norm.weight"))))])
+@pytest.mark.parametrize(
+    "precision,options", [("float64", {}), ("bfloat16", {}), ("float64", dict(optim=dict(frozen=("embedding.*", "blocks.1.attention_norm.weight"))))]
+)
 def test_any_sharding_loads_what_any_saved(tmp_path, precision, options):
     run = run_of(4, precision, **options)
     tolerance = 1e-10 if precision == "float64" else 1e-3
@@ -157,7 +165,7 @@ def test_any_sharding_loads_what_any_saved(tmp_path, precision, options):
     for folder, world in (("4", 2), ("1", 4)):
         for results in run_ranks(load_and_go, layout_of(run, world), run, [Sharding(world, world, world), Sharding(1, 1, world), None], str(tmp_path / folder)):
             for got in results:
-                for (loss, norm), (loss1, norm1), (loss2, norm2) in zip(want, got, alone):
+                for (loss, norm), (loss1, norm1), (loss2, _) in zip(want, got, alone):
                     assert abs(loss1 - loss) <= tolerance * loss and abs(norm1 - norm) <= 10 * tolerance * norm and abs(loss2 - loss) <= tolerance * loss
     if precision == "float64":
         for n in names:  # element by element what one process saves
@@ -201,11 +209,7 @@ def planted(mesh: Mesh, run: RunConfig, fault: str):
         Accumulator._close = lambda self: (close(self), iter(()))[1] if self.name == "blocks.1" else close(self)
     elif fault == "update unsaid":
         FlatUnit.updated = lambda self: None
-    elif fault == "freed twice too early":
-        arrive = HybridZero._leave
-        HybridZero._leave = lambda self, station, before, out: (self._free(station), arrive(self, station, before, out))[1]
-    out = go(mesh, run, model, opt, range(1, 3))
-    return "not noticed", out
+    go(mesh, run, model, opt, range(1, 3))
 
 
 @pytest.mark.parametrize(
@@ -225,11 +229,10 @@ def test_check_mode_notices(fault, message):
 
 def test_faults_are_the_users_too():
     run = run_of(2)
-    model, opt, _ = make(single(), run, Sharding())
+    opt = make(single(), run, Sharding())[1]
     opt.zero_grad(3)
     with pytest.raises(RuntimeError, match="got no gradient: it takes no part in the loss"):
         opt.collect()
-    opt.zero_grad({})if False else None
     with pytest.raises(ValueError, match="give 1 or more, or freeze it"):
         opt.zero_grad({"embedding.weight": 1})
     with pytest.raises(ValueError, match="choose one of forward, backward, step, never"):
@@ -253,13 +256,13 @@ def compiled(mesh: Mesh, run: RunConfig):
 
 
 def make_compiled(mesh: Mesh, run: RunConfig):
-    from internlm_nb.train.parallelize import build_model
     from internlm_nb.train.optim import Optimizer
+    from internlm_nb.train.parallelize import build_model
     from internlm_nb.train.precision import PRECISIONS
 
     model, placements = build_model(run, mesh)
     for block in model.blocks:
-        block.attention.attend = torch.compiler.disable(block.attention.attend)
+        block.attention.attend = torch.compiler.disable(block.attention.attend)  # type: ignore[union-attr]
         block.compile(backend="aot_eager")
     opt = Optimizer(model, run.optim, PRECISIONS["float64"], None, mesh, placements, sharding=Sharding(2, 2, 2), check=True)
     return model, opt, placements

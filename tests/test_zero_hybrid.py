@@ -6,12 +6,11 @@ CI: four ranks, several cases to a group of processes. All factors on eight rank
 from __future__ import annotations
 
 import random
-
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
+from test_parallel_law import draw, told
 
 from internlm_nb.data.loader import DataConfig, Loader
 from internlm_nb.model.config import ModelConfig
@@ -25,17 +24,37 @@ from internlm_nb.train.precision import PRECISIONS, LossScale
 from internlm_nb.train.schedules import ScheduleConfig
 from internlm_nb.train.step import Batch, train_step
 from internlm_nb.zero.sharding import Sharding, shardings
-from test_parallel_law import draw, told
 
 STEPS = 3
 
 
-def run_of(micro_num: int, precision: str = "float64", parallel: ParallelConfig | None = None, recompute: tuple[float, str] = (0.0, "full"), optim: dict[str, Any] | None = None, **model: Any) -> RunConfig:
+def run_of(
+    micro_num: int,
+    precision: str = "float64",
+    parallel: ParallelConfig | None = None,
+    recompute: tuple[float, str] = (0.0, "full"),
+    optim: dict[str, Any] | None = None,
+    **model: Any,
+) -> RunConfig:
     "A tiny run with odd sizes, so that slices end inside of parameters"
-    cfg = ModelConfig(family="internlm2", **{**dict(vocab_size=56, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=4, mlp_ratio=2.0, multiple_of=8, max_position_embeddings=16), **model})
+    cfg = ModelConfig(
+        family="internlm2",
+        **{**dict(vocab_size=56, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=4, mlp_ratio=2.0, multiple_of=8, max_position_embeddings=16), **model},
+    )
     data = DataConfig(seq_len=16, micro_bsz=1, micro_num=micro_num, synthetic_shortest=2, prefetch=0)
     training = TrainConfig(steps=STEPS, precision=precision, seed=1, device="cpu", recompute=recompute[0], recompute_policy=recompute[1])  # type: ignore[arg-type]
-    rates = OptimConfig(**{**dict(lr=3e-4, clip=0.05, schedule=ScheduleConfig(kind="constant", warmup_ratio=0.0), no_decay=("*norm.weight",), own_lr=("head.weight=1e-4",) if not model.get("tie_embeddings") else ()), **(optim or {})})
+    rates = OptimConfig(
+        **{
+            **dict(
+                lr=3e-4,
+                clip=0.05,
+                schedule=ScheduleConfig(kind="constant", warmup_ratio=0.0),
+                no_decay=("*norm.weight",),
+                own_lr=("head.weight=1e-4",) if not model.get("tie_embeddings") else (),
+            ),
+            **(optim or {}),
+        }
+    )
     return RunConfig("zero", cfg, data, rates, training, parallel=parallel or ParallelConfig())
 
 
@@ -44,7 +63,11 @@ def make(mesh: Mesh, run: RunConfig, sharding: Sharding | None, **options: Any):
     precision = PRECISIONS[run.train.precision]
     model, placements = build_model(run, mesh)
     scale = LossScale(run.train.loss_scale, mesh.device, enabled=precision.loss_scale)
-    return model, Optimizer(model, run.optim, precision, scale, mesh, placements, 1 << 20, parameter_names(run.model), make_tie(model), sharding, **options), placements
+    return (
+        model,
+        Optimizer(model, run.optim, precision, scale, mesh, placements, 1 << 20, parameter_names(run.model), make_tie(model), sharding, **options),
+        placements,
+    )
 
 
 def train(mesh: Mesh, run: RunConfig, sharding: Sharding | None = None, steps: int = STEPS, **options: Any):
@@ -112,7 +135,7 @@ def test_all_factors_on_eight_ranks(micro):
     hold(run_of(8 * micro), 8, shardings(8), BOTH, timeout=580)
 
 
-MOE = dict(num_experts=4, experts_per_token=2, num_shared_experts=1, capacity_factor=1.0, aux_loss_coef=0.05, z_loss_coef=0.01)
+MOE: dict[str, Any] = dict(num_experts=4, experts_per_token=2, num_shared_experts=1, capacity_factor=1.0, aux_loss_coef=0.05, z_loss_coef=0.01)
 COMPOSED: dict[str, tuple[RunConfig, int]] = {  # a run, and Z of its weights
     "msp": (run_of(4, parallel=ParallelConfig(tensor=2, mode="msp"), recompute=(1.0, "full")), 2),
     "mtp": (run_of(4, parallel=ParallelConfig(tensor=2, mode="mtp"), tie_embeddings=True), 2),
@@ -146,7 +169,9 @@ def drawn(seed: int, most: int) -> tuple[RunConfig, int, Sharding, dict[str, Any
     sharding = pick.choice(shardings(layout_of(run, world).replica))
     options = dict(reshard=pick.choice(["forward", "forward", "backward", "step", "never"]), overlap=pick.random() < 0.7, check=pick.random() < 0.7)
     if pick.random() < 0.3:
-        run = replace(run, optim=replace(run.optim, frozen=pick.choice([("embedding.*",), ("*ffn_norm.weight",), ("head.norm.weight", "blocks.0.attention.*")])))
+        run = replace(
+            run, optim=replace(run.optim, frozen=pick.choice([("embedding.*",), ("*ffn_norm.weight",), ("head.norm.weight", "blocks.0.attention.*")]))
+        )
     return run, world, sharding, options
 
 
@@ -160,7 +185,9 @@ def test_sweep(seed):
 
 def test_draws_reach_everything():
     draws = [drawn(seed, 8) for seed in range(100)]
-    assert {(s.param > 1, s.grad > s.param, s.optim > s.grad) for _, _, s, _ in draws} >= {(a, b, c) for a in (False, True) for b in (False, True) for c in (False, True) if not (a and b and c)}
+    assert {(s.param > 1, s.grad > s.param, s.optim > s.grad) for _, _, s, _ in draws} >= {
+        (a, b, c) for a in (False, True) for b in (False, True) for c in (False, True) if not (a and b and c)
+    }
     assert {o["reshard"] for *_, o in draws} == {"forward", "backward", "step", "never"}
     assert {r.parallel.schedule for r, world, s, _ in draws if r.parallel.pipeline > 1 and s.optim > 1} == {"1f1b", "interleaved", "zbh1", "zbv"}
     assert {(r.parallel.expert > 1, s.param > 1) for r, _, s, _ in draws} == {(a, b) for a in (False, True) for b in (False, True)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from test_zero_hybrid import STEPS, run_of, train
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +18,6 @@ from internlm_nb.train.optim import param_groups
 from internlm_nb.train.parallelize import build_model, layout_of
 from internlm_nb.train.step import Batch
 from internlm_nb.zero.sharding import Sharding
-from test_zero_hybrid import STEPS, run_of, train
 
 
 def whole(t):
@@ -37,7 +37,11 @@ def peer(mesh: Mesh, run: RunConfig, kind: str):
         wrapped = fully_shard(model, mesh=device)
     params = dict(model.named_parameters())
     groups = param_groups(list(params), run.optim)
-    inner = torch.optim.AdamW([{"params": [params[n] for n in g.names], "lr": g.lr, "weight_decay": g.weight_decay} for g in groups], betas=(run.optim.beta1, run.optim.beta2), eps=run.optim.eps)
+    inner = torch.optim.AdamW(
+        [{"params": [params[n] for n in g.names], "lr": g.lr, "weight_decay": g.weight_decay} for g in groups],
+        betas=(run.optim.beta1, run.optim.beta2),
+        eps=run.optim.eps,
+    )
     loader, figures = Loader(run.data, run.train.seed, run.model.vocab_size), []
     for step in range(STEPS):
         batches = [Batch.of(p, mesh=mesh) for p in loader.batch(step, data.coord, data.size)]
@@ -45,7 +49,7 @@ def peer(mesh: Mesh, run: RunConfig, kind: str):
         dist.all_reduce(targets)
         total = torch.zeros((), dtype=torch.float64)
         for b in batches:
-            loss = wrapped(b.input_ids, b.segments, b.indexes, labels=b.labels).loss_sum / targets
+            loss = wrapped(b.input_ids, b.segments, b.indexes, labels=b.labels).loss_sum / targets  # type: ignore[operator]
             total += loss.detach()
             (loss * z).backward()  # these tools average over ranks
         dist.all_reduce(total)

@@ -63,7 +63,7 @@ def held(
     engine: HybridZero,
 ) -> dict[str, int]:  # bytes, by the names of `HybridZero.held_bytes`
     "What a rank holds between steps, moments apart: those are two of the masters' elements"
-    out = dict.fromkeys(("parameters", "gathered", "gradients", "masters", "buffers"), 0)
+    out: dict[str, int] = dict.fromkeys(("parameters", "gathered", "gradients", "masters", "buffers"), 0)
     for unit in engine.units:
         n, (p, g, o) = unit.layout.size, unit.layout.factors
         width = unit.full.element_size()

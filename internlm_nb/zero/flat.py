@@ -112,11 +112,11 @@ class FlatLayout:
 def lay_out(
     shapes: Mapping[str, tuple[int, ...]],  # of a unit's parameters, in the model's order
     kinds: Mapping[str, Hashable] | None = None,  # of each; None: all alike
-    factors: Factors = Factors(),  # how the buffer will be cut
+    factors: Factors | None = None,  # how the buffer will be cut; None: not at all
     align: int = 16,  # elements: parameters and slices begin at multiples of it
 ) -> FlatLayout:
     "Lay parameters in a row, kind by kind, and pad. Raises ValueError for no parameter, or factors that do not divide each other"
-    p, g, o = factors
+    p, g, o = factors or (1, 1, 1)
     require(len(shapes) > 0, "a unit without parameters: leave it out")
     require(min(p, g, o) > 0 and g % p == 0 and o % g == 0, f"(param, grad, optim) = ({p}, {g}, {o}): each must divide the next")
     order = {kind: i for i, kind in enumerate(dict.fromkeys((kinds or {}).get(n) for n in shapes))}
