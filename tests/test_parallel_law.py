@@ -33,7 +33,9 @@ FAMILIES: dict[Family, dict[str, Any]] = {
 }
 
 
-SHAPES = [(t, s, c, p, e) for t in (1, 2, 4) for s in (1, 2, 4) for c in (1, 2, 4) for p in (1, 2, 4) for e in (1, 2, 4)]  # tensor, sequence, context, pipeline, expert
+SHAPES = [
+    (t, s, c, p, e) for t in (1, 2, 4) for s in (1, 2, 4) for c in (1, 2, 4) for p in (1, 2, 4) for e in (1, 2, 4)
+]  # tensor, sequence, context, pipeline, expert
 
 
 def draw(seed: int, precision: PrecisionName, most: int = 8, least: int = 2) -> tuple[RunConfig, int]:
@@ -41,20 +43,37 @@ def draw(seed: int, precision: PrecisionName, most: int = 8, least: int = 2) -> 
     pick = random.Random(f"{precision} {seed}")
     world = pick.choice([n for n in (2, 4, 8) if least <= n <= most])
     experts = pick.choice([0, 0, 4]) if precision == "float64" else 0  # a gate's near ties fall either way in float32
-    fits = [(t, s, c, p, e) for t, s, c, p, e in SHAPES if world % (t * s * c * p) == 0 and (world // (t * s * c * p)) % e == 0 and t * s <= 4 and (e == 1 or experts)]
+    fits = [
+        (t, s, c, p, e)
+        for t, s, c, p, e in SHAPES
+        if world % (t * s * c * p) == 0 and (world // (t * s * c * p)) % e == 0 and t * s <= 4 and (e == 1 or experts)
+    ]
     tensor, sequence, context, pipeline, expert = pick.choice(fits)
     data = world // (tensor * sequence * context * pipeline)
     family = pick.choice(list(FAMILIES))
     schedule, chunks = pick.choice([("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)]) if pipeline > 1 else ("1f1b", 1)
     kv = [n for n in (1, 2, 4) if n % tensor == 0 and ((n // tensor) % sequence == 0 or sequence % (n // tensor) == 0)]
-    mixture = dict(num_experts=experts, experts_per_token=pick.choice([1, 2]), num_shared_experts=pick.choice([0, 1]), capacity_factor=pick.choice([0.0, 0.8, 1.5]), aux_loss_coef=0.05, z_loss_coef=0.01) if experts else {}
+    mixture = (
+        dict(
+            num_experts=experts,
+            experts_per_token=pick.choice([1, 2]),
+            num_shared_experts=pick.choice([0, 1]),
+            capacity_factor=pick.choice([0.0, 0.8, 1.5]),
+            aux_loss_coef=0.05,
+            z_loss_coef=0.01,
+        )
+        if experts
+        else {}
+    )
     model = ModelConfig(
         family=family, vocab_size=8 * pick.randint(6, 12), hidden_size=32, num_layers=max(2, pipeline * chunks) + pick.randint(0, 1) if pipeline > 1 else 2, num_heads=4, num_kv_heads=pick.choice(kv),
         multiple_of=16, norm_head=pick.random() < 0.3, tie_embeddings=pick.random() < 0.3, qk_interleaved=pick.random() < 0.3, embed_grad_scale=pick.choice([1.0, 0.3]), max_position_embeddings=16,
         **FAMILIES[family], **mixture,
     )  # fmt: skip
     parts = (2 * context if context > 1 else 1) * sequence * tensor
-    each = {"1f1b": pick.randint(1, 3), "interleaved": pipeline * pick.randint(1, 2), "zbh1": pick.randint(1, 4), "zbv": 2 * pipeline + pick.randint(0, 1)}[schedule]
+    each = {"1f1b": pick.randint(1, 3), "interleaved": pipeline * pick.randint(1, 2), "zbh1": pick.randint(1, 4), "zbv": 2 * pipeline + pick.randint(0, 1)}[
+        schedule
+    ]
     reading = DataConfig(
         seq_len=max(4, parts) * pick.randint(3 if parts <= 4 else 1, 8 if parts <= 4 else 3),
         micro_bsz=pick.randint(1, 2),
@@ -79,7 +98,9 @@ def draw(seed: int, precision: PrecisionName, most: int = 8, least: int = 2) -> 
         no_decay=("*norm.weight",) if pick.random() < 0.5 else (),
         own_lr=("embedding.*=1e-4",) if pick.random() < 0.2 else (),
     )
-    parallel = ParallelConfig(tensor, pick.choice(["mtp", "msp", "fsp"]), sequence, context, pipeline, schedule, chunks, expert, bucket_mb=pick.choice([0.002, 0.02, 32.0]))  # type: ignore[arg-type]
+    parallel = ParallelConfig(
+        tensor, pick.choice(["mtp", "msp", "fsp"]), sequence, context, pipeline, schedule, chunks, expert, bucket_mb=pick.choice([0.002, 0.02, 32.0])
+    )  # type: ignore[arg-type]
     return RunConfig("law", model, reading, optim, training, parallel=parallel), world
 
 
@@ -123,7 +144,6 @@ def hold(run: RunConfig, world: int) -> None:
 
 def told(run: RunConfig, world: int) -> str:
     "A draw in a line, for a failure's report"
-    p = run.parallel
     return f"world {world} {run.parallel}, {run.model}, {run.data}, recompute {run.train.recompute} {run.train.recompute_policy}, {run.optim}"
 
 
@@ -164,7 +184,9 @@ def test_draws_reach_everything():
     assert {r.parallel.schedule for r, _ in drawn if r.parallel.pipeline > 1} == {"1f1b", "interleaved", "zbh1", "zbv"}
     assert {(r.parallel.tensor > 1, r.parallel.mode) for r, _ in drawn} == {(s, m) for s in (False, True) for m in ("mtp", "msp", "fsp")}
     assert {(r.model.family, r.parallel.pipeline > 1, r.parallel.context > 1) for r, _ in drawn} >= {(f, p, not p) for f in FAMILIES for p in (False, True)}
-    assert {(bool(r.model.num_experts), r.model.capacity_factor > 0, r.parallel.expert > 1) for r, _ in drawn} >= {(True, c, e) for c in (False, True) for e in (False, True)}
+    assert {(bool(r.model.num_experts), r.model.capacity_factor > 0, r.parallel.expert > 1) for r, _ in drawn} >= {
+        (True, c, e) for c in (False, True) for e in (False, True)
+    }
     for fact in ("norm_head", "tie_embeddings", "qk_interleaved", "num_kv_heads", "embed_grad_scale"):
         assert len({(getattr(r.model, fact), r.parallel.mode) for r, _ in drawn if r.parallel.tensor > 1}) >= 6
     assert all(layout_of(r, w).world == w for r, w in drawn)

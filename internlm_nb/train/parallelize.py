@@ -129,7 +129,7 @@ def build_model(
         model.head.label_smoothing = run.train.label_smoothing
     for block in model.blocks:
         block.attention.backend = backend  # type: ignore[union-attr]
-    if run.train.compile and isinstance(model, PipelinePart) and model.staged.queue is not None:
+    if run.train.compile and isinstance(model, PipelinePart) and model.staged is not None and model.staged.queue is not None:
         raise ValueError(f"--parallel.schedule {run.parallel.schedule} has backward in halves, which compiled blocks do not: write --parallel.schedule 1f1b or interleaved, or leave --train.compile out")
     if run.train.fp8 != "none" and (mesh.layout.tensor > 1 or run.parallel.schedule in ("zbh1", "zbv")):
         raise ValueError(f"--train.fp8 {run.train.fp8} works on whole matrices with a whole backward, not with --parallel.tensor {mesh.layout.tensor} and schedule {run.parallel.schedule}: write --train.fp8 none, or --parallel.tensor 1 and a schedule without halves")
