@@ -155,7 +155,11 @@ def finish(
                 break
             except RuntimeError as error:
                 if work.is_completed():
-                    raise _why(axis, call, error) from error
+                    try:
+                        work.wait(_SLICE)  # it may have come to a good end just after the slice
+                        break
+                    except RuntimeError:
+                        raise _why(axis, call, error) from error
                 if not posted:
                     _post(axis, call)
                     posted = True

@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from ..parallel.comm import Axis, all_reduce
 from ..parallel.data import GradientBuckets
-from ..parallel.mesh import Mesh
+from ..parallel.mesh import Mesh, single
 from ..parallel.placement import Placement, sum_partial
 from .precision import LossScale, LossScaleConfig, Precision
 from .schedules import ScheduleConfig, beta2_at, lr_at
+from ..zero.hybrid import FlatPart, HybridZero
+from ..zero.sharding import Sharding
+from ..zero.stations import Reshard
 
 # %% ../../nbs/train/04_optim.ipynb #a8247417
 @dataclass(frozen=True)
@@ -126,6 +129,11 @@ class Optimizer:
         bucket_bytes: int = 32 << 20,  # Of gradients reduced at a time
         names: Sequence[str] | None = None,  # Logical names of the whole model's parameters, where this rank has a part of them; None: those of `model`
         tie: Callable[[Mapping[str, Tensor]], None] | None = None,  # Adds up, once a step, what another pipeline stage holds too
+        sharding: Sharding | None = None,  # (param, grad, optim) of Hybrid ZeRO; None: every rank holds everything
+        reshard: Reshard = "forward",  # When parameters that were gathered are freed, with a sharding
+        grad_dtype: torch.dtype | None = None,  # In which gradients are summed, with a sharding; None: the masters'
+        overlap: bool = True,  # With a sharding: launch exchanges ahead, and wait late
+        check: bool = False,  # With a sharding: look for reads of freed or old numbers
     ):
         self.cfg = cfg
         self._collected = False
@@ -141,9 +149,16 @@ class Optimizer:
         self.params = {n: params[n] for n in trained}
         first = self.params[trained[0]]
         self.loss_scale = loss_scale or LossScale(LossScaleConfig(), first.device, enabled=False)
+        self.zero: HybridZero | None = None
+        self.buckets: list[GradientBuckets] = []
+        if sharding is not None:
+            of_group = {n: i for i, g in enumerate(self.groups) for n in g.names}
+            self.zero = HybridZero(model, mesh or single(first.device), sharding, of_group, placements, precision.master, grad_dtype, reshard, overlap, check)
+            self.masters: dict[str, Tensor] = {}  # no rank has all of any: see `zero.leaves`
+            self._adam([[leaf.master for leaf in self.zero.leaves if leaf.kind.group == i] for i in range(len(self.groups))])
+            return
         self.masters = {n: p.detach().to(precision.master, copy=True) if p.dtype != precision.master else p for n, p in self.params.items()}
         many = mesh is not None and mesh.layout.world > 1
-        self.buckets: list[GradientBuckets] = []
         if mesh is not None and many:  # experts have fewer replicas: other expert ranks hold other ones
             cut = {n for n in self.params if n in self.placements and self.placements[n].is_cut("expert")}
             for names, axis in (([n for n in self.params if n not in cut], "replica"), ([n for n in self.params if n in cut], "expert_replica")):
@@ -152,11 +167,16 @@ class Optimizer:
         for n, p in self.params.items():
             if not self.buckets and self.masters[n] is not p:
                 p.register_post_accumulate_grad_hook(_into_master(self.masters[n]))
+        self._adam([[self.masters[n] for n in g.names] for g in self.groups])
+
+    def _adam(self, tensors: Sequence[list[Tensor]]) -> None:
+        "The inner optimizer, of each group's tensors"
+        cfg = self.cfg
         self.inner = torch.optim.AdamW(
-            [{"params": [self.masters[n] for n in g.names], "weight_decay": g.weight_decay} for g in self.groups],
+            [{"params": ts, "weight_decay": g.weight_decay} for ts, g in zip(tensors, self.groups)],
             lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True,
         )  # fmt: skip
-        for m in self.masters.values():  # made now, not at the first step: a checkpoint is loaded into them
+        for m in (m for ts in tensors for m in ts):  # made now, not at the first step: a checkpoint is loaded into them
             self.inner.state[m] = {
                 "step": torch.zeros((), dtype=torch.float32, device=m.device), "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m),
             }  # fmt: skip
@@ -171,17 +191,30 @@ class Optimizer:
         self._collected = False
         for buckets in self.buckets:
             buckets.start(expected)
+        if self.zero is not None:
+            for leaf in self.zero.leaves:
+                leaf.master.grad = None
+            self.zero.start(expected)
 
     def last_micro_batch(self) -> None:
         "The next backward pass completes the gradients: their reduction over ranks may begin behind it"
         for buckets in self.buckets:
             buckets.last()
+        if self.zero is not None:
+            self.zero.last()
 
     def collect(self) -> None:
         "Wait for the gradients of all ranks, once a step; nothing happens where there is one rank"
-        if not self.buckets or self._collected:
+        if self._collected or (not self.buckets and self.zero is None):
             return
         self._collected = True
+        if self.zero is not None:
+            grads = self.zero.finish()
+            if self.tie is not None:  # the tied embedding is a unit of its own on both stages, cut alike: slices are added up as wholes would be
+                self.tie({name: g for leaf, g in zip(self.zero.leaves, grads) for name in leaf.unit.params if len(leaf.unit.params) == 1})
+            for leaf, g in zip(self.zero.leaves, grads):
+                leaf.master.grad = g
+            return
         grads = {n: g for buckets in self.buckets for n, g in buckets.finish().items()}
         if self.tensor is not None:
             sum_partial(grads, self.placements, self.tensor)
@@ -209,11 +242,12 @@ class Optimizer:
     def update(self) -> UpdateInfo:
         "Clip, then update or skip; the host waits for nothing. Raises RuntimeError for a parameter that got no gradient"
         self.collect()
-        grads = [m.grad for m in self.masters.values() if m.grad is not None]
-        if len(grads) < len(self.masters):
-            lost = next(n for n, m in self.masters.items() if m.grad is None)
+        masters = {str(i): leaf.master for i, leaf in enumerate(self.zero.leaves)} if self.zero is not None else self.masters
+        grads = [m.grad for m in masters.values() if m.grad is not None]
+        if len(grads) < len(masters):
+            lost = next(n for n, m in masters.items() if m.grad is None)
             raise RuntimeError(f"parameter {lost!r} got no gradient: it takes no part in the loss. Freeze it with --optim.frozen '{lost}'")
-        norm = (torch.nn.utils.get_total_norm(grads) if self.parts is None else self._norm_over(self.parts)) / self.loss_scale.scale
+        norm = self._norm(grads) / self.loss_scale.scale
         coef = (self.cfg.clip / (norm + 1e-6)).clamp(max=1.0) if self.cfg.clip > 0 else torch.ones_like(norm)
         torch._foreach_mul_(grads, coef / self.loss_scale.scale)  # type: ignore[reportPrivateImportUsage]
         skipped = (~torch.isfinite(norm)).float()
@@ -223,22 +257,41 @@ class Optimizer:
         self.loss_scale.update(skipped)
         return UpdateInfo(norm, skipped)
 
-    def _norm_over(self, axis: Axis) -> Tensor:
-        "The norm of all gradients where each rank has parts: what is cut counts everywhere, what is whole counts once"
-        return norm_of_parts([m.grad for n, m in self.masters.items() if m.grad is not None and self.placements[n].counted], axis, next(iter(self.masters.values())))
+    def _norm(self, grads: list[Tensor]) -> Tensor:
+        "The norm of all gradients. Where each rank has parts, what is cut counts everywhere, what is whole counts once"
+        if self.zero is not None:
+            return self.zero.squares(grads).sqrt().to(grads[0].dtype)
+        if self.parts is None:
+            return torch.nn.utils.get_total_norm(grads)
+        return norm_of_parts([m.grad for n, m in self.masters.items() if m.grad is not None and self.placements[n].counted], self.parts, grads[0])
 
     def write_back(self) -> None:
-        "Round the masters into the weights (nothing to do where they are the same tensors)"
+        "Round the masters into the weights (nothing to do where they are the same tensors). With a sharding weights follow when they are next used"
+        if self.zero is not None:
+            self.zero.updated()
+            return
         pairs = [(p, self.masters[n]) for n, p in self.params.items() if self.masters[n] is not p]
         if pairs:
             torch._foreach_copy_([p.data for p, _ in pairs], [m for _, m in pairs])  # type: ignore[reportPrivateImportUsage]
 
     def named_state(self) -> Mapping[str, Tensor]:
-        "Every tensor a checkpoint keeps, by logical name: `exp_avg.*`, `exp_avg_sq.*`, `adam_step.*`, and `master.*` where masters are copies. Load by writing into them"
+        "Every tensor a checkpoint keeps, by logical name: `exp_avg.*`, `exp_avg_sq.*`, `adam_step.*`, and `master.*` where masters are copies. Load by writing into them. With a sharding see `flat_state`"
         out = {f"master.{n}": m for n, m in self.masters.items() if m is not self.params[n]}
         for key, kind in (("exp_avg", "exp_avg"), ("exp_avg_sq", "exp_avg_sq"), ("adam_step", "step")):
             out |= {f"{key}.{n}": self.inner.state[m][kind] for n, m in self.masters.items()}
         return out | self.loss_scale.named_state()
+
+    def flat_state(self) -> dict[str, list[FlatPart]]:
+        "What this rank has with a sharding, by kind: ranges of `master`, `exp_avg`, `exp_avg_sq`, of `frozen` weights; and `adam_step`, one number for each parameter of which something is here"
+        if self.zero is None:
+            return {}
+        leaves = self.zero.leaves
+        states = [self.inner.state[leaf.master] for leaf in leaves]
+        out = {"master": list(self.zero.parts([leaf.master for leaf in leaves])), "frozen": list(self.zero.frozen_parts())}
+        for kind in ("exp_avg", "exp_avg_sq"):
+            out[kind] = list(self.zero.parts([state[kind] for state in states]))
+        out["adam_step"] = [flat._replace(tensor=state["step"]) for leaf, state in zip(leaves, states) for flat in self.zero.parts_of(leaf, leaf.master)]
+        return out
 
 # %% ../../nbs/train/04_optim.ipynb #a2e220f2
 def _into_master(master: Tensor):

@@ -1,0 +1,136 @@
+"""Hybrid ZeRO: any (p, g, o) is the same computation. In float64 three steps' losses, norms and weights equal one process's to 1e-10
+
+CI: four ranks, several cases to a group of processes. All factors on eight ranks, and all compositions: pytest -m slow tests/test_zero_hybrid.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from internlm_nb.data.loader import DataConfig, Loader
+from internlm_nb.model.config import ModelConfig
+from internlm_nb.model.transformer import parameter_names
+from internlm_nb.parallel.mesh import Mesh, single
+from internlm_nb.parallel.ranks import run_ranks
+from internlm_nb.train.config import ParallelConfig, RunConfig, TrainConfig
+from internlm_nb.train.optim import OptimConfig, Optimizer
+from internlm_nb.train.parallelize import build_model, layout_of, make_tie
+from internlm_nb.train.precision import PRECISIONS, LossScale
+from internlm_nb.train.schedules import ScheduleConfig
+from internlm_nb.train.step import Batch, train_step
+from internlm_nb.zero.sharding import Sharding, shardings
+
+STEPS = 3
+
+
+def run_of(micro_num: int, precision: str = "float64", parallel: ParallelConfig | None = None, recompute: tuple[float, str] = (0.0, "full"), optim: dict[str, Any] | None = None, **model: Any) -> RunConfig:
+    "A tiny run with odd sizes, so that slices end inside of parameters"
+    cfg = ModelConfig(family="internlm2", **{**dict(vocab_size=56, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=4, mlp_ratio=2.0, multiple_of=8, max_position_embeddings=16), **model})
+    data = DataConfig(seq_len=16, micro_bsz=1, micro_num=micro_num, synthetic_shortest=2, prefetch=0)
+    training = TrainConfig(steps=STEPS, precision=precision, seed=1, device="cpu", recompute=recompute[0], recompute_policy=recompute[1])  # type: ignore[arg-type]
+    rates = OptimConfig(**{**dict(lr=3e-4, clip=0.05, schedule=ScheduleConfig(kind="constant", warmup_ratio=0.0), no_decay=("*norm.weight",), own_lr=("head.weight=1e-4",) if not model.get("tie_embeddings") else ()), **(optim or {})})
+    return RunConfig("zero", cfg, data, rates, training, parallel=parallel or ParallelConfig())
+
+
+def make(mesh: Mesh, run: RunConfig, sharding: Sharding | None, **options: Any):
+    "Model and optimizer"
+    precision = PRECISIONS[run.train.precision]
+    model, placements = build_model(run, mesh)
+    scale = LossScale(run.train.loss_scale, mesh.device, enabled=precision.loss_scale)
+    return model, Optimizer(model, run.optim, precision, scale, mesh, placements, 1 << 20, parameter_names(run.model), make_tie(model), sharding, **options), placements
+
+
+def train(mesh: Mesh, run: RunConfig, sharding: Sharding | None = None, steps: int = STEPS, **options: Any):
+    "Losses and norms of some steps, and this rank's part of the last weights, whole again"
+    model, opt, placements = make(mesh, run, sharding, **options)
+    loader, data, figures = Loader(run.data, run.train.seed, run.model.vocab_size), mesh.axis("data"), []
+    for step in range(steps):
+        opt.set_schedule(step, steps)
+        batches = [Batch.of(p, mesh=mesh) for p in loader.batch(step, data.coord, data.size)]
+        out = train_step(model, opt, batches, sum(b.num_targets for b in batches), mesh=mesh)
+        figures.append((out.loss.item(), out.grad_norm.item()))
+        mesh.check_waited()
+    if opt.zero is None:
+        return figures, {n: p.detach().clone() for n, p in model.named_parameters()}, placements
+    with opt.zero.gathered():
+        weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    mesh.check_waited()
+    opt.zero.remove()
+    return figures, weights, placements
+
+
+def cases(mesh: Mesh, run: RunConfig, which: list[Sharding], options: list[dict[str, Any]]):
+    "Several trainings by one group of processes"
+    return [train(mesh, run, s, **o) for s in which for o in options]
+
+
+def same(alone, got, tolerance: float = 1e-10) -> None:
+    "Equal losses, norms and weights"
+    for (loss, norm), (loss1, norm1) in zip(alone[0], got[0]):
+        assert abs(loss1 - loss) <= tolerance * abs(loss)
+        assert abs(norm1 - norm) <= tolerance * norm
+    for name, place in got[2].items():
+        assert (got[1][name] - place.cut(alone[1][name])).abs().max() <= tolerance, name
+
+
+def hold(run: RunConfig, world: int, which: list[Sharding], options: list[dict[str, Any]], timeout: float = 120) -> None:
+    "The law, for some shardings of one run"
+    alone = train(single(), replace(run, parallel=ParallelConfig()))
+    ranks = run_ranks(cases, layout_of(run, world), run, which, options, timeout=timeout)
+    names = set()
+    for results in ranks:
+        for got in results:
+            same(alone, got)
+            names |= got[1].keys()
+    assert names == alone[1].keys()
+
+
+ON = [dict(check=True)]
+BOTH = [dict(check=True), dict(overlap=False)]
+
+
+def test_all_factors_on_two_ranks():
+    for micro in (1, 3):
+        hold(run_of(2 * micro), 2, shardings(2), BOTH)
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_all_factors_on_four_ranks(micro):
+    hold(run_of(4 * micro), 4, shardings(4), ON if micro == 1 else BOTH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro", [1, 3])
+def test_all_factors_on_eight_ranks(micro):
+    hold(run_of(8 * micro), 8, shardings(8), BOTH, timeout=580)
+
+
+MOE = dict(num_experts=4, experts_per_token=2, num_shared_experts=1, capacity_factor=1.0, aux_loss_coef=0.05, z_loss_coef=0.01)
+COMPOSED: dict[str, tuple[RunConfig, int]] = {  # a run, and Z of its weights
+    "msp": (run_of(4, parallel=ParallelConfig(tensor=2, mode="msp"), recompute=(1.0, "full")), 2),
+    "mtp": (run_of(4, parallel=ParallelConfig(tensor=2, mode="mtp"), tie_embeddings=True), 2),
+    "fsp": (run_of(4, parallel=ParallelConfig(tensor=2, mode="fsp"), recompute=(0.7, "selective")), 2),
+    "sequence": (run_of(4, parallel=ParallelConfig(sequence=2), recompute=(1.0, "selective")), 4),
+    "context": (run_of(4, parallel=ParallelConfig(context=2), tie_embeddings=True, recompute=(1.0, "full")), 4),
+    "1f1b": (run_of(6, parallel=ParallelConfig(pipeline=2), tie_embeddings=True, num_layers=4), 2),
+    "interleaved": (run_of(8, parallel=ParallelConfig(pipeline=2, schedule="interleaved", chunks=2), num_layers=4, recompute=(1.0, "full")), 2),
+    "zbh1": (run_of(6, parallel=ParallelConfig(pipeline=2, schedule="zbh1"), num_layers=4, recompute=(0.5, "full")), 2),
+    "zbv": (run_of(10, parallel=ParallelConfig(pipeline=2, schedule="zbv", chunks=2), tie_embeddings=True, num_layers=4), 2),
+    "zbv-msp": (run_of(4, parallel=ParallelConfig(tensor=2, mode="msp", pipeline=2, schedule="zbv", chunks=2), num_layers=4), 1),
+    "expert": (run_of(8, parallel=ParallelConfig(expert=2), recompute=(0.7, "full"), **MOE), 4),
+    "expert-pipeline": (run_of(8, parallel=ParallelConfig(expert=2, pipeline=2, schedule="zbh1"), num_layers=4, **MOE), 2),
+    "expert-msp": (run_of(4, parallel=ParallelConfig(expert=2, tensor=2, mode="msp"), **MOE), 2),
+    "frozen": (run_of(4, optim=dict(frozen=("embedding.*", "blocks.0.*", "blocks.1.ffn_norm.weight")), recompute=(1.0, "full")), 4),
+}
+RESHARD = [dict(check=True), dict(reshard="step", overlap=False), dict(reshard="never")]
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_composed(name):
+    run, z = COMPOSED[name]
+    some = shardings(z)
+    hold(run, 4, [some[-1], some[len(some) // 2]][: 1 if z == 1 else 2], RESHARD)
