@@ -2146,6 +2146,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'internlm_nb/train/optim.py')},
             'internlm_nb.train.parallelize': { 'internlm_nb.train.parallelize.build_model': ( 'train/parallelize.html#build_model',
                                                                                               'internlm_nb/train/parallelize.py'),
+                                               'internlm_nb.train.parallelize.build_optimizer': ( 'train/parallelize.html#build_optimizer',
+                                                                                                  'internlm_nb/train/parallelize.py'),
                                                'internlm_nb.train.parallelize.choose_device': ( 'train/parallelize.html#choose_device',
                                                                                                 'internlm_nb/train/parallelize.py'),
                                                'internlm_nb.train.parallelize.copied': ( 'train/parallelize.html#copied',

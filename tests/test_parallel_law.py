@@ -6,23 +6,26 @@ In float64 loss, norm, gradients and weights agree to 1e-10. In float32 the loss
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from internlm_nb.data.loader import DataConfig, Loader
 from internlm_nb.model.config import Family, ModelConfig
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.mesh import Mesh, single
 from internlm_nb.parallel.ranks import run_ranks
-from internlm_nb.train.config import ParallelConfig, RunConfig, TrainConfig
-from internlm_nb.train.optim import OptimConfig
+from internlm_nb.train.config import ParallelConfig, RunConfig, TrainConfig, ZeroConfig
+from internlm_nb.train.optim import OptimConfig, Optimizer
 from internlm_nb.train.parallelize import build_model, build_optimizer, layout_of
 from internlm_nb.train.precision import PrecisionName
 from internlm_nb.train.schedules import ScheduleConfig
 from internlm_nb.train.step import Batch, train_step
+from internlm_nb.zero.sharding import Sharding, shardings
 
 STEPS = 3
 FAMILIES: dict[Family, dict[str, Any]] = {
@@ -33,7 +36,9 @@ FAMILIES: dict[Family, dict[str, Any]] = {
 }
 
 
-SHAPES = [(t, s, c, p, e) for t in (1, 2, 4) for s in (1, 2, 4) for c in (1, 2, 4) for p in (1, 2, 4) for e in (1, 2, 4)]  # tensor, sequence, context, pipeline, expert
+SHAPES = [
+    (t, s, c, p, e) for t in (1, 2, 4) for s in (1, 2, 4) for c in (1, 2, 4) for p in (1, 2, 4) for e in (1, 2, 4)
+]  # tensor, sequence, context, pipeline, expert
 
 
 def draw(seed: int, precision: PrecisionName, most: int = 8, least: int = 2) -> tuple[RunConfig, int]:
@@ -41,20 +46,37 @@ def draw(seed: int, precision: PrecisionName, most: int = 8, least: int = 2) -> 
     pick = random.Random(f"{precision} {seed}")
     world = pick.choice([n for n in (2, 4, 8) if least <= n <= most])
     experts = pick.choice([0, 0, 4]) if precision == "float64" else 0  # a gate's near ties fall either way in float32
-    fits = [(t, s, c, p, e) for t, s, c, p, e in SHAPES if world % (t * s * c * p) == 0 and (world // (t * s * c * p)) % e == 0 and t * s <= 4 and (e == 1 or experts)]
+    fits = [
+        (t, s, c, p, e)
+        for t, s, c, p, e in SHAPES
+        if world % (t * s * c * p) == 0 and (world // (t * s * c * p)) % e == 0 and t * s <= 4 and (e == 1 or experts)
+    ]
     tensor, sequence, context, pipeline, expert = pick.choice(fits)
     data = world // (tensor * sequence * context * pipeline)
     family = pick.choice(list(FAMILIES))
     schedule, chunks = pick.choice([("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)]) if pipeline > 1 else ("1f1b", 1)
     kv = [n for n in (1, 2, 4) if n % tensor == 0 and ((n // tensor) % sequence == 0 or sequence % (n // tensor) == 0)]
-    mixture = dict(num_experts=experts, experts_per_token=pick.choice([1, 2]), num_shared_experts=pick.choice([0, 1]), capacity_factor=pick.choice([0.0, 0.8, 1.5]), aux_loss_coef=0.05, z_loss_coef=0.01) if experts else {}
+    mixture = (
+        dict(
+            num_experts=experts,
+            experts_per_token=pick.choice([1, 2]),
+            num_shared_experts=pick.choice([0, 1]),
+            capacity_factor=pick.choice([0.0, 0.8, 1.5]),
+            aux_loss_coef=0.05,
+            z_loss_coef=0.01,
+        )
+        if experts
+        else {}
+    )
     model = ModelConfig(
         family=family, vocab_size=8 * pick.randint(6, 12), hidden_size=32, num_layers=max(2, pipeline * chunks) + pick.randint(0, 1) if pipeline > 1 else 2, num_heads=4, num_kv_heads=pick.choice(kv),
         multiple_of=16, norm_head=pick.random() < 0.3, tie_embeddings=pick.random() < 0.3, qk_interleaved=pick.random() < 0.3, embed_grad_scale=pick.choice([1.0, 0.3]), max_position_embeddings=16,
         **FAMILIES[family], **mixture,
     )  # fmt: skip
     parts = (2 * context if context > 1 else 1) * sequence * tensor
-    each = {"1f1b": pick.randint(1, 3), "interleaved": pipeline * pick.randint(1, 2), "zbh1": pick.randint(1, 4), "zbv": 2 * pipeline + pick.randint(0, 1)}[schedule]
+    each = {"1f1b": pick.randint(1, 3), "interleaved": pipeline * pick.randint(1, 2), "zbh1": pick.randint(1, 4), "zbv": 2 * pipeline + pick.randint(0, 1)}[
+        schedule
+    ]
     reading = DataConfig(
         seq_len=max(4, parts) * pick.randint(3 if parts <= 4 else 1, 8 if parts <= 4 else 3),
         micro_bsz=pick.randint(1, 2),
@@ -79,8 +101,12 @@ def draw(seed: int, precision: PrecisionName, most: int = 8, least: int = 2) -> 
         no_decay=("*norm.weight",) if pick.random() < 0.5 else (),
         own_lr=("embedding.*=1e-4",) if pick.random() < 0.2 else (),
     )
-    parallel = ParallelConfig(tensor, pick.choice(["mtp", "msp", "fsp"]), sequence, context, pipeline, schedule, chunks, expert, bucket_mb=pick.choice([0.002, 0.02, 32.0]))  # type: ignore[arg-type]
-    return RunConfig("law", model, reading, optim, training, parallel=parallel), world
+    chain = pick.choice([Sharding(), *shardings(data * sequence * context)])
+    zero = ZeroConfig(*chain.factors, reshard=pick.choice(["forward", "backward", "step", "never"]), check=pick.random() < 0.3)
+    parallel = ParallelConfig(
+        tensor, pick.choice(["mtp", "msp", "fsp"]), sequence, context, pipeline, schedule, chunks, expert, bucket_mb=pick.choice([0.002, 0.02, 32.0])
+    )  # type: ignore[arg-type]
+    return RunConfig("law", model, reading, optim, training, parallel=parallel, zero=zero), world
 
 
 def three_steps(mesh: Mesh, run: RunConfig):
@@ -96,35 +122,47 @@ def three_steps(mesh: Mesh, run: RunConfig):
         figures.append((out.loss.item(), out.grad_norm.item()))
         assert not out.skipped
         if step == 0:
-            first = {n: m.grad.clone() for n, m in opt.masters.items() if m.grad is not None}
+            first = parts(opt, grads=True)
     mesh.check_waited()
-    return figures, first, {n: m.detach().clone() for n, m in opt.masters.items()}, placements
+    return figures, first, parts(opt), placements
+
+
+def parts(opt: Optimizer, grads: bool = False) -> dict[str, list[tuple[int, torch.Tensor]]]:
+    "By name of a parameter: where a range of this rank's part of it begins, and the range, of masters or of their gradients"
+    out: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    if opt.zero is None:
+        return {n: [(0, (m.grad if grads and m.grad is not None else m.detach()).flatten().clone())] for n, m in opt.masters.items()}
+    leaves = [leaf.master for leaf in opt.zero.leaves]
+    for part in opt.zero.parts([m.grad for m in leaves if m.grad is not None] if grads else leaves):
+        out.setdefault(part.name, []).append((part.first, part.tensor.detach().clone()))
+    return out
 
 
 def hold(run: RunConfig, world: int) -> None:
     "The law, for one draw"
     exact = run.train.precision == "float64"
     loss_tolerance, grad_tolerance, weight_tolerance = (1e-10, 1e-10, 1e-10) if exact else (1e-5, 1e-5, 1e-5)
-    alone = replace(run, parallel=ParallelConfig())
+    alone = replace(run, parallel=ParallelConfig(), zero=ZeroConfig())
     figures, grads, weights, _ = three_steps(single(), alone)
-    everywhere = set()
+    covered = {n: torch.zeros(w[0][1].numel(), dtype=torch.bool) for n, w in weights.items()}
     for rank, (got, first, last, placements) in enumerate(run_ranks(three_steps, layout_of(run, world), run, timeout=120)):
-        everywhere |= placements.keys()
         for (loss, norm), (loss1, norm1) in zip(figures, got):
             assert abs(loss1 - loss) <= loss_tolerance * abs(loss), (rank, loss, loss1)
             assert abs(norm1 - norm) <= 1e-4 * norm if not exact else abs(norm1 - norm) <= 1e-10 * norm, (rank, norm, norm1)
-        assert first.keys() == last.keys() == placements.keys() <= grads.keys()
+        assert first.keys() == last.keys() <= placements.keys() <= grads.keys()
         for name, place in placements.items():
-            whole = grads[name]
-            assert (first[name] - place.cut(whole)).abs().max() <= grad_tolerance * whole.abs().max(), (rank, name)
-            assert (last[name] - place.cut(weights[name])).abs().max() <= weight_tolerance, (rank, name)
-    assert everywhere == grads.keys()  # together the ranks have everything
+            at = place.cut(torch.arange(math.prod(place.shape)).view(place.shape)).flatten()
+            for whole, got_parts, tolerance in ((grads, first, grad_tolerance * grads[name][0][1].abs().max()), (weights, last, weight_tolerance)):
+                for begin, part in got_parts.get(name, ()):
+                    here = at[begin : begin + part.numel()]
+                    assert (part - whole[name][0][1][here]).abs().max() <= tolerance, (rank, name)
+                    covered[name][here] = True
+    assert all(c.all() for c in covered.values())  # together the ranks have everything
 
 
 def told(run: RunConfig, world: int) -> str:
     "A draw in a line, for a failure's report"
-    p = run.parallel
-    return f"world {world} {run.parallel}, {run.model}, {run.data}, recompute {run.train.recompute} {run.train.recompute_policy}, {run.optim}"
+    return f"world {world} {run.parallel}, {run.zero}, {run.model}, {run.data}, recompute {run.train.recompute} {run.train.recompute_policy}, {run.optim}"
 
 
 @pytest.mark.parametrize("precision,seed", [*(("float64", s) for s in range(4)), *(("float32", s) for s in range(3))])
@@ -152,7 +190,9 @@ def test_law_2_on_eight_ranks(parallel):
     run, _ = draw(0, "float64")
     experts = dict(num_experts=4, experts_per_token=2, capacity_factor=1.0, aux_loss_coef=0.05) if parallel.expert > 1 else {}
     model = replace(run.model, num_layers=8 if parallel.chunks > 1 else 4, num_kv_heads=4, tie_embeddings=True, **experts)
-    hold(replace(run, model=model, data=replace(run.data, seq_len=16, micro_bsz=2, micro_num=16 if parallel.expert > 1 else 8), parallel=parallel), 8)
+    reading = replace(run.data, seq_len=16, micro_bsz=2, micro_num=16 if parallel.expert > 1 else 8)
+    zero = ZeroConfig(2, 2, -1) if parallel.tensor * parallel.pipeline < 8 else ZeroConfig()
+    hold(replace(run, model=model, data=reading, parallel=parallel, zero=zero), 8)
 
 
 def test_draws_reach_everything():
@@ -164,7 +204,18 @@ def test_draws_reach_everything():
     assert {r.parallel.schedule for r, _ in drawn if r.parallel.pipeline > 1} == {"1f1b", "interleaved", "zbh1", "zbv"}
     assert {(r.parallel.tensor > 1, r.parallel.mode) for r, _ in drawn} == {(s, m) for s in (False, True) for m in ("mtp", "msp", "fsp")}
     assert {(r.model.family, r.parallel.pipeline > 1, r.parallel.context > 1) for r, _ in drawn} >= {(f, p, not p) for f in FAMILIES for p in (False, True)}
-    assert {(bool(r.model.num_experts), r.model.capacity_factor > 0, r.parallel.expert > 1) for r, _ in drawn} >= {(True, c, e) for c in (False, True) for e in (False, True)}
+    assert {(bool(r.model.num_experts), r.model.capacity_factor > 0, r.parallel.expert > 1) for r, _ in drawn} >= {
+        (True, c, e) for c in (False, True) for e in (False, True)
+    }
+    assert (
+        {r.zero.param < r.zero.grad for r, _ in drawn}
+        == {r.zero.grad < r.zero.optim for r, _ in drawn}
+        == {r.zero.param > 1 for r, _ in drawn}
+        == {False, True}
+    )
+    assert {(r.zero.reshard, r.zero.param > 1, r.parallel.pipeline > 1) for r, _ in drawn} >= {
+        (h, True, p) for h in ("forward", "step", "never") for p in (False, True)
+    }
     for fact in ("norm_head", "tie_embeddings", "qk_interleaved", "num_kv_heads", "embed_grad_scale"):
         assert len({(getattr(r.model, fact), r.parallel.mode) for r, _ in drawn if r.parallel.tensor > 1}) >= 6
     assert all(layout_of(r, w).world == w for r, w in drawn)
@@ -190,7 +241,7 @@ def _wrong(mesh: Mesh, run: RunConfig):
 
 def test_the_law_can_be_broken():
     run, _ = draw(3, "float64", most=2)
-    run = replace(run, parallel=ParallelConfig(), data=replace(run.data, micro_num=2))
+    run = replace(run, parallel=ParallelConfig(), zero=ZeroConfig(), data=replace(run.data, micro_num=2))
     _, grads, _, _ = three_steps(single(), run)
     _, first, _, _ = run_ranks(_wrong, Layout(2), run)[0]
-    assert max(((first[n] - grads[n]).abs().max() / grads[n].abs().max()).item() for n in grads) > 1e-2
+    assert max(((first[n][0][1] - grads[n][0][1]).abs().max() / grads[n][0][1].abs().max()).item() for n in grads) > 1e-2

@@ -172,6 +172,7 @@ def finish(
     if not (prepared / "tokenizer.model").is_file() or not prepared.name.startswith("demo-"):
         print("no comparison: the run was trained on an own folder, not on the embedded corpus")
         return
+    assert isinstance(trainer.model, Transformer), "finish is for a whole model on one rank"
     tokenizer, train, held_out = Tokenizer(prepared / "tokenizer.model"), corpus("train"), corpus("valid")
     bits = bits_per_byte(trainer.model, tokenizer, held_out, trainer.run.data.seq_len, trainer.device)
     print("comparing with gzip, bzip2 and xz on the held-out text ...", flush=True)

@@ -251,7 +251,7 @@ class Ours(Contender):
         self.optimizer = Optimizer(self.model, run.optim, PRECISIONS[case.precision])
 
     @torch.no_grad()
-    def _loss(self, model: Transformer) -> Tensor:
+    def _loss(self, model: nn.Module) -> Tensor:
         out = model(self.batch.input_ids, self.batch.segments, self.batch.indexes, labels=self.batch.labels)
         assert isinstance(out, LossOutput)
         return out.loss_sum / self.batch.num_targets

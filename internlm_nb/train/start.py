@@ -24,9 +24,11 @@ from ..parallel.mesh import Mesh
 from .config import RunConfig
 from .folder import CHECKPOINTS, held, put_aside, record_start
 from .optim import Optimizer
+from .parallelize import sharding_of
 from .precision import PRECISIONS
 from .preflight import memory_needed
 from .state import TrainState, check_resume, data_facts, init_run, load_run
+from ..zero.sharding import Sharding
 
 Say = Callable[[str], object]  # Takes what is to be said
 
@@ -138,6 +140,7 @@ def summary(
         f"data: {', '.join(loader.sources)}; types {', '.join(loader.types)}",
         describe_backend(mesh.device, precision.param, run.model.head_dim) if run.train.attention == "auto" else f"attention backend {run.train.attention}",
         *fast_paths(run, mesh.device.type),
-        f"memory: {memory_needed(run) / 1e9:.2f} GB for weights, gradients and optimizer{' of a rank' if layout.world > 1 else ''}; recomputation {run.train.recompute:g}{of}",
+        *([f"Hybrid ZeRO: {sharding.describe(layout.replica)}; weights freed: {run.zero.reshard}"] if (sharding := sharding_of(run, layout)) != Sharding() else []),
+        f"memory: {memory_needed(run, layout.replica) / 1e9:.2f} GB for weights, gradients and optimizer{' of a rank' if layout.world > 1 else ''}; recomputation {run.train.recompute:g}{of}",
         f"folder: {run_dir}",
     ]

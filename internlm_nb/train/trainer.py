@@ -35,7 +35,7 @@ from .monitor import LivePlot, in_notebook, progress_bar
 from .parallelize import build_model, build_optimizer, choose_device
 from .plots import save_plots
 from .precision import PRECISIONS, matmul_precision
-from .preflight import check_data, check_memory
+from .preflight import check_data, check_memory, checkpoint_bytes
 from .profile import StepProfiler
 from .schedules import acts
 from .sinks import VALIDATION_FILE, ConsoleSink, JsonlSink, Sink, Sinks, open_sinks, read_metrics
@@ -77,8 +77,7 @@ class Trainer:
         resume = Path(found) if found else None
         self._together(self._build, "building the model")
         self.state = self._together(partial(load_start, run, resume, self.model, self.optimizer, self.loader, self.say), "loading weights")
-        need = sum(t.numel() * t.element_size() for t in [*self.model.parameters(), *self.optimizer.named_state().values()])
-        self._together(partial(open_folder, run, self.run_dir, self.state, resume, need * run.parallel.tensor * run.parallel.pipeline * run.parallel.expert, command, self.say), f"opening {self.run_dir}", only_first=True)
+        self._together(partial(open_folder, run, self.run_dir, self.state, resume, checkpoint_bytes(run), command, self.say), f"opening {self.run_dir}", only_first=True)
         if self.world.size > 1:
             check_disk(self.run_dir, self.mesh)
         self.sinks = self._open_sinks(sinks)
@@ -108,7 +107,7 @@ class Trainer:
         self.loader.check_ranks(self.data.size)
         self.validation = make_validation(run.data, run.model.vocab_size) if run.train.valid_every else None
         check_data(run, self.loader, self.validation, self.say, self.data.coord, self.data.size)
-        check_memory(run, self.device)
+        check_memory(run, self.device, self.mesh.layout.replica)
 
     def _build(self) -> None:
         run = self.run
