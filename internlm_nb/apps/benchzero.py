@@ -70,7 +70,8 @@ class ShardedPeer:
         devices = init_device_mesh(mesh.device.type, (self.size,))
         for block in model.blocks:
             fully_shard(block, mesh=devices, mp_policy=policy)  # type: ignore[arg-type]
-        self.model = fully_shard(model, mesh=devices, mp_policy=policy)
+        fully_shard(model, mesh=devices, mp_policy=policy)
+        self.model = model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, fused=True)
         self.batch = Batch.of(make_pack(replace(case, seed=case.seed + mesh.rank)), mesh.device)
 
