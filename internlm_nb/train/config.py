@@ -101,6 +101,7 @@ class ZeroConfig:
     optim: int = 1  # Ranks over which masters and moments are cut
     reshard: Reshard = "forward"  # Gathered weights are freed after forward and again after backward; backward: after backward only; step: at the end of the step; never
     grad_dtype: Literal["master", "param"] = "master"  # In which gradients are summed and sent: the masters' type, or the weights'
+    offload: bool = False  # Keep masters and moments in the host's memory; they come to the device for their update
     check: bool = False  # Look for reads of freed or old numbers: slow, to find faults
 
     def __post_init__(self):

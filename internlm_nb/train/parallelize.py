@@ -167,6 +167,6 @@ def build_optimizer(
     precision, sharding = PRECISIONS[run.train.precision], sharding_of(run, mesh.layout)
     scale = LossScale(run.train.loss_scale, mesh.device, enabled=precision.loss_scale)
     common = model, run.optim, precision, scale, mesh, placements, int(run.parallel.bucket_mb * 2**20), parameter_names(run.model), make_tie(model)
-    if sharding == Sharding():
+    if sharding == Sharding() and not run.zero.offload:
         return Optimizer(*common)  # plain data parallelism
-    return Optimizer(*common, sharding, run.zero.reshard, precision.param if run.zero.grad_dtype == "param" else None, check=run.zero.check)
+    return Optimizer(*common, sharding, run.zero.reshard, precision.param if run.zero.grad_dtype == "param" else None, check=run.zero.check, offload=run.zero.offload)
