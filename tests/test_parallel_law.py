@@ -145,7 +145,7 @@ def hold(run: RunConfig, world: int) -> None:
     alone = replace(run, parallel=ParallelConfig(), zero=ZeroConfig())
     figures, grads, weights, _ = three_steps(single(), alone)
     covered = {n: torch.zeros(w[0][1].numel(), dtype=torch.bool) for n, w in weights.items()}
-    for rank, (got, first, last, placements) in enumerate(run_ranks(three_steps, layout_of(run, world), run, timeout=120)):
+    for rank, (got, first, last, placements) in enumerate(run_ranks(three_steps, layout_of(run, world), run, timeout=300)):
         for (loss, norm), (loss1, norm1) in zip(figures, got):
             assert abs(loss1 - loss) <= loss_tolerance * abs(loss), (rank, loss, loss1)
             assert abs(norm1 - norm) <= 1e-4 * norm if not exact else abs(norm1 - norm) <= 1e-10 * norm, (rank, norm, norm1)
