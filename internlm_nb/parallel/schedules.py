@@ -100,7 +100,7 @@ def interleaved(
     "Interleaved 1F1B: rank r runs 2 (ranks - r - 1) + (chunks - 1) ranks forwards ahead. Raises ValueError when ranks do not divide micro_num"
     require(
         micro_num % ranks == 0,
-        f"micro_num {micro_num} is not a multiple of the pipeline's {ranks} ranks, which interleaving needs: write {-(-micro_num // ranks) * ranks}, or schedule 1f1b",
+        f"micro_num {micro_num} is not a multiple of the pipeline's {ranks} ranks, which interleaving needs: write {-(-micro_num // ranks) * ranks}, or schedule 1f1b with chunks 1",
     )
     orders = []
     for rank in range(ranks):
@@ -134,7 +134,7 @@ def zbv(
     micro_num: int,  # micro-batches, at least 2 x ranks
 ) -> Schedule:
     "ZB-V: two chunks in a V, backward in halves. Raises ValueError for fewer micro-batches than 2 x ranks"
-    require(micro_num >= 2 * ranks, f"micro_num {micro_num} is fewer than 2 x {ranks} ranks, with which zbv fills a pipeline: write {2 * ranks} or more, or schedule zbh1")
+    require(micro_num >= 2 * ranks, f"micro_num {micro_num} is fewer than 2 x {ranks} ranks, with which zbv fills a pipeline: write {2 * ranks} or more, or schedule zbh1 with chunks 1")
     orders = []
     for rank in range(ranks):
         down, up = rank, 2 * ranks - 1 - rank  # stages of the first and of the second chunk
