@@ -319,12 +319,17 @@ def test_a_validation_in_groups_is_the_same(tmp_path, no_plots, monkeypatch):
 def test_micro_batches_are_counted_as_the_user_writes_them():
     run = wide_run()
     run = replace(run, model=replace(run.model, num_layers=4), parallel=ParallelConfig(pipeline=2, schedule="zbv", chunks=2))
-    with pytest.raises(ValueError, match=r"--data.micro-num 4 gives each of 2 data ranks 2 packs: micro_num 2 is fewer.*Write --data.micro-num 8 or more, or --parallel.schedule zbh1 --parallel.chunks 1"):
+    with pytest.raises(
+        ValueError,
+        match=r"--data.micro-num 4 gives each of 2 data ranks 2 packs: micro_num 2 is fewer.*Write --data.micro-num 8 or more, or --parallel.schedule zbh1 --parallel.chunks 1",
+    ):
         layout_of(run, 4)
     layout_of(replace(run, data=replace(run.data, micro_num=8)), 4)
     layout_of(replace(run, parallel=ParallelConfig(pipeline=2, schedule="zbh1")), 4)
     three = replace(run, data=replace(run.data, micro_num=6), parallel=ParallelConfig(pipeline=2, schedule="interleaved", chunks=2))
-    with pytest.raises(ValueError, match=r"--data.micro-num 6 gives each of 2 data ranks 3 packs.*Write --data.micro-num 8, or --parallel.schedule 1f1b --parallel.chunks 1"):
+    with pytest.raises(
+        ValueError, match=r"--data.micro-num 6 gives each of 2 data ranks 3 packs.*Write --data.micro-num 8, or --parallel.schedule 1f1b --parallel.chunks 1"
+    ):
         layout_of(three, 4)
 
 
