@@ -214,6 +214,7 @@ def test_flash_kernels_are_called_right(monkeypatch):
     assert [x.shape for x in partial_grads(grad, q, k, v, out, lse, False, 0.1)] == [q.shape, k.shape, v.shape]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("causal, queries, keys", [(True, 300, 300), (False, 100, 257), (False, 257, 100), (True, 1, 1)])
 @pytest.mark.parametrize("head_dim", [64, 128])
