@@ -18,12 +18,14 @@ from train_runs import TINY, facts, tensors, tiny_run, trainer
 
 from internlm_nb.checkpoint.durable import CheckpointError
 from internlm_nb.checkpoint.keep import steps
+from internlm_nb.parallel.comm import CollectiveTimeout
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.mesh import Mesh
 from internlm_nb.parallel.ranks import RankError
 from internlm_nb.parallel.ranks import run_ranks as run_ranks_for
 from internlm_nb.parallel.together import RankFailed
 from internlm_nb.train.config import ParallelConfig, RunConfig, changes, from_dict, to_dict
+from internlm_nb.train.parallelize import layout_of
 from internlm_nb.train.sinks import Sink
 from internlm_nb.train.stopping import Stopped
 
@@ -101,6 +103,22 @@ def test_torchrun_is_the_same_run(tmp_path, no_plots):
         assert [r["step"] for r in own] == [0, 1, 2, 3] and all(
             r["rank"] == rank and r["step_s"] > 0 and r["wait_s"] >= 0 and r["memory_bytes"] > 0 for r in own
         )
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ("--data.micro-num 3", r"rank 0: micro_num 3 is not a multiple of data 2: .* so write 4 \(fields: --data.micro-num 3\)"),
+        ("--train.stepz 3", r"Perhaps you meant.*--train.steps"),
+    ],
+)
+def test_the_reason_of_a_wrong_option_is_heard(tmp_path, options, words):
+    "Twice, since it is a matter of which process ends first"
+    (tmp_path / "mine.py").write_text(OWN)
+    for _ in range(2):
+        process = torchrun(str(tmp_path / "mine.py"), "--run-dir", "out", *options.split(), cwd=tmp_path)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode and re.search(words, out, re.S), out
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(tmp_path):
@@ -264,6 +282,55 @@ def test_data_that_one_rank_cannot_read_costs_no_step(tmp_path):
     assert got[0] == "RankFailed: rank 1 failed while reading the data of step 3: OSError: the disk of node 1 is gone"
     assert got[1] == "OSError: the disk of node 1 is gone"
     assert [f.step for f in steps(tmp_path / "checkpoints")] == [3]
+
+
+def test_nothing_is_saved_when_a_rank_is_gone(tmp_path, no_plots):
+    "A save is the work of all ranks: without one of them it would only hide why"
+    t = trainer(tiny_run(train_steps=4), tmp_path)
+    t.fit(2)
+    saves = []
+
+    def lost(*args, **kwargs):
+        raise CollectiveTimeout("rank 1 has not arrived")
+
+    t._together, t.save = lost, lambda *args: saves.append(1)  # type: ignore
+    with pytest.raises(CollectiveTimeout, match="rank 1 has not arrived"):
+        t._next(iter([]))
+    t._together = lambda fn, purpose: fn()  # type: ignore
+    with pytest.raises(StopIteration):
+        t._next(iter([]))
+    assert saves == [1]
+
+
+def test_a_validation_in_groups_is_the_same(tmp_path, no_plots, monkeypatch):
+    import internlm_nb.train.step as step
+
+    t = trainer(wide_run(train_valid_every=4), tmp_path)
+    packs = [p for i in range(3) for p in t.loader.batch(i, 0, 1)]
+    figures, sizes, real = [], [], step.forward_only
+    monkeypatch.setattr(step, "forward_only", lambda model, batches, note: (sizes.append(len(batches)), real(model, batches, note)))
+    for group in (100, 5):
+        monkeypatch.setattr(step, "_GROUP", group)
+        figures.append(step.evaluate(t.model, packs, t.loader.types))
+    assert sizes == [12, 5, 5, 2] and figures[0]["tokens"] > 0
+    assert figures[0].keys() == figures[1].keys() and all(abs(figures[0][k] - figures[1][k]) <= 1e-12 * abs(figures[0][k]) for k in figures[0])
+
+
+def test_micro_batches_are_counted_as_the_user_writes_them():
+    run = wide_run()
+    run = replace(run, model=replace(run.model, num_layers=4), parallel=ParallelConfig(pipeline=2, schedule="zbv", chunks=2))
+    with pytest.raises(
+        ValueError,
+        match=r"--data.micro-num 4 gives each of 2 data ranks 2 packs: micro_num 2 is fewer.*Write --data.micro-num 8 or more, or --parallel.schedule zbh1 --parallel.chunks 1",
+    ):
+        layout_of(run, 4)
+    layout_of(replace(run, data=replace(run.data, micro_num=8)), 4)
+    layout_of(replace(run, parallel=ParallelConfig(pipeline=2, schedule="zbh1")), 4)
+    three = replace(run, data=replace(run.data, micro_num=6), parallel=ParallelConfig(pipeline=2, schedule="interleaved", chunks=2))
+    with pytest.raises(
+        ValueError, match=r"--data.micro-num 6 gives each of 2 data ranks 3 packs.*Write --data.micro-num 8, or --parallel.schedule 1f1b --parallel.chunks 1"
+    ):
+        layout_of(three, 4)
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -135,8 +135,8 @@ MODEL = ModelConfig("llama", vocab_size=64, hidden_size=48, num_layers=4, num_he
         (lambda: check(Layout(8, pipeline=8), MODEL, 48), "num_layers 4 is fewer than pipeline 8"),
         (lambda: check(Layout(4, pipeline=4), MODEL, 48, chunks=2), "pipeline 4 x chunks 2 = 8 pieces"),
         (lambda: check(Layout(2, expert=2), MODEL, 48), "expert is 2, but the model has no experts"),
-        (lambda: check(Layout(4, context=4), MODEL, 20), "not divisible by 8 = 8"),
-        (lambda: check(Layout(4, tensor=4, mode="msp"), MODEL, 21, 2), "42 tokens is not divisible by 4"),
+        (lambda: check(Layout(4, context=4), MODEL, 20), "20 tokens is not divisible by 2 x context 4 = 8: make seq_len a multiple of 8"),
+        (lambda: check(Layout(4, tensor=4, mode="msp"), MODEL, 21, 2), r"42 tokens is not divisible by tensor 4 \(mode msp\) = 4: make seq_len"),
         (lambda: check(Layout(4), MODEL, 48, micro_num=6), "micro_num 6 is not a multiple of data 4.*write 8"),
     ],
 )

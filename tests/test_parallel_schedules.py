@@ -9,7 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 
 from internlm_nb.parallel.messages import Do, Plan, check_schedule, follow, plan_messages
-from internlm_nb.parallel.schedules import Action, Schedule, ScheduleError, make_schedule, without_backward
+from internlm_nb.parallel.schedules import Action, Schedule, ScheduleError, evaluation_schedule, make_schedule
 from internlm_nb.parallel.timeline import timeline
 
 RANKS = (1, 2, 3, 4, 5, 8)
@@ -55,12 +55,30 @@ def test_time_and_memory(ranks):
 def test_all_are_whole_and_end(ranks):
     for s in every(ranks):
         for early in (0, 2):
-            for one in (s, without_backward(s)):
+            for one in (s, evaluation_schedule(s, s.micro_num)):
                 plan = check_schedule(one, early)
                 for program, order in zip(plan.programs, one.orders):
                     assert [do.action for do in program if do.what == "run"] == list(order)
                     out = [d.action for d in program if d.what == "send"]
                     assert len(out) == len(set(out))
+
+
+@pytest.mark.parametrize("ranks", (2, 3, 4))
+def test_an_evaluation_has_little_idle_time(ranks):
+    "Any number of packs; full groups of a loop are the forwards of interleaving; the way in and out is all the bubble there is, but for packs that meet at the turn of a V"
+    for name, chunks in (("1f1b", 1), ("zbh1", 1), ("interleaved", 2), ("interleaved", 3), ("zbv", 2)):
+        like = make_schedule(name, ranks, 2 * ranks, chunks)
+        for packs in (*range(1, 10), 12 * ranks):
+            s = evaluation_schedule(like, packs)
+            plan = check_schedule(s)
+            assert plan.window == 4 and strict(plan)
+            assert sorted(a.micro for order in s.orders for a in order) == sorted(list(range(packs)) * s.stages)
+            total, work = timeline(s).total, packs * chunks
+            fewest = max(work + ranks - 1, s.stages + packs - 1)  # the work and the way in, or the way of one pack and the rest behind it
+            assert fewest <= total <= fewest + (name == "zbv") * (ranks - 1), (name, packs, total, fewest)  # packs of a V meet at its turn
+        if like.shape == "loop":
+            forwards = tuple(tuple(a for a in order if a.kind == "F") for order in like.orders)
+            assert evaluation_schedule(like, 2 * ranks).orders == forwards
 
 
 def torch_actions(cls, ranks: int, n: int, chunks: int) -> list[list[tuple[str, int, int]]]:
@@ -199,6 +217,8 @@ def strict(plan: Plan) -> bool:
             elif what == "send":
                 if (a, r) not in have:
                     return False
+                if plan.window and sum(way == "out" for _, _, way in queues[r]) >= plan.window:
+                    continue
                 queues[r].append((a, s.rank_of(a.stage + (1 if a.kind == "F" else -1)), "out"))
             else:
                 queues[r].append((a, s.rank_of(a.stage), "in"))
@@ -218,7 +238,7 @@ def strict(plan: Plan) -> bool:
 def test_messages_in_another_order_are_found():
     "Of plans with two of a rank's messages or actions changed about, those that hang in the strictest network are refused, and no others"
     rng, seen = random.Random(1), {True: 0, False: 0}
-    plans = [plan_messages(s) for ranks in (2, 3, 4) for s in every(ranks) if s.micro_num <= 2 * ranks]
+    plans = [replace(plan_messages(s), window=w) for ranks in (2, 3, 4) for s in every(ranks) if s.micro_num <= 2 * ranks for w in (None, 1, 2)]
     for _ in range(1500):
         plan = rng.choice(plans)
         programs: list[list[Do]] = [list(p) for p in plan.programs]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Part', 'PARTS', 'BenchConfig', 'words', 'Place', 'chosen', 'bench_train', 'bench_packed', 'bench_generate',
-           'bench_data', 'bench_ablation', 'bench_gpu', 'run_part', 'main', 'plot_contest']
+           'bench_data', 'bench_ablation', 'bench_zero', 'bench_gpu', 'run_part', 'main', 'plot_contest']
 
 # %% ../../nbs/apps/15_bench.ipynb #2e3d0d67
 import os
@@ -24,13 +24,14 @@ from .benchfile import head, keep, load, new_record, result_text, table
 from .benchgen import Task, write_contest
 from .benchgpu import gpu_cases, gpu_result, solo
 from .benchtrain import contest, contest_result, train_field
+from .benchzero import sharded_contest
 from .contest import ContestError
 from .measure import facts
 from .peers import Case, Shape, installed, mixed_lengths, shapes
 from ..train.parallelize import choose_device
 
 # %% ../../nbs/apps/15_bench.ipynb #24adb90a
-Part = Literal["train", "packed", "generate", "data", "ablation", "gpu", "all"]
+Part = Literal["train", "packed", "generate", "data", "ablation", "zero", "gpu", "all"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class BenchConfig:
     style: str = "autocast,pure"  # How the peers run bf16: fp32 weights under autocast, everything in bf16, or both
     peers: str = "transformers,litgpt"  # Other libraries, with commas; "" for none
     tokens: str = "2048,4096,8192"  # For `packed`: tokens of the row, with commas
+    ranks: int = 2  # For `zero`: ranks on a CPU; with CUDA one for each device
     rounds: int = 5  # How often everyone has a turn
     steps: int = 2  # Steps of a turn
     threads: int = 0  # Processor threads of each contender; 0: one a core
@@ -166,6 +168,18 @@ def bench_ablation(
         yield ablation(f"{shape.name}, bfloat16, one measure left out", Case(shape, "bfloat16", device=at.device), cfg.rounds, cfg.steps, at.threads)
 
 
+def bench_zero(
+    cfg: BenchConfig,
+    at: Place,
+) -> Iterator[dict[str, Any]]:
+    "Sharded steps beside PyTorch's FSDP2, on the same ranks"
+    cuda = at.device.startswith("cuda")
+    ranks = torch.cuda.device_count() if cuda else cfg.ranks
+    for shape in chosen(cfg, ("1b",) if cuda else ("23m-16k",)):
+        at.say(f"{shape.name}, {ranks} ranks, beside FSDP2 ...")
+        yield sharded_contest(Case(shape, "bfloat16", device=at.device, micro_num=2, check=False), ranks, cfg.rounds, cfg.steps, max(1, at.threads // ranks))
+
+
 def bench_gpu(
     cfg: BenchConfig,
     at: Place,
@@ -184,7 +198,7 @@ def bench_gpu(
 
 
 PARTS: dict[str, Callable[[BenchConfig, Place], Iterator[dict[str, Any]]]] = {
-    "train": bench_train, "packed": bench_packed, "generate": bench_generate, "data": bench_data, "ablation": bench_ablation, "gpu": bench_gpu,
+    "train": bench_train, "packed": bench_packed, "generate": bench_generate, "data": bench_data, "ablation": bench_ablation, "zero": bench_zero, "gpu": bench_gpu,
 }  # fmt: skip
 
 # %% ../../nbs/apps/15_bench.ipynb #b12b32ca

@@ -14,6 +14,7 @@ import io
 import os
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,6 +83,8 @@ def _leave(error: BaseException | str, code: int, place: Place) -> NoReturn:
         print(f"train.py: {f'rank {place.rank}: ' if place.world > 1 else ''}{error}", file=sys.stderr, flush=True)
     if place.world > 1:  # other ranks may be gone: a clean farewell could wait for them
         sys.stdout.flush()
+        if place.rank and code != 130:
+            time.sleep(5)  # the first process that ends has its launcher end all: rank 0 speaks before that
         os._exit(code)
     sys.exit(code)
 

@@ -51,7 +51,7 @@ class SplitExperts(Experts):
         x: Tensor,  # (rows, hidden), expert after expert, of all experts
         sizes: Tensor | int,  # rows of each expert; one number: the same on every rank
     ) -> Tensor:  # (rows, hidden)
-        "Dispatch, compute, combine. With equal sizes nothing waits; otherwise the host reads how many rows go where: the one place in a step where it waits for the device"
+        "Dispatch, compute, combine. With equal sizes nothing waits; otherwise the host reads how many rows go where, and waits for the device"
         return self.even(x, sizes) if isinstance(sizes, int) else self.uneven(x, sizes)
 
     def even(self, x: Tensor, slots: int) -> Tensor:  # (experts * slots, hidden), likewise out

@@ -8,6 +8,7 @@ __all__ = ['Mode', 'Members', 'Coords', 'Layout', 'axis_names', 'check', 'plot_l
 # %% ../../nbs/parallel/01_layout.ipynb #34cd730b
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from ..model.config import ModelConfig, require
@@ -208,12 +209,12 @@ def check(
     experts = getattr(model, "num_experts", 0) or 0
     require(layout.expert == 1 or experts > 0, f"expert is {layout.expert}, but the model has no experts: write expert 1")
     require(experts % layout.expert == 0, f"num_experts {experts} is not divisible by expert {layout.expert}: make expert a divisor of {experts}")
-    ring, split = (2 * c if c > 1 else 1), (t if layout.mode in ("msp", "fsp") else 1)
-    tokens, parts = seq_len * micro_bsz, ring * s * split
+    over = {f"2 x context {c}": 2 * c if c > 1 else 1, f"sequence {s}": s, f"tensor {t} (mode {layout.mode})": t if layout.mode in ("msp", "fsp") else 1}
+    tokens, parts = seq_len * micro_bsz, prod(over.values())
     require(
         tokens % parts == 0,
-        f"a pack of seq_len {seq_len} x micro_bsz {micro_bsz} = {tokens} tokens is not divisible by {parts} = "
-        f"{ring} (2 x context {c}, when above 1) x sequence {s} x {split} (tensor {t} in mode msp or fsp; this is {layout.mode}): make seq_len a multiple of {parts}",
+        f"a pack of seq_len {seq_len} x micro_bsz {micro_bsz} = {tokens} tokens is not divisible by "
+        f"{' x '.join(name for name, size in over.items() if size > 1)} = {parts}: make seq_len a multiple of {parts}",
     )
     if micro_num is not None:
         require(

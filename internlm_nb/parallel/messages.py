@@ -6,8 +6,8 @@
 __all__ = ['check_whole', 'Do', 'Message', 'Plan', 'plan_messages', 'follow', 'check_schedule']
 
 # %% ../../nbs/parallel/20_messages.ipynb #c26ab7fe
-from collections import Counter
-from dataclasses import dataclass
+from collections import Counter, deque
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from .schedules import Action, Schedule, ScheduleError, inputs_of
@@ -71,6 +71,7 @@ class Plan:
 
     schedule: Schedule
     programs: tuple[tuple[Do, ...], ...]  # one a rank
+    window: int | None = None  # sends of a rank that may be unfinished when it launches another; it waits for the oldest. None: all
 
 
 def plan_messages(
@@ -81,29 +82,38 @@ def plan_messages(
     ends: dict[Action, float] = {}
     for row in timeline(schedule).spans:
         ends |= {Action("F" if a.kind == "F" else "B", a.micro, a.stage): end for a, _, end in row if a.kind != "W"}
-    at, messages = {}, []
+    messages: list[Message] = []
+    at: dict[Action, int] = {}
     for rank, order in enumerate(schedule.orders):
         for i, action in enumerate(order):
             at[action] = i
             source = [(n, schedule.rank_of(n.stage)) for n in inputs_of(schedule, action) if n.stage != action.stage]
             messages += [Message(need, action, other, rank) for need, other in source if other != rank]
     messages.sort(key=lambda m: (ends[m.made], m.made))
+    mine: list[list[Message]] = [[] for _ in schedule.orders]
+    for m in messages:
+        mine[m.source].append(m)
+        mine[m.target].append(m)
     programs = []
     for rank, order in enumerate(schedule.orders):
-        queue = [m for m in messages if rank in (m.source, m.target)]
+        queue, head = mine[rank], 0  # those before the head are in the program
+        sent = {m.made: k for k, m in enumerate(queue) if m.source == rank}
+        by_need = sorted((at[m.taken], k) for k, m in enumerate(queue) if m.target == rank)
+        seen, wanted = 0, -1  # of `by_need`; the last message that is needed so far
         program: list[Do] = []
         for i, action in enumerate(order):
-            wanted = [k for k, m in enumerate(queue) if m.target == rank and at[m.taken] <= i + early]
-            for _ in range(1 + max(wanted, default=-1)):
-                if queue[0].source == rank:
-                    break
-                program.append(Do("receive", queue.pop(0).made))
+            while seen < len(by_need) and by_need[seen][0] <= i + early:
+                wanted = max(wanted, by_need[seen][1])
+                seen += 1
+            while head <= wanted and queue[head].source != rank:
+                program.append(Do("receive", queue[head].made))
+                head += 1
             program.append(Do("run", action))
             made = Action("F" if action.kind == "F" else "B", action.micro, action.stage)
-            if action.kind != "W" and any((m.made, m.source) == (made, rank) for m in queue):
-                while queue[0].made != made:  # what comes before it in the common order
-                    program.append(Do("receive", queue.pop(0).made))
-                program.append(Do("send", queue.pop(0).made))
+            if action.kind != "W" and (at_send := sent.get(made, -1)) >= head:
+                program += [Do("receive", m.made) for m in queue[head:at_send]]  # what comes before it in the common order
+                program.append(Do("send", made))
+                head = at_send + 1
         programs.append(tuple(program))
     return Plan(schedule, tuple(programs))
 
@@ -114,7 +124,8 @@ def follow(
     "Run a plan without computing. Raises ScheduleError that says which rank waits in which action for whom"
     schedule = plan.schedule
     place = [0] * schedule.ranks  # in its program
-    queues: list[list[tuple[Action, int]]] = [[] for _ in plan.programs]  # launched: message, other rank
+    queues: list[deque[tuple[Action, int]]] = [deque() for _ in plan.programs]  # launched: message, other rank
+    unsent = [0] * schedule.ranks  # sends in its queue
     done: set[tuple[Action, int]] = set()  # (made or received by, on which rank)
     launched = [Counter(do.action for do in program if do.what == "receive") for program in plan.programs]
 
@@ -135,6 +146,9 @@ def follow(
                 elif what == "send":
                     if (action, rank) not in done:
                         raise ScheduleError(f"schedule {schedule.name}: rank {rank} sends the result of {action} before it has it")
+                    if plan.window is not None and unsent[rank] >= plan.window:
+                        break
+                    unsent[rank] += 1
                     to = action.stage + (1 if action.kind == "F" else -1)
                     queues[rank].append((action, schedule.rank_of(to)))
                 else:
@@ -147,16 +161,20 @@ def follow(
                 if not queues[other] or queues[other][0] != (message, rank):
                     break
                 done |= {(message, rank), (message, other)}
-                queue.pop(0)
-                queues[other].pop(0)
+                queue.popleft()
+                queues[other].popleft()
+                unsent[schedule.rank_of(message.stage)] -= 1
                 moved = True
     lines = []
     for rank, program in enumerate(plan.programs):
         if place[rank] < len(program):
-            action = program[place[rank]].action
+            what, action = program[place[rank]]
+            head = "" if not queues[rank] else f" (first in its queue: {queues[rank][0][0]} with rank {queues[rank][0][1]})"
+            if what == "send":
+                lines.append(f"rank {rank} has {unsent[rank]} unfinished sends, and waits for the oldest before it sends {action}{head}")
+                continue
             need = lacks(rank, action)
             assert need is not None
-            head = "" if not queues[rank] else f" (first in its queue: {queues[rank][0][0]} with rank {queues[rank][0][1]})"
             missing = "" if schedule.rank_of(need.stage) == rank or launched[rank][need] else ", which it never receives"
             lines.append(f"rank {rank} waits in {action} for {need} of rank {schedule.rank_of(need.stage)}{missing}{head}")
         elif queues[rank]:
@@ -173,4 +191,10 @@ def check_schedule(
     check_whole(schedule)
     plan = plan_messages(schedule, early)
     follow(plan)
-    return plan
+    window = 4
+    while True:  # ends: with room for all sends it is the plan above
+        try:
+            follow(bounded := replace(plan, window=window))
+            return bounded
+        except ScheduleError:
+            window *= 2

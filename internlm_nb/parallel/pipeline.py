@@ -41,6 +41,7 @@ class Ran:
 
     actions: list[Action] = field(default_factory=list)  # in order
     peak: int = 0  # most micro-batches of a stage that were held at one time, from F to B or W
+    unsent: int = 0  # most sends that were not waited for at one time: each holds a tensor
 
 # %% ../../nbs/parallel/23_pipeline.ipynb #3a0a8060
 class _Run:
@@ -49,7 +50,7 @@ class _Run:
     def __init__(
         self,
         part: PipelinePart,
-        schedule: Schedule,
+        plan: Plan,
         batches: Sequence[Packed],
         axis: Axis,
         scale_loss: Callable[[int, LossOutput], Tensor],
@@ -58,7 +59,8 @@ class _Run:
         queue: WeightQueue | None,
         split: int,
     ):
-        self.part, self.schedule, self.batches, self.axis = part, schedule, batches, axis
+        schedule = plan.schedule
+        self.part, self.schedule, self.window, self.batches, self.axis = part, schedule, plan.window, batches, axis
         self.scale_loss, self.on_output, self.scale_extra, self.queue, self.split = scale_loss, on_output, scale_extra, queue, split
         self.like = next(part.parameters())
         self.last, self.training = schedule.stages - 1, not schedule.forward_only
@@ -77,7 +79,16 @@ class _Run:
 
     def send(self, made: Action) -> None:
         to = made.stage + (1 if made.kind == "F" else -1)
+        if self.window is not None:
+            self.settle(self.over + len(self.going) - self.window + 1)
         self.going.append(start_send_receive([(self.here.pop(made), self.schedule.rank_of(to))], [], self.axis, _purpose(made)))
+        self.ran.unsent = max(self.ran.unsent, len(self.going))
+
+    def settle(self, sends: int) -> None:
+        "Wait for so many sends of this step, oldest first"
+        while self.over < sends:
+            self.going.popleft().wait()
+            self.over += 1
 
     def take(self, made: Action) -> Tensor:
         "The result of another stage's action"
@@ -85,9 +96,7 @@ class _Run:
             return self.here.pop(made)
         before, handle = self.coming.pop(made)
         x = handle.wait()[0]
-        while self.over < before:
-            self.going.popleft().wait()
-            self.over += 1
+        self.settle(before)
         return x
 
     def forward(self, micro: int, stage: int) -> None:
@@ -154,7 +163,7 @@ def run_schedule(
     require(len(batches) == schedule.micro_num, f"the schedule is for {schedule.micro_num} micro-batches, but there are {len(batches)}: make one for as many")
     require(part.stages == schedule.stages_of(axis.coord), f"this rank's part has stages {part.stages}, but schedule {schedule.name} gives it {schedule.stages_of(axis.coord)}: cut the model by this schedule")
     require(queue is not None or not schedule.split, f"schedule {schedule.name} has backward in halves: call defer_weights(part, queue), and pass the queue here too")
-    run = _Run(part, schedule, batches, axis, scale_loss, on_output, scale_extra, queue, split)
+    run = _Run(part, plan, batches, axis, scale_loss, on_output, scale_extra, queue, split)
     with torch.set_grad_enabled(run.training):
         for what, action in plan.programs[axis.coord]:
             if what == "receive":
@@ -171,8 +180,7 @@ def run_schedule(
                 else:
                     run.backward(kind, micro, stage)
                 run.ran.actions.append(action)
-    for handle in run.going:
-        handle.wait()
+    run.settle(run.over + len(run.going))
     return run.ran
 
 # %% ../../nbs/parallel/23_pipeline.ipynb #2c27760e

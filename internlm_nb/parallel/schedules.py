@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Kind', 'Shape', 'Name', 'Action', 'Schedule', 'one_f_one_b', 'interleaved', 'zbh1', 'zbv', 'make_schedule',
-           'without_backward', 'ScheduleError', 'inputs_of']
+           'evaluation_schedule', 'ScheduleError', 'inputs_of']
 
 # %% ../../nbs/parallel/18_schedules.ipynb #2c2def84
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 from ..model.config import require
@@ -100,7 +100,7 @@ def interleaved(
     "Interleaved 1F1B: rank r runs 2 (ranks - r - 1) + (chunks - 1) ranks forwards ahead. Raises ValueError when ranks do not divide micro_num"
     require(
         micro_num % ranks == 0,
-        f"micro_num {micro_num} is not a multiple of the pipeline's {ranks} ranks, which interleaving needs: write {-(-micro_num // ranks) * ranks}, or schedule 1f1b",
+        f"micro_num {micro_num} is not a multiple of the pipeline's {ranks} ranks, which interleaving needs: write {-(-micro_num // ranks) * ranks}, or schedule 1f1b with chunks 1",
     )
     orders = []
     for rank in range(ranks):
@@ -134,7 +134,7 @@ def zbv(
     micro_num: int,  # micro-batches, at least 2 x ranks
 ) -> Schedule:
     "ZB-V: two chunks in a V, backward in halves. Raises ValueError for fewer micro-batches than 2 x ranks"
-    require(micro_num >= 2 * ranks, f"micro_num {micro_num} is fewer than 2 x {ranks} ranks, with which zbv fills a pipeline: write {2 * ranks} or more, or schedule zbh1")
+    require(micro_num >= 2 * ranks, f"micro_num {micro_num} is fewer than 2 x {ranks} ranks, with which zbv fills a pipeline: write {2 * ranks} or more, or schedule zbh1 with chunks 1")
     orders = []
     for rank in range(ranks):
         down, up = rank, 2 * ranks - 1 - rank  # stages of the first and of the second chunk
@@ -189,12 +189,30 @@ def make_schedule(
         return interleaved(ranks, micro_num, chunks)
     return {"1f1b": one_f_one_b, "zbh1": zbh1, "zbv": zbv}[name](ranks, micro_num)
 
+# %% ../../nbs/parallel/18_schedules.ipynb #6ecd474a
+def evaluation_schedule(
+    like: Schedule,  # whose stages lie where they lie
+    packs: int,  # to be run, any number
+) -> Schedule:
+    "Forward passes alone, for any number of packs"
+    orders: list[list[Action]] = [[] for _ in range(like.ranks)]
+    stages, last = [like.stages_of(rank) for rank in range(like.ranks)], packs // like.ranks - 1  # the last group
+    came = [packs] + [0] * (like.stages - 1)  # packs that each stage could have begun
+    begun = [0] * like.stages
 
-def without_backward(
-    schedule: Schedule,
-) -> Schedule:  # of the forward passes alone
-    "What an evaluation runs"
-    return replace(schedule, name=f"{schedule.name} forward", orders=tuple(tuple(a for a in order if a.kind == "F") for order in schedule.orders))
+    def turn(s: int) -> tuple[int, int]:
+        "Whose turn it is: the lowest's"
+        return (0, -s) if like.shape == "v" else (min(begun[s] // like.ranks, last), s)
+
+    while begun[-1] < packs:
+        now = [min((s for s in mine if begun[s] < came[s]), key=turn, default=None) for mine in stages]
+        for order, s in zip(orders, now):
+            if s is not None:
+                order.append(Action("F", begun[s], s))
+                begun[s] += 1
+                if s + 1 < like.stages:
+                    came[s + 1] += 1
+    return Schedule("evaluation", like.ranks, packs, tuple(map(tuple, orders)), like.chunks, like.shape)
 
 # %% ../../nbs/parallel/18_schedules.ipynb #25f08f30
 class ScheduleError(ValueError):

@@ -169,7 +169,7 @@ def defer_weights(
     model: nn.Module,  # with `blocks`; changed in place
     queue: WeightQueue,
 ) -> list[str]:  # names of the modules that put their gradients off
-    "Have the matrices of all blocks leave their gradients in a queue. Raises ValueError for a kind of linear map that cannot"
+    "Have the matrices of all blocks leave their gradients in a queue. Experts of a mixture do not: their weight gradients are computed with their input's. Raises ValueError for a kind of linear map that cannot"
     names: list[str] = []
 
     def visit(module: nn.Module, path: str) -> None:

@@ -88,6 +88,8 @@ class ParallelConfig:
             raise ValueError(f"--parallel.chunks is {self.chunks}, but --parallel.schedule {self.schedule} has {({'interleaved': '2 or more', 'zbv': '2'}).get(self.schedule, '1')} a rank: change one of them")
         if self.pipeline == 1 and self.chunks > 1:
             raise ValueError(f"--parallel.chunks is {self.chunks}, but --parallel.pipeline is 1: pieces of a model are for several pipeline ranks")
+        if self.pipeline == 1 and self.schedule != "1f1b":
+            raise ValueError(f"--parallel.schedule is {self.schedule}, but --parallel.pipeline is 1: a schedule is for several pipeline ranks")
         if not (self.bucket_mb > 0 and self.timeout > 0):
             raise ValueError("--parallel.bucket-mb and --parallel.timeout are positive")
 
@@ -101,6 +103,7 @@ class ZeroConfig:
     optim: int = 1  # Ranks over which masters and moments are cut
     reshard: Reshard = "forward"  # Gathered weights are freed after forward and again after backward; backward: after backward only; step: at the end of the step; never
     grad_dtype: Literal["master", "param"] = "master"  # In which gradients are summed and sent: the masters' type, or the weights'
+    offload: bool = False  # Keep masters and moments in the host's memory; they come to the device for their update
     check: bool = False  # Look for reads of freed or old numbers: slow, to find faults
 
     def __post_init__(self):

@@ -21,6 +21,7 @@ from ..parallel.placement import Placement, sum_partial
 from .precision import LossScale, LossScaleConfig, Precision
 from .schedules import ScheduleConfig, beta2_at, lr_at
 from ..zero.hybrid import FlatPart, HybridZero
+from ..zero.offload import HostAdamW, move_masters, to_host
 from ..zero.sharding import Sharding
 from ..zero.stations import Reshard
 
@@ -134,6 +135,7 @@ class Optimizer:
         grad_dtype: torch.dtype | None = None,  # In which gradients are summed, with a sharding; None: the masters'
         overlap: bool = True,  # With a sharding: launch exchanges ahead, and wait late
         check: bool = False,  # With a sharding: look for reads of freed or old numbers
+        offload: bool = False,  # With a sharding: masters and moments lie in the host's memory
     ):
         self.cfg = cfg
         self._collected = False
@@ -155,7 +157,9 @@ class Optimizer:
             of_group = {n: i for i, g in enumerate(self.groups) for n in g.names}
             self.zero = HybridZero(model, mesh or single(first.device), sharding, of_group, placements, precision.master, grad_dtype, reshard, overlap, check)
             self.masters: dict[str, Tensor] = {}  # no rank has all of any: see `zero.leaves`
-            self._adam([[leaf.master for leaf in self.zero.leaves if leaf.kind.group == i] for i in range(len(self.groups))])
+            if offload:
+                move_masters(self.zero)
+            self._adam([[leaf.master for leaf in self.zero.leaves if leaf.kind.group == i] for i in range(len(self.groups))], first.device if offload else None)
             return
         self.masters = {n: p.detach().to(precision.master, copy=True) if p.dtype != precision.master else p for n, p in self.params.items()}
         many = mesh is not None and mesh.layout.world > 1
@@ -169,17 +173,15 @@ class Optimizer:
                 p.register_post_accumulate_grad_hook(_into_master(self.masters[n]))
         self._adam([[self.masters[n] for n in g.names] for g in self.groups])
 
-    def _adam(self, tensors: Sequence[list[Tensor]]) -> None:
-        "The inner optimizer, of each group's tensors"
+    def _adam(self, tensors: Sequence[list[Tensor]], visited: torch.device | None = None) -> None:
+        "The inner optimizer, of each group's tensors; with the device that they visit for their update, where they lie with the host"
         cfg = self.cfg
-        self.inner = torch.optim.AdamW(
-            [{"params": ts, "weight_decay": g.weight_decay} for ts, g in zip(tensors, self.groups)],
-            lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True,
-        )  # fmt: skip
+        groups = [{"params": ts, "weight_decay": g.weight_decay} for ts, g in zip(tensors, self.groups)]
+        self.host = None if visited is None else HostAdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps, visited)
+        self.inner = self.host or torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
         for m in (m for ts in tensors for m in ts):  # made now, not at the first step: a checkpoint is loaded into them
-            self.inner.state[m] = {
-                "step": torch.zeros((), dtype=torch.float32, device=m.device), "exp_avg": torch.zeros_like(m), "exp_avg_sq": torch.zeros_like(m),
-            }  # fmt: skip
+            moments = [torch.zeros_like(m) if visited is None else to_host(torch.zeros(m.shape, dtype=m.dtype, device=visited)) for _ in range(2)]
+            self.inner.state[m] = {"step": torch.zeros((), dtype=torch.float32, device=visited or m.device), "exp_avg": moments[0], "exp_avg_sq": moments[1]}
 
     def zero_grad(
         self,
@@ -213,7 +215,10 @@ class Optimizer:
             if self.tie is not None:  # the tied embedding is a unit of its own on both stages, cut alike: slices are added up as wholes would be
                 self.tie({name: g for leaf, g in zip(self.zero.leaves, grads) for name in leaf.unit.params if len(leaf.unit.params) == 1})
             for leaf, g in zip(self.zero.leaves, grads):
-                leaf.master.grad = g
+                if self.host is not None:
+                    self.host.grads[leaf.master] = g
+                else:
+                    leaf.master.grad = g
             return
         grads = {n: g for buckets in self.buckets for n, g in buckets.finish().items()}
         if self.tensor is not None:
@@ -243,7 +248,7 @@ class Optimizer:
         "Clip, then update or skip; the host waits for nothing. Raises RuntimeError for a parameter that got no gradient"
         self.collect()
         masters = {str(i): leaf.master for i, leaf in enumerate(self.zero.leaves)} if self.zero is not None else self.masters
-        grads = [m.grad for m in masters.values() if m.grad is not None]
+        grads = list(self.host.grads.values()) if self.host is not None else [m.grad for m in masters.values() if m.grad is not None]
         if len(grads) < len(masters):
             lost = next(n for n, m in masters.items() if m.grad is None)
             raise RuntimeError(f"parameter {lost!r} got no gradient: it takes no part in the loss. Freeze it with --optim.frozen '{lost}'")

@@ -63,12 +63,41 @@ def layout_of(
 ) -> Layout:
     "The layout of a run on so many ranks. Raises ValueError that names the sizes which do not fit"
     p = run.parallel
-    layout = Layout(world, p.tensor, p.sequence, p.context, p.pipeline, p.expert, p.mode)
-    check(layout, run.model, run.data.seq_len, run.data.micro_bsz, run.data.micro_num, p.chunks)
+    try:
+        layout = Layout(world, p.tensor, p.sequence, p.context, p.pipeline, p.expert, p.mode)
+        check(layout, run.model, run.data.seq_len, run.data.micro_bsz, run.data.micro_num, p.chunks)
+    except ValueError as e:
+        fields = [f"--parallel.{name} {size}" for name in ("tensor", "sequence", "context", "pipeline", "chunks", "expert") if (size := getattr(p, name)) > 1]
+        ranks = p.tensor * p.sequence * p.context * p.pipeline * p.expert
+        alone = f"; one process was started: begin the line with torchrun --nproc-per-node {ranks}" if world == 1 < ranks else ""
+        raise ValueError(f"{e} (fields: {' '.join([*fields, f'--data.micro-num {run.data.micro_num}'])}{alone})") from e
     if p.pipeline > 1:
-        make_schedule(p.schedule, p.pipeline, run.data.micro_num // layout.data, p.chunks)
+        _check_micro_num(run, layout)
     sharding_of(run, layout)
     return layout
+
+
+def _check_micro_num(run: RunConfig, layout: Layout) -> None:
+    "Can the schedule be made for a data rank's share of the packs? Raises ValueError in terms of what the user writes"
+    p, n = run.parallel, run.data.micro_num
+
+    def why_not_made(each: int) -> str:
+        try:
+            make_schedule(p.schedule, p.pipeline, each, p.chunks)
+        except ValueError as e:
+            return str(e)
+        return ""
+
+    each = n // layout.data
+    if not (reason := why_not_made(each)):
+        return
+    right = next((m for m in range(each, each + 2 * p.pipeline + 1) if not why_not_made(m)), None)
+    if layout.data == 1 or right is None:
+        raise ValueError(f"{reason} (fields: --parallel.schedule {p.schedule} --parallel.chunks {p.chunks} --data.micro-num {n})")
+    raise ValueError(
+        f"--data.micro-num {n} gives each of {layout.data} data ranks {each} {'pack' if each == 1 else 'packs'}: {reason.partition(': write')[0]}. "
+        f"Write --data.micro-num {right * layout.data}{' or more' if p.schedule == 'zbv' else ''}, or --parallel.schedule {'zbh1' if p.schedule == 'zbv' else '1f1b'} --parallel.chunks 1"
+    )
 
 
 def sharding_of(
@@ -145,7 +174,7 @@ def build_model(
         block.attention.backend = backend  # type: ignore[union-attr]
     if run.train.compile and isinstance(model, PipelinePart) and model.staged is not None and model.staged.queue is not None:
         raise ValueError(f"--parallel.schedule {run.parallel.schedule} has backward in halves, which compiled blocks do not: write --parallel.schedule 1f1b or interleaved, or leave --train.compile out")
-    if run.train.fp8 != "none" and (mesh.layout.tensor > 1 or run.parallel.schedule in ("zbh1", "zbv")):
+    if run.train.fp8 != "none" and (mesh.layout.tensor > 1 or (mesh.layout.pipeline > 1 and run.parallel.schedule in ("zbh1", "zbv"))):
         raise ValueError(f"--train.fp8 {run.train.fp8} works on whole matrices with a whole backward, not with --parallel.tensor {mesh.layout.tensor} and schedule {run.parallel.schedule}: write --train.fp8 none, or --parallel.tensor 1 and a schedule without halves")
     fp8_linears(model, run.train.fp8, device)
     recompute(model, run.train.recompute, run.train.recompute_policy)
@@ -167,6 +196,6 @@ def build_optimizer(
     precision, sharding = PRECISIONS[run.train.precision], sharding_of(run, mesh.layout)
     scale = LossScale(run.train.loss_scale, mesh.device, enabled=precision.loss_scale)
     common = model, run.optim, precision, scale, mesh, placements, int(run.parallel.bucket_mb * 2**20), parameter_names(run.model), make_tie(model)
-    if sharding == Sharding():
+    if sharding == Sharding() and not run.zero.offload:
         return Optimizer(*common)  # plain data parallelism
-    return Optimizer(*common, sharding, run.zero.reshard, precision.param if run.zero.grad_dtype == "param" else None, check=run.zero.check)
+    return Optimizer(*common, sharding, run.zero.reshard, precision.param if run.zero.grad_dtype == "param" else None, check=run.zero.check, offload=run.zero.offload)

@@ -113,7 +113,7 @@ def train_step(
     clock: StepClock | None = None,  # Gets the marks start, backward (its end), reduced and end
     mesh: Mesh | None = None,  # Ranks that train together; None: one process alone
 ) -> StepOutput:
-    "One optimizer step over micro-batches; nothing in it waits for the device"
+    "One optimizer step over micro-batches. Nothing in it waits for the device, except experts without a capacity where the host must know how many tokens go where: over several ranks, and where `why_not_grouped` gives a reason"
     device = batches[0].input_ids.device
     clock = clock or StepClock(device)
     clock.mark("start")
@@ -150,6 +150,9 @@ def train_step(
     return StepOutput(total, info.grad_norm, info.skipped, *(torch.stack(each).sum(0) for each in zip(*experts)))
 
 # %% ../../nbs/train/09_step.ipynb #768e54b0
+_GROUP = 16  # packs of this rank that are on the device at one time
+
+
 @torch.no_grad()
 def evaluate(
     model: Transformer | PipelinePart,  # Left in the mode it was in
@@ -165,7 +168,8 @@ def evaluate(
     if data is not None and packs:  # equally many for each, since ranks may have experts of each other's; a padding pack has no targets
         blank = padding_pack(len(packs[0].input_ids), 1)
         packs = [*packs, *[blank] * (-len(packs) % data.size)][data.coord :: data.size]
-    batches = [Batch.of(p, device, mesh) for p in packs]
-    forward_only(model, batches, lambda i, out: meter.add(out.token_loss, out.correct, batches[i].type_ids, batches[i].labels))
+    for start in range(0, len(packs), _GROUP):
+        batches = [Batch.of(p, device, mesh) for p in packs[start : start + _GROUP]]
+        forward_only(model, batches, lambda i, out, batches=batches: meter.add(out.token_loss, out.correct, batches[i].type_ids, batches[i].labels))
     model.train(was_training)
     return meter.read(axis=None if mesh is None else mesh.axis("loss"))

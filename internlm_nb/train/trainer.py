@@ -23,7 +23,7 @@ from ..checkpoint.keep import Found, mark_best, prune, read_stop, snapshot_folde
 from ..data.loader import Loader, make_validation
 from ..data.packing import Pack
 from ..model.flops import step_flops
-from ..parallel.comm import agree, all_reduce
+from ..parallel.comm import CollectiveTimeout, agree, all_reduce
 from ..parallel.mesh import Mesh, single
 from ..parallel.together import share, together
 from .config import RunConfig
@@ -190,7 +190,9 @@ class Trainer:
         "The next step's packs; data that cannot be read costs none of the steps that are made"
         try:
             return self._together(lambda: next(data), f"reading the data of step {self.state.step}")
-        except Exception:
+        except CollectiveTimeout:  # a rank is gone: a save, in which all take part, would wait for it
+            raise
+        except Exception:  # all have met over it
             if self.state.step:
                 self.save()
             raise

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..parallel.comm import Handle, start_all_reduce, start_reduce_scatter
 from ..parallel.mesh import Nested
-from .flat import FlatLayout, Spot
+from .flat import FlatLayout
 
 # %% ../../nbs/zero/04_reduce.ipynb #c68d7b38
 class Pool:
