@@ -15,7 +15,7 @@ from test_parallel_law import draw, told
 from internlm_nb.data.loader import DataConfig, Loader
 from internlm_nb.model.config import ModelConfig
 from internlm_nb.model.transformer import parameter_names
-from internlm_nb.parallel.mesh import Mesh, single
+from internlm_nb.parallel.mesh import Mesh, make_mesh, single
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.train.config import ParallelConfig, RunConfig, TrainConfig
 from internlm_nb.train.optim import OptimConfig, Optimizer
@@ -115,24 +115,23 @@ def hold(run: RunConfig, world: int, which: list[Sharding], options: list[dict[s
     assert names == alone[1].keys()
 
 
-ON = [dict(check=True)]
-BOTH = [dict(check=True), dict(overlap=False)]
+AHEAD, AT_ONCE = dict(check=True), dict(overlap=False)
 
 
-def test_all_factors_on_two_ranks():
-    for micro in (1, 3):
-        hold(run_of(2 * micro), 2, shardings(2), BOTH)
+@pytest.mark.parametrize("micro,options", [(3, [AT_ONCE]), *(pytest.param(m, [AHEAD, AT_ONCE], marks=pytest.mark.slow) for m in (1, 3))])
+def test_all_factors_on_two_ranks(micro, options):
+    hold(run_of(2 * micro), 2, shardings(2), options)
 
 
-@pytest.mark.parametrize("micro", [1, 3])
-def test_all_factors_on_four_ranks(micro):
-    hold(run_of(4 * micro), 4, shardings(4), ON if micro == 1 else BOTH)
+@pytest.mark.parametrize("micro,options", [(3, [AHEAD]), *(pytest.param(m, [AHEAD, AT_ONCE], marks=pytest.mark.slow) for m in (1, 3))])
+def test_all_factors_on_four_ranks(micro, options):
+    hold(run_of(4 * micro), 4, shardings(4), options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro", [1, 3])
 def test_all_factors_on_eight_ranks(micro):
-    hold(run_of(8 * micro), 8, shardings(8), BOTH, timeout=580)
+    hold(run_of(8 * micro), 8, shardings(8), [AHEAD, AT_ONCE], timeout=580)
 
 
 MOE: dict[str, Any] = dict(num_experts=4, experts_per_token=2, num_shared_experts=1, capacity_factor=1.0, aux_loss_coef=0.05, z_loss_coef=0.01)
@@ -152,14 +151,34 @@ COMPOSED: dict[str, tuple[RunConfig, int]] = {  # a run, and Z of its weights
     "expert-msp": (run_of(4, parallel=ParallelConfig(expert=2, tensor=2, mode="msp"), **MOE), 2),
     "frozen": (run_of(4, optim=dict(frozen=("embedding.*", "blocks.0.*", "blocks.1.ffn_norm.weight")), recompute=(1.0, "full")), 4),
 }
-RESHARD = [dict(check=True), dict(reshard="step", overlap=False), dict(reshard="never")]
+RESHARD: list[dict[str, Any]] = [dict(check=True), dict(reshard="step", overlap=False), dict(reshard="never"), dict(reshard="backward", check=True)]
 
 
+def composed(which: list[tuple[str, Sharding, dict[str, Any]]]):
+    "Several layouts by one group of processes"
+    return [train(make_mesh(layout_of(COMPOSED[name][0], 4)), COMPOSED[name][0], sharding, **options) for name, sharding, options in which]
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_composed(half):
+    "With every other axis, one choice of each: a middle sharding in check mode, or the innermost with other options"
+    which = []
+    for i, name in list(enumerate(COMPOSED))[half::2]:
+        some = shardings(COMPOSED[name][1])
+        which.append((name, some[-1] if i % 4 < 2 else some[len(some) // 2], RESHARD[i // 2 % 4 if i % 3 else 0]))
+    for results in zip(*run_ranks(composed, 4, which, timeout=200)):
+        name = which.pop(0)[0]
+        alone = train(single(), replace(COMPOSED[name][0], parallel=ParallelConfig()))
+        for got in results:
+            same(alone, got)
+        assert set().union(*(got[1] for got in results)) == alone[1].keys()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPOSED)
-def test_composed(name):
+def test_composed_all(name):
     run, z = COMPOSED[name]
-    some = shardings(z)
-    hold(run, 4, [some[-1], some[len(some) // 2]][: 1 if z == 1 else 2], RESHARD)
+    hold(run, 4, shardings(z), RESHARD, timeout=300)
 
 
 def drawn(seed: int, most: int) -> tuple[RunConfig, int, Sharding, dict[str, Any]]:
