@@ -126,6 +126,8 @@ def check_translatable(
     cfg: ModelConfig,  # to be exported
 ) -> None:
     "ValueError naming every field for which the older system has no word"
+    if cfg.num_experts:
+        raise ValueError(f"num_experts is {cfg.num_experts}: models with experts are not translated; keep them in this library's own checkpoints")
     v1 = cfg.family == "internlm"
     faults = [
         (cfg.family not in MODEL_TYPES.values(), f"family {cfg.family}: it knows {', '.join(dict.fromkeys(MODEL_TYPES.values()))}"),
