@@ -20,10 +20,10 @@ from ..parallel.mesh import Mesh, single
 from ..parallel.placement import Placement, sum_partial
 from .precision import LossScale, LossScaleConfig, Precision
 from .schedules import ScheduleConfig, beta2_at, lr_at
+from ..zero.costs import Reshard
 from ..zero.hybrid import FlatPart, HybridZero
 from ..zero.offload import HostAdamW, move_masters, to_host
 from ..zero.sharding import Sharding
-from ..zero.stations import Reshard
 
 # %% ../../nbs/train/04_optim.ipynb #a8247417
 @dataclass(frozen=True)

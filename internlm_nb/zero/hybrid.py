@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ..parallel.comm import all_reduce, all_reduce_
 from ..parallel.mesh import Mesh
 from ..parallel.placement import Placement, placements_of
+from .costs import Reshard
 from .flat import lay_out
 from .reduce import Accumulator, Journeys, Pool
 from .sharding import Factors, Sharding
-from .stations import Kind, Reshard, Station, counts, split_group, stations_of
+from .stations import Kind, Station, counts, split_group, stations_of
 from .unit import FlatUnit, ZeroError
 
 # %% ../../nbs/zero/06_hybrid.ipynb #b5894335
