@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_zero_hybrid import STEPS, cases, make, run_of
+from test_zero_hybrid import COMPOSED, STEPS, cases, make, run_of
 
 from internlm_nb.checkpoint.reader import Checkpoint
 from internlm_nb.data.loader import Loader
@@ -200,6 +200,16 @@ def test_weights_alone_and_other_layouts(tmp_path):
     model, opt, _ = make(single(), run, Sharding())
     init_run(Checkpoint(tmp_path / "a"), model, opt)
     assert all(torch.equal(p, Checkpoint(tmp_path / "a").read(f"model.{n}")) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["msp", "expert", "expert-msp"])
+def test_parts_of_parameters_are_saved_once(tmp_path, name):
+    "With tensor or expert parallelism and a sharding at once: every tensor has one writer, and one process goes on from them"
+    run, _ = COMPOSED[name]
+    want = run_ranks(save_and_go, layout_of(run, 4), run, Sharding(1, 2, 2), str(tmp_path / "a"))[0]
+    alone = replace(run, parallel=ParallelConfig())
+    for (loss, norm), (loss1, norm1) in zip(want, load_and_go(single(), alone, [None], str(tmp_path / "a"))[0]):
+        assert abs(loss1 - loss) <= 1e-10 * loss and abs(norm1 - norm) <= 1e-10 * norm
 
 
 # ---- planted faults

@@ -177,11 +177,12 @@ def flat_chunks(
     dtype = next(iter(zero.units)).full.dtype
     for kind, parts in optimizer.flat_state().items():
         for part in parts:
-            if saving and (not part.writes or (kind == "adam_step" and part.first)):
-                continue
             place = optimizer.placements.get(part.name)
             shape = tuple(zero.shapes[part.name]) if place is None else place.shape
             box = tuple((0, n) for n in shape) if place is None else place.region
+            begins = part.first == 0 and not any(start for start, _ in box)  # of the whole parameter: one rank writes its one step count
+            if saving and (not part.writes or (kind == "adam_step" and not begins)):
+                continue
             offsets, sizes = tuple(a for a, _ in box), tuple(b - a for a, b in box)
             named = f"{kind}.{part.name}"
             if kind in ("master", "frozen") and (kind == "frozen" or dtype == zero.master):
