@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from internlm_nb.apps.bench import BenchConfig, main
-from internlm_nb.apps.benchfile import grid, keep, load, new_record, result_text, table
-from internlm_nb.apps.benchgen import Task, first_difference
-from internlm_nb.apps.benchgpu import gpu_cases, gpu_result
-from internlm_nb.apps.benchtrain import contest_result, step_cost, train_field
-from internlm_nb.apps.contest import ContestError, Worker, alternate, ratio, same_work
-from internlm_nb.apps.peers import Case, installed, make_pack, mixed_lengths, shapes
+from internlm_nb.bench.cli import BenchConfig, main
+from internlm_nb.bench.records import grid, keep, load, new_record, result_text, table
+from internlm_nb.bench.generate import Task, first_difference
+from internlm_nb.bench.gpu import gpu_cases, gpu_result
+from internlm_nb.bench.train import contest_result, step_cost, train_field
+from internlm_nb.bench.contest import ContestError, Worker, alternate, ratio, same_work
+from internlm_nb.bench.peers import Case, installed, make_pack, mixed_lengths, shapes
 from internlm_nb.model.config import num_params
 
 needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
@@ -58,13 +58,13 @@ def test_unequal_work_is_named():
 
 
 def test_a_worker_that_hangs_dies_or_cannot_begin_is_an_error():
-    pause = "internlm_nb.apps.contest:Pause"
+    pause = "internlm_nb.bench.contest:Pause"
     with Worker("odd", pause, 60, timeout_s=30) as w:
         w.ready()
         w.timeout_s = 0.5
         with pytest.raises(ContestError, match=r"odd.*without an answer"):
             w.call("run", 1)
-    for build, said in ((pause, "TypeError"), ("internlm_nb.apps.contest:Nobody", "Nobody"), ("no_such_module:x", "no_such_module")):
+    for build, said in ((pause, "TypeError"), ("internlm_nb.bench.contest:Nobody", "Nobody"), ("no_such_module:x", "no_such_module")):
         with Worker("odd", build) as w, pytest.raises(ContestError, match=said):
             w.call("run", 1)
 
@@ -130,7 +130,7 @@ def test_usage_errors_say_what_to_write(capsys, tmp_path):
 
 
 def test_without_peers_everything_still_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr("internlm_nb.apps.peers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("internlm_nb.bench.peers.importlib.util.find_spec", lambda name: None)
     there, line = installed(("transformers", "litgpt"))
     assert there == [] and "pip install transformers litgpt" in line
     said: list[str] = []
@@ -169,4 +169,4 @@ def test_a_field_has_each_peer_in_each_style():
 
 def test_the_script_is_a_few_lines():
     text = (Path(__file__).parents[1] / "scripts" / "bench.py").read_text()
-    assert len(text.splitlines()) < 12 and "internlm_nb.apps.bench" in text
+    assert len(text.splitlines()) < 12 and "internlm_nb.bench.cli" in text

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm_nb.apps.chat import Chatter, answer, converse, main, room
-from internlm_nb.apps.load import load_model
+from internlm_nb.hub.load import load_model
 from internlm_nb.checkpoint.durable import CheckpointError
 from internlm_nb.checkpoint.logical import save_state
 from internlm_nb.data.chat import Conversation, chat_ids, stop_ids

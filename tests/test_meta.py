@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CFG = ConfigParser(delimiters=["="])
 CFG.read(ROOT / "settings.ini")
-FLOORS = ["model", "data", "parallel", "zero", "checkpoint", "hub", "train", "perf", "apps"]
+FLOORS = ["base", "model", "data", "parallel", "zero", "checkpoint", "hub", "observe", "train", "run", "perf", "bench", "apps"]
 MODULES = sorted(p for p in (ROOT / "internlm_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
 
 

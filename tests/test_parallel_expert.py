@@ -27,7 +27,7 @@ from internlm_nb.train.config import RunConfig
 from internlm_nb.train.optim import OptimConfig, Optimizer
 from internlm_nb.train.precision import PRECISIONS
 from internlm_nb.train.schedules import ScheduleConfig
-from internlm_nb.train.state import TrainState, load_run, save_run, share_out
+from internlm_nb.run.state import TrainState, load_run, save_run, share_out
 
 LENGTHS = (7, 1, 12, 4)  # documents of a pack
 TOKENS = sum(LENGTHS)
@@ -397,7 +397,7 @@ def test_any_layout_loads_what_any_saved(tmp_path):
 
 
 def test_each_part_is_written_by_one_rank():
-    from internlm_nb.train.state import located
+    from internlm_nb.run.state import located
 
     cfg, layout = config(), Layout(8, tensor=2, expert=2)
     written: dict[tuple, int] = {}

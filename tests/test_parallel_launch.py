@@ -26,8 +26,8 @@ from internlm_nb.parallel.ranks import run_ranks as run_ranks_for
 from internlm_nb.parallel.together import RankFailed
 from internlm_nb.train.config import ParallelConfig, RunConfig, changes, from_dict, to_dict
 from internlm_nb.train.parallelize import layout_of
-from internlm_nb.train.sinks import Sink
-from internlm_nb.train.stopping import Stopped
+from internlm_nb.observe.sinks import Sink
+from internlm_nb.run.stopping import Stopped
 
 ROOT = Path(__file__).parents[1]
 run_ranks = partial(run_ranks_for, timeout=180)  # a busy machine may take its time
@@ -63,7 +63,7 @@ def wide_run(**fields) -> RunConfig:
 
 def fit(mesh: Mesh | None, run: RunConfig, folder: Path, count: int | None = None, said: list[str] | None = None) -> Stopped:
     "What each rank does"
-    import internlm_nb.train.trainer as module
+    import internlm_nb.run.trainer as module
 
     module.save_plots = lambda run_dir: [run_dir / "plots" / "none"]
     return trainer(run, folder, said, mesh=mesh).fit(count)
@@ -206,7 +206,7 @@ def _stopping(mesh, run, folder):
         def write(self, record):
             pass
 
-    import internlm_nb.train.trainer as module
+    import internlm_nb.run.trainer as module
 
     module.save_plots = lambda run_dir: [run_dir / "plots" / "none"]
     t = trainer(run, folder, mesh=mesh)
@@ -259,7 +259,7 @@ def test_a_save_that_fails_on_one_rank_leaves_nothing(tmp_path):
 
 def _unreadable(mesh, run, folder):
     "Rank 1's data breaks at step 3"
-    import internlm_nb.train.trainer as module
+    import internlm_nb.run.trainer as module
 
     module.save_plots = lambda run_dir: [run_dir / "plots" / "none"]
     t = trainer(run, folder, mesh=mesh)

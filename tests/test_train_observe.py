@@ -21,13 +21,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from internlm_nb.train import sinks as sinks_module
-from internlm_nb.train.metrics import LOG_KEYS, StepRecord, Throughput, TypeMeter, datasheet_tflops, flop_rates, log_line, peak_tflops
-from internlm_nb.train.monitor import LivePlot, progress_bar, thin
-from internlm_nb.train.plots import compare_runs, plot_run, save_plots, series, smooth
-from internlm_nb.train.profile import StepProfiler, parse_steps
+from internlm_nb.observe import sinks as sinks_module
+from internlm_nb.observe.metrics import LOG_KEYS, StepRecord, Throughput, TypeMeter, datasheet_tflops, flop_rates, log_line, peak_tflops
+from internlm_nb.observe.monitor import LivePlot, progress_bar, thin
+from internlm_nb.observe.plots import compare_runs, plot_run, save_plots, series, smooth
+from internlm_nb.observe.profile import StepProfiler, parse_steps
 from internlm_nb.train.schedules import ScheduleConfig, acts, beta2_at, lr_at
-from internlm_nb.train.sinks import ConsoleSink, JsonlSink, Sink, Sinks, open_sinks, read_metrics, to_json
+from internlm_nb.observe.sinks import ConsoleSink, JsonlSink, Sink, Sinks, open_sinks, read_metrics, to_json
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 
@@ -312,7 +312,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path, monkeypatch):
 
 def test_a_killed_writer_loses_no_finished_record(tmp_path):
     code = f"""
-from internlm_nb.train.sinks import JsonlSink
+from internlm_nb.observe.sinks import JsonlSink
 s, k = JsonlSink({str(tmp_path)!r}), 0
 while True:
     s.write({{"step": k, "pad": "x" * 200}})
@@ -524,7 +524,7 @@ def test_live_plot_in_a_kernel_draws_anew_after_closing(monkeypatch):
         def update(self, part):
             shown.append("update")
 
-    monkeypatch.setattr("internlm_nb.train.monitor.in_notebook", lambda: True)
+    monkeypatch.setattr("internlm_nb.observe.monitor.in_notebook", lambda: True)
     monkeypatch.setattr(IPython.display, "display", lambda part, display_id: shown.append(type(part).__name__) or Handle())
     live = LivePlot(every_s=0)
     live.write({"step": 0, "loss": 1.0})
@@ -596,6 +596,6 @@ def test_profiler_off_makes_nothing(tmp_path):
 
 def test_light_imports():
     "Neither TensorBoard nor IPython nor matplotlib is loaded by sinks and metrics"
-    code = "import sys, internlm_nb.train.sinks, internlm_nb.train.schedules; print([m for m in ('matplotlib', 'tensorboard', 'IPython', 'fastcore', 'nbdev') if m in sys.modules])"
+    code = "import sys, internlm_nb.observe.sinks, internlm_nb.train.schedules; print([m for m in ('matplotlib', 'tensorboard', 'IPython', 'fastcore', 'nbdev') if m in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
     assert sinks_module.METRICS_FILE == "metrics.jsonl" and time.monotonic() > 0

@@ -14,11 +14,11 @@ from internlm_nb.data.loader import Loader
 from internlm_nb.data.packing import pack
 from internlm_nb.model.config import ModelConfig
 from internlm_nb.model.transformer import Transformer, recompute
-from internlm_nb.train.metrics import LOG_KEYS, TypeMeter, log_line
+from internlm_nb.observe.metrics import LOG_KEYS, TypeMeter, log_line
 from internlm_nb.train.optim import OptimConfig, Optimizer
 from internlm_nb.train.precision import PRECISIONS, LossScale, LossScaleConfig
 from internlm_nb.train.schedules import ScheduleConfig, lr_at
-from internlm_nb.train.state import TrainState
+from internlm_nb.run.state import TrainState
 from internlm_nb.train.step import Batch, evaluate, train_step
 
 pytestmark = pytest.mark.usefixtures("no_plots")
@@ -333,7 +333,7 @@ def test_record_and_line_have_the_keys(tmp_path):
     folder = (str(write_folder(tmp_path / "t")),)
     trainer(tiny_run(train_steps=3, data_train_folder=folder), tmp_path / "a").fit()
     records = facts(tmp_path / "a")
-    from internlm_nb.train.sinks import read_metrics
+    from internlm_nb.observe.sinks import read_metrics
 
     for i, r in enumerate(read_metrics(tmp_path / "a")):
         assert {"step", "loss", "grad_norm", "lr", "tokens", "tgs", "tflops", "mfu", "mfu_causal", "hfu", "tgs_10", "tgs_50", "tgs_mean"} <= r.keys()

@@ -24,9 +24,9 @@ from internlm_nb.data.tokenfiles import write_tokens
 from internlm_nb.data.tokenline import TokenFileError
 from internlm_nb.train.precision import LossScaleConfig
 from internlm_nb.train.schedules import ScheduleConfig
-from internlm_nb.train.sinks import Sink
-from internlm_nb.train.stopping import TOGETHER_S
-from internlm_nb.train.trainer import Stopped
+from internlm_nb.observe.sinks import Sink
+from internlm_nb.run.stopping import TOGETHER_S
+from internlm_nb.run.trainer import Stopped
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
@@ -89,7 +89,7 @@ import torch; torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import test_train_resume
-import internlm_nb.train.trainer as module
+import internlm_nb.run.trainer as module
 module.save_plots = lambda d: [d / "plots" / "none"]
 root = Path(sys.argv[2])
 test_train_resume.trainer(test_train_resume.everything(root, "float32", write=False), root / "warm").step  # what is imported late is imported here, once
@@ -149,11 +149,11 @@ def test_died_between_saving_the_best_and_saying_so(tmp_path, monkeypatch):
     "The mark is set by the next start"
     run = tiny_run(train_steps=4, train_valid_every=2, checkpoint_every=0)
     trainer(run, tmp_path / "a").fit()
-    monkeypatch.setattr("internlm_nb.train.trainer.mark_best", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("internlm_nb.run.trainer.mark_best", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trainer(run, tmp_path / "b").fit()
     monkeypatch.undo()
-    monkeypatch.setattr("internlm_nb.train.trainer.save_plots", lambda run_dir: [run_dir / "plots" / "none"])
+    monkeypatch.setattr("internlm_nb.run.trainer.save_plots", lambda run_dir: [run_dir / "plots" / "none"])
     trainer(run, tmp_path / "b")
     assert read_best(tmp_path / "b" / "checkpoints")["step"] == 2
     trainer(run, tmp_path / "b").fit()
@@ -227,7 +227,7 @@ def test_interrupted_at_the_last_step_is_done(tmp_path):
 
 def test_a_signal_during_the_first_validation(tmp_path, monkeypatch):
     "Ctrl-C while step 0 is validated is heard: one step, saved, and a clean end"
-    import internlm_nb.train.trainer as module
+    import internlm_nb.run.trainer as module
 
     real = module.evaluate
     monkeypatch.setattr(module, "evaluate", lambda *a: (os.kill(os.getpid(), signal.SIGINT), real(*a))[1])

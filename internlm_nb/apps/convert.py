@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from .load import find_tokenizer, open_tokenizer
+from ..hub.load import find_tokenizer, open_tokenizer
 from ..checkpoint.durable import CheckpointError, write_file
 from ..checkpoint.keep import resolve
 from ..checkpoint.reader import Checkpoint

@@ -30,7 +30,7 @@ from ..model.generate import Sampling, generate
 from ..model.transformer import Transformer
 from ..train.config import RunConfig
 from ..train.step import evaluate
-from ..train.trainer import Trainer
+from ..run.trainer import Trainer
 
 # %% ../../nbs/apps/03_demo.ipynb #7bbdfbbe
 def cache_dir() -> Path:

@@ -29,8 +29,8 @@ from ..parallel.comm import CollectiveTimeout
 from ..parallel.mesh import Mesh, Place, destroy, find_place
 from ..parallel.together import RankFailed, together
 from ..train.config import RunConfig
-from ..train.launch import open_mesh
-from ..train.trainer import Trainer
+from ..run.launch import open_mesh
+from ..run.trainer import Trainer
 
 # %% ../../nbs/apps/02_pretrain.ipynb #31dcb47b
 class UsageError(Exception):

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from .keys import Layout
-from ..model.config import ModelConfig, RopeScaling, require
+from ..base.check import require
+from ..model.config import ModelConfig, RopeScaling
 
 # %% ../../nbs/hub/03_hf_config.ipynb #b542cff5
 _ROPE_TYPES: dict[str, RopeScaling] = {"default": "none", "origin": "none", "none": "none", "linear": "linear", "dynamic": "dynamic"}

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..model.config import ModelConfig, require
+from ..base.check import require
+from ..model.config import ModelConfig
 from ..model.nodes import wide_dtype
 from .comm import Axis, Handle, barrier, start_send_receive
 from .layout import Coords, Layout, check

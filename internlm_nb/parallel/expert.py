@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model.config import ModelConfig, require
+from ..base.check import require
+from ..model.config import ModelConfig
 from ..model.moe import Experts, MixtureOfExperts, Plan, capacity_of, from_experts, host_sizes, places, to_experts
 from ..model.segments import Positions
 from .comm import Axis, all_gather, all_reduce, all_to_all

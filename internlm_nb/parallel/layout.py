@@ -11,7 +11,8 @@ from itertools import product
 from math import prod
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from ..model.config import ModelConfig, require
+from ..base.check import require
+from ..model.config import ModelConfig
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from ..model.config import require
+from ..base.check import require
 from ..model.loss import LossOutput
 from .comm import Axis, Handle, start_send_receive
 from .halves import WeightQueue

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..model.config import require
+from ..base.check import require
 from ..model.init import BLOCK, normal_slice, parameter_std
 from .comm import Axis, all_gather, all_reduce_
 

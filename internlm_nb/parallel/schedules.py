@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
-from ..model.config import require
+from ..base.check import require
 
 # %% ../../nbs/parallel/18_schedules.ipynb #666c1a3e
 Kind = Literal["F", "B", "I", "W"]  # forward; backward; its input-gradient half; its weight-gradient half

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..model.config import ModelConfig, require
+from ..base.check import require
+from ..model.config import ModelConfig
 from ..model.segments import Segments, positions_from
 from .comm import Axis, all_to_all
 from .layout import Coords, Layout

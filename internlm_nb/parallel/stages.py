@@ -14,7 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..model.config import ModelConfig, require
+from ..base.check import require
+from ..model.config import ModelConfig
 from ..model.decode import Linear
 from ..model.loss import LossOutput
 from ..model.segments import Inputs, Segments

@@ -12,7 +12,8 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from ..model.config import ModelConfig, require
+from ..base.check import require
+from ..model.config import ModelConfig
 from ..model.loss import chunk_tokens
 from .comm import Axis
 from .expert import SplitMixture

@@ -8,7 +8,7 @@ __all__ = ['Links', 'ring_s', 'StepTime', 'amsp_time', 'Choice', 'ranked', 'best
 # %% ../../nbs/zero/09_amsp.ipynb #b4cbece0
 from typing import Literal, NamedTuple
 
-from ..model.config import require
+from ..base.check import require
 from .costs import Widths, state_bytes
 from .sharding import Sharding, shardings
 

@@ -9,7 +9,7 @@ __all__ = ['Reshard', 'Widths', 'Memory', 'state_bytes', 'Exchange', 'leaving', 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from ..model.config import require
+from ..base.check import require
 from ..parallel.layout import Layout
 from ..parallel.record import sent_bytes
 from .sharding import Sharding

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from ..model.config import require
+from ..base.check import require
 from .sharding import Factors
 
 # %% ../../nbs/zero/02_flat.ipynb #c6c91220

@@ -7,13 +7,12 @@ __all__ = ['Factors', 'Sharding', 'known_factors', 'internevo_sharding', 'shardi
            'greedy_owners']
 
 # %% ../../nbs/zero/01_sharding.ipynb #0d3e0086
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..model.config import require
+from ..base.check import nearest, require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,7 +85,7 @@ class Sharding:
     ) -> "Sharding":
         "A known scheme. Raises ValueError with the nearest names for an unknown one, and when `node` does not divide `ranks`"
         known = known_factors(ranks, node)
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        close = nearest(name, known)
         require(name in known, f"no sharding named {name!r}: " + (f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(known)}"))
         return cls(*known[name]).resolved(ranks)
 
