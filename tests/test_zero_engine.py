@@ -14,9 +14,9 @@ from internlm_nb.data.loader import Loader
 from internlm_nb.parallel.mesh import Mesh, make_mesh, single
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.parallel.record import Recorder
+from internlm_nb.run.state import TrainState, init_run, load_run, save_run
 from internlm_nb.train.config import ParallelConfig, RunConfig
 from internlm_nb.train.parallelize import layout_of
-from internlm_nb.run.state import TrainState, init_run, load_run, save_run
 from internlm_nb.train.step import Batch, train_step
 from internlm_nb.zero.sharding import Sharding, shardings
 

@@ -56,15 +56,17 @@ class Worker:
         *args: Any,  # of `build`: numbers, strings, lists and dicts of them
         threads: int | None = None,  # processor threads of its numeric libraries; None: as here
         timeout_s: float = 900.0,  # of one call; a contender that takes longer is ended
+        env: Mapping[str, str] | None = None,  # further variables of its environment
     ):
         self.name, self.timeout_s, self.begun = name, timeout_s, False
         self.log = tempfile.TemporaryFile()
-        env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        around = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         if threads:
-            env |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+            around |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        around |= env or {}
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from internlm_nb.bench.contest import serve; serve()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=env, encoding="utf-8",
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=around, encoding="utf-8",
         )  # fmt: skip
         self._ask(build, args)
 
