@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from internlm_nb.bench.cli import BenchConfig, main
-from internlm_nb.bench.records import grid, keep, load, new_record, result_text, table
+from internlm_nb.bench.contest import ContestError, Worker, alternate, ratio, same_work
 from internlm_nb.bench.generate import Task, first_difference
 from internlm_nb.bench.gpu import gpu_cases, gpu_result
-from internlm_nb.bench.train import contest_result, step_cost, train_field
-from internlm_nb.bench.contest import ContestError, Worker, alternate, ratio, same_work
 from internlm_nb.bench.peers import Case, installed, make_pack, mixed_lengths, shapes
+from internlm_nb.bench.records import grid, keep, load, new_record, result_text, table
+from internlm_nb.bench.train import contest_result, step_cost, train_field
 from internlm_nb.model.config import num_params
 
 needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")

@@ -23,11 +23,11 @@ from internlm_nb.parallel.placement import Cut, Placement, init_placed, placemen
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.parallel.record import Recorder
 from internlm_nb.parallel.tensor import tensor_bytes, tensor_parallel
+from internlm_nb.run.state import TrainState, load_run, save_run, share_out
 from internlm_nb.train.config import RunConfig
 from internlm_nb.train.optim import OptimConfig, Optimizer
 from internlm_nb.train.precision import PRECISIONS
 from internlm_nb.train.schedules import ScheduleConfig
-from internlm_nb.run.state import TrainState, load_run, save_run, share_out
 
 LENGTHS = (7, 1, 12, 4)  # documents of a pack
 TOKENS = sum(LENGTHS)

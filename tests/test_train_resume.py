@@ -22,11 +22,11 @@ from internlm_nb.checkpoint.keep import read_best, steps
 from internlm_nb.checkpoint.reader import Checkpoint
 from internlm_nb.data.tokenfiles import write_tokens
 from internlm_nb.data.tokenline import TokenFileError
-from internlm_nb.train.precision import LossScaleConfig
-from internlm_nb.train.schedules import ScheduleConfig
 from internlm_nb.observe.sinks import Sink
 from internlm_nb.run.stopping import TOGETHER_S
 from internlm_nb.run.trainer import Stopped
+from internlm_nb.train.precision import LossScaleConfig
+from internlm_nb.train.schedules import ScheduleConfig
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 
