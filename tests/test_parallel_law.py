@@ -16,15 +16,17 @@ import torch
 
 from internlm_nb.data.loader import DataConfig, Loader
 from internlm_nb.model.config import Family, ModelConfig
+from internlm_nb.parallel.batch import Batch
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.mesh import Mesh, single
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.train.config import ParallelConfig, RunConfig, TrainConfig, ZeroConfig
 from internlm_nb.train.optim import OptimConfig, Optimizer
-from internlm_nb.train.parallelize import build_model, build_optimizer, layout_of
+from internlm_nb.train.parallelize import build, layout_of
 from internlm_nb.train.precision import PrecisionName
 from internlm_nb.train.schedules import ScheduleConfig
-from internlm_nb.train.step import Batch, train_step
+from internlm_nb.train.step import train_step
+from internlm_nb.zero.hybrid import trained_parts
 from internlm_nb.zero.sharding import Sharding, shardings
 
 STEPS = 3
@@ -111,8 +113,7 @@ def draw(seed: int, precision: PrecisionName, most: int = 8, least: int = 2) -> 
 
 def three_steps(mesh: Mesh, run: RunConfig):
     "Losses and norms of three steps, the first step's gradients, the last weights; and which part of each is here"
-    model, placements = build_model(run, mesh)
-    opt = build_optimizer(run, model, placements, mesh)
+    model, placements, _, opt = build(run, mesh)
     loader, data = Loader(run.data, run.train.seed, run.model.vocab_size), mesh.axis("data")
     figures, first = [], {}
     for step in range(STEPS):
@@ -129,13 +130,8 @@ def three_steps(mesh: Mesh, run: RunConfig):
 
 def parts(opt: Optimizer, grads: bool = False) -> dict[str, list[tuple[int, torch.Tensor]]]:
     "By name of a parameter: where a range of this rank's part of it begins, and the range, of masters or of their gradients"
-    out: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    if opt.zero is None:
-        return {n: [(0, (m.grad if grads and m.grad is not None else m.detach()).flatten().clone())] for n, m in opt.masters.items()}
-    leaves = [leaf.master for leaf in opt.zero.leaves]
-    for part in opt.zero.parts([m.grad for m in leaves if m.grad is not None] if grads else leaves):
-        out.setdefault(part.name, []).append((part.first, part.tensor.detach().clone()))
-    return out
+    tensors = opt.collect() if grads else [leaf.master for leaf in opt.engine.leaves]
+    return {part.name: [(part.first, part.tensor.detach().clone())] for part in trained_parts(opt.engine, tensors)}
 
 
 def hold(run: RunConfig, world: int) -> None:
@@ -150,7 +146,7 @@ def hold(run: RunConfig, world: int) -> None:
             assert abs(loss1 - loss) <= loss_tolerance * abs(loss), (rank, loss, loss1)
             assert abs(norm1 - norm) <= 1e-4 * norm if not exact else abs(norm1 - norm) <= 1e-10 * norm, (rank, norm, norm1)
         assert last.keys() <= placements.keys() <= grads.keys()
-        assert first.keys() == (set() if run.zero.offload else last.keys())  # gradients of states with the host are gone when the update is made
+        assert first.keys() == last.keys()
         for name, place in placements.items():
             at = place.cut(torch.arange(math.prod(place.shape)).view(place.shape)).flatten()
             for whole, got_parts, tolerance in ((grads, first, grad_tolerance * grads[name][0][1].abs().max()), (weights, last, weight_tolerance)):
@@ -233,10 +229,10 @@ def test_law_2_sweep(precision, seed):
 
 def _wrong(mesh: Mesh, run: RunConfig):
     "The same, with a maximum over ranks instead of the sum: the law must notice"
-    import internlm_nb.parallel.data as data
+    import internlm_nb.zero.reduce as reduce
 
-    real = data.start_all_reduce
-    data.start_all_reduce = lambda x, axis, purpose: real(x, axis, purpose, "max")
+    real = reduce.start_all_reduce
+    reduce.start_all_reduce = lambda x, axis, purpose: real(x, axis, purpose, "max")
     return three_steps(mesh, run)
 
 

@@ -11,13 +11,14 @@ from test_zero_hybrid import COMPOSED, STEPS, cases, make, run_of
 
 from internlm_nb.checkpoint.reader import Checkpoint
 from internlm_nb.data.loader import Loader
+from internlm_nb.parallel.batch import Batch
 from internlm_nb.parallel.mesh import Mesh, make_mesh, single
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.parallel.record import Recorder
 from internlm_nb.run.state import TrainState, init_run, load_run, save_run
-from internlm_nb.train.config import ParallelConfig, RunConfig
+from internlm_nb.train.config import ParallelConfig, RunConfig, ZeroConfig
 from internlm_nb.train.parallelize import layout_of
-from internlm_nb.train.step import Batch, train_step
+from internlm_nb.train.step import train_step
 from internlm_nb.zero.sharding import Sharding, shardings
 
 
@@ -69,8 +70,8 @@ def test_overlap_changes_no_bit(precision, some):
 def test_bf16_is_close_and_masters_are_fp32():
     "bf16 weights over fp32 masters: the same step as without a sharding, up to the order in which ranks are added"
     run = run_of(4, "bfloat16")
-    plain = run_ranks(cases, layout_of(run, 2), run, [None], [{}])[0][0]
-    for results in run_ranks(cases, layout_of(run, 2), run, shardings(2), [{}, dict(grad_dtype=torch.bfloat16)]):
+    plain = run_ranks(cases, layout_of(run, 2), run, [Sharding()], [{}])[0][0]
+    for results in run_ranks(cases, layout_of(run, 2), run, shardings(2), [{}, dict(grad_dtype="param")]):
         for i, got in enumerate(results):
             for (loss, norm), (loss1, norm1) in zip(plain[0], got[0]):
                 assert abs(loss - loss1) <= 2e-3 * loss and abs(norm - norm1) <= (2e-2 if i % 2 else 2e-3) * norm
@@ -156,8 +157,7 @@ def load_and_go(mesh: Mesh, run: RunConfig, which: list[Sharding | None], folder
         load_run(Checkpoint(folder), model, opt, cast)
         out.append(go(mesh, run, model, opt, range(2, 4)))
         mesh.check_waited()
-        if opt.zero is not None:
-            opt.zero.remove()
+        opt.engine.remove()
     return out
 
 
@@ -226,15 +226,15 @@ FAULTS = {
 
 def planted(run: RunConfig):
     "Runs in check mode, with something left out of each: what was said"
-    from internlm_nb.zero.hybrid import HybridZero
     from internlm_nb.zero.reduce import Accumulator
     from internlm_nb.zero.unit import FlatUnit, ZeroError
+    from internlm_nb.zero.units import Gathers
 
-    enter, close, said = HybridZero._enter, Accumulator._close, {}
+    enter, close, said = Gathers._enter, Accumulator._close, {}
     faults: dict[str, tuple[type, str, Any]] = {
         "no publish": (FlatUnit, "_steps", lambda self: [lambda: self._launch("full", "slice", self._gather)] if not self.there else []),
-        "freed too early": (HybridZero, "_enter", lambda self, station, following: (enter(self, station, following), self._free(station))[0]),
-        "no gather in backward": (HybridZero, "_back", lambda self, station, before, grad: None),
+        "freed too early": (Gathers, "_enter", lambda self, stop, following: (enter(self, stop, following), stop.free())[0]),
+        "no gather in backward": (Gathers, "_back", lambda self, stop, before, told, grad: None),
         "round lost": (Accumulator, "_close", lambda self: (close(self), iter(()))[1] if self.name == "blocks.1" else close(self)),
         "update unsaid": (FlatUnit, "updated", lambda self: None),
     }
@@ -286,15 +286,14 @@ def compiled(mesh: Mesh, run: RunConfig):
 
 
 def make_compiled(mesh: Mesh, run: RunConfig):
-    from internlm_nb.train.optim import Optimizer
-    from internlm_nb.train.parallelize import build_model
+    from internlm_nb.train.parallelize import build_model, make_optimizer
     from internlm_nb.train.precision import PRECISIONS
 
     model, placements = build_model(run, mesh)
     for block in model.blocks:
         block.attention.attend = torch.compiler.disable(block.attention.attend)  # type: ignore[union-attr]
         block.compile(backend="aot_eager")
-    opt = Optimizer(model, run.optim, PRECISIONS["float64"], None, mesh, placements, sharding=Sharding(2, 2, 2), check=True)
+    opt = make_optimizer(model, run.optim, PRECISIONS["float64"], mesh, ZeroConfig(2, 2, 2, check=True), placements)
     return model, opt, placements
 
 

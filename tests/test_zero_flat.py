@@ -1,4 +1,4 @@
-"Slices of a flat buffer: every element in one optimizer slice, slices equal and nested, runs and pieces cover what they are of; any shapes, kinds and factors"
+"Slices of a flat buffer: every element in one optimizer slice, slices equal and nested, pieces cover what they are of; any shapes and factors"
 
 from __future__ import annotations
 
@@ -19,24 +19,20 @@ def test_slices(seed):
     z = pick.choice([1, 2, 3, 4, 6, 8, 12])
     sharding = pick.choice(shardings(z))
     shapes = {f"p{i}": tuple(pick.randint(1, 7) for _ in range(pick.randint(0, 3))) for i in range(pick.randint(1, 8))}
-    kinds = {n: pick.choice("abc") for n in shapes}
     align = pick.choice([1, 2, 16])
-    layout = lay_out(shapes, kinds, sharding.factors, align)
+    layout = lay_out(shapes, sharding.factors, align)
     p, g, o = sharding.factors
     assert layout.size % (o * align) == 0 and layout.size < sum(-(-prod(s) // align) * align for s in shapes.values()) + o * align
-    assert sorted(layout.names) == sorted(shapes) and all(start % align == 0 for start in layout.starts)
+    assert list(layout.names) == list(shapes) and all(start % align == 0 for start in layout.starts)
     owned: dict[str, list[tuple[int, int]]] = {n: [] for n in shapes}
     covered = []
     for spot in (Spot(*s) for s in product(range(p), range(g // p), range(o // g))):
         whole, middle, own = (layout.slice_of(spot, level) for level in ("param", "grad", "optim"))
         assert whole[0] <= middle[0] <= own[0] and own[1] <= middle[1] <= whole[1]
         assert [b - a for a, b in (whole, middle, own)] == [layout.size // n for n in (p, g, o)]
-        runs = layout.runs(*own)
-        assert runs[0].start == own[0] and runs[-1].stop == own[1] and all(a.stop == b.start and a.kind != b.kind for a, b in pairwise(runs))
         covered.append(own)
         for name, first, last, at in layout.pieces(*own):
             assert own[0] <= at < at + last - first <= own[1] and layout.range_of(name)[0] + first == at
-            assert next(r.kind for r in runs if r.start <= at < r.stop) == kinds[name]
             owned[name].append((first, last))
     assert sorted(covered) == [(i * layout.size // o, (i + 1) * layout.size // o) for i in range(o)]
     for name, parts in owned.items():
@@ -49,7 +45,7 @@ def test_spots_are_those_of_the_ranks(z):
     "The coordinates that nested groups give a rank lead to the slices that `zero.sharding` gives it"
     for sharding in shardings(z):
         p, g, o = sharding.factors
-        layout, ranks = lay_out({"w": (z * 5, 3)}, None, sharding.factors, 1), Layout(z)
+        layout, ranks = lay_out({"w": (z * 5, 3)}, sharding.factors, 1), Layout(z)
         groups = ranks.nested(p, g, o)
         for rank in range(z):
             spot = Spot(*(next(m for m in groups[axis] if rank in m).index(rank) for axis in ("param", "grad", "optim")))

@@ -15,14 +15,15 @@ from test_parallel_law import draw, told
 from internlm_nb.data.loader import DataConfig, Loader
 from internlm_nb.model.config import ModelConfig
 from internlm_nb.model.transformer import parameter_names
+from internlm_nb.parallel.batch import Batch
 from internlm_nb.parallel.mesh import Mesh, make_mesh, single
 from internlm_nb.parallel.ranks import run_ranks
-from internlm_nb.train.config import ParallelConfig, RunConfig, TrainConfig
-from internlm_nb.train.optim import OptimConfig, Optimizer
-from internlm_nb.train.parallelize import build_model, layout_of, make_tie
+from internlm_nb.train.config import ParallelConfig, RunConfig, TrainConfig, ZeroConfig
+from internlm_nb.train.optim import OptimConfig
+from internlm_nb.train.parallelize import build_model, layout_of, make_optimizer
 from internlm_nb.train.precision import PRECISIONS, LossScale
 from internlm_nb.train.schedules import ScheduleConfig
-from internlm_nb.train.step import Batch, train_step
+from internlm_nb.train.step import train_step
 from internlm_nb.zero.sharding import Sharding, shardings
 
 STEPS = 3
@@ -58,16 +59,14 @@ def run_of(
     return RunConfig("zero", cfg, data, rates, training, parallel=parallel or ParallelConfig())
 
 
-def make(mesh: Mesh, run: RunConfig, sharding: Sharding | None, **options: Any):
-    "Model and optimizer"
+def make(mesh: Mesh, run: RunConfig, sharding: Sharding | None = None, overlap: bool = True, bucket_mb: float = 0.0, **options: Any):
+    "Model, optimizer and placements; each module a unit of its own, unless `bucket_mb` joins them"
     precision = PRECISIONS[run.train.precision]
     model, placements = build_model(run, mesh)
     scale = LossScale(run.train.loss_scale, mesh.device, enabled=precision.loss_scale)
-    return (
-        model,
-        Optimizer(model, run.optim, precision, scale, mesh, placements, 1 << 20, parameter_names(run.model), make_tie(model), sharding, **options),
-        placements,
-    )
+    zero = ZeroConfig(*(sharding or Sharding()).factors, **options)
+    opt = make_optimizer(model, run.optim, precision, mesh, zero, placements, scale, parameter_names(run.model), bucket_mb, overlap)
+    return model, opt, placements
 
 
 def train(mesh: Mesh, run: RunConfig, sharding: Sharding | None = None, steps: int = STEPS, **options: Any):
@@ -80,12 +79,10 @@ def train(mesh: Mesh, run: RunConfig, sharding: Sharding | None = None, steps: i
         out = train_step(model, opt, batches, sum(b.num_targets for b in batches), mesh=mesh)
         figures.append((out.loss.item(), out.grad_norm.item()))
         mesh.check_waited()
-    if opt.zero is None:
-        return figures, {n: p.detach().clone() for n, p in model.named_parameters()}, placements
-    with opt.zero.gathered():
+    with opt.engine.gathered():
         weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     mesh.check_waited()
-    opt.zero.remove()
+    opt.engine.remove()
     return figures, weights, placements
 
 
@@ -187,6 +184,7 @@ def drawn(seed: int, most: int) -> tuple[RunConfig, int, Sharding, dict[str, Any
     pick = random.Random(seed)
     sharding = pick.choice(shardings(layout_of(run, world).replica))
     options = dict(reshard=pick.choice(["forward", "forward", "backward", "step", "never"]), overlap=pick.random() < 0.7, check=pick.random() < 0.7)
+    options |= dict(bucket_mb=pick.choice([0.0, 0.02, 32.0]), offload=pick.random() < 0.2)
     if pick.random() < 0.3:
         run = replace(
             run, optim=replace(run.optim, frozen=pick.choice([("embedding.*",), ("*ffn_norm.weight",), ("head.norm.weight", "blocks.0.attention.*")]))

@@ -11,12 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
 from internlm_nb.data.loader import Loader
+from internlm_nb.parallel.batch import Batch
 from internlm_nb.parallel.mesh import Mesh
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.train.config import RunConfig
 from internlm_nb.train.optim import param_groups
 from internlm_nb.train.parallelize import build_model, layout_of
-from internlm_nb.train.step import Batch
 from internlm_nb.zero.sharding import Sharding
 
 

@@ -149,7 +149,7 @@ def main(
         except (TokenFileError, OSError, CheckpointError, FloatingPointError) as e:
             _leave(f"stopped after step {trainer.state.step}: {e}", 1, place)
         if trainer.done and hasattr(module, "finish") and mesh.rank == 0:
-            if mesh.layout.data < mesh.layout.world or mesh.layout.expert > 1 or (mesh.layout.world > 1 and trainer.optimizer.zero is not None):
+            if mesh.layout.data < mesh.layout.world or mesh.layout.expert > 1:
                 print("the run file's finish() is left out: it needs a whole model on one rank; load the checkpoint in one process instead")
             else:
                 module.finish(trainer)

@@ -28,13 +28,15 @@ from ..model.config import ModelConfig
 from ..model.init import init_weights
 from ..model.loss import LossOutput
 from ..model.transformer import Transformer
+from ..parallel.batch import Batch
+from ..parallel.mesh import single
 from ..train.config import RunConfig, TrainConfig
 from ..train.fp8 import Fp8
 from ..run.host import keep_freed_memory
-from ..train.optim import OptimConfig, Optimizer
-from ..train.parallelize import build_model
+from ..train.optim import OptimConfig
+from ..train.parallelize import build, build_model
 from ..train.precision import PRECISIONS, PrecisionName
-from ..train.step import Batch, train_step
+from ..train.step import train_step
 
 # %% ../../nbs/bench/04_peers.ipynb #8f632358
 @dataclass(frozen=True)
@@ -247,8 +249,7 @@ class Ours(Contender):
             plain = replace(train, precision="float32", compile=False, attention="auto", fp8="none")
             out = self._loss(build_model(replace(run, train=plain), self.device)[0])
             self.loss32 = float(out)
-        self.model, _ = build_model(run, self.device)
-        self.optimizer = Optimizer(self.model, run.optim, PRECISIONS[case.precision])
+        self.model, _, _, self.optimizer = build(run, single(self.device))
 
     @torch.no_grad()
     def _loss(self, model: nn.Module) -> Tensor:

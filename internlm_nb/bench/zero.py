@@ -22,15 +22,16 @@ from .contest import ratio
 from .measure import peak_bytes, reset_peak
 from .peers import Case, make_pack
 from ..model.loss import LossOutput
+from ..parallel.batch import Batch
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh
 from ..parallel.ranks import run_ranks
-from ..train.config import RunConfig, TrainConfig, from_dict
+from ..train.config import RunConfig, TrainConfig, ZeroConfig, from_dict
 from ..run.host import keep_freed_memory
-from ..train.optim import OptimConfig, Optimizer
-from ..train.parallelize import build_model
+from ..train.optim import OptimConfig
+from ..train.parallelize import build, build_model
 from ..train.precision import PRECISIONS
-from ..train.step import Batch, train_step
+from ..train.step import train_step
 from ..zero.sharding import Sharding
 
 # %% ../../nbs/bench/10_zero.ipynb #784a9112
@@ -45,8 +46,7 @@ class ShardedOurs:
     ):
         run = RunConfig("bench", case.config, optim=OptimConfig(lr=1e-4, clip=1.0), train=TrainConfig(precision=case.precision, seed=case.seed))
         self.mesh, self.case = mesh, case
-        self.model, placements = build_model(run, mesh)
-        self.optimizer = Optimizer(self.model, run.optim, PRECISIONS[case.precision], None, mesh, placements, sharding=sharding)
+        self.model, _, _, self.optimizer = build(replace(run, zero=ZeroConfig(*sharding.factors)), mesh)
         self.batch = Batch.of(make_pack(replace(case, seed=case.seed + mesh.rank)), mesh.device)
 
     def step(self) -> Tensor:

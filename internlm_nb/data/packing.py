@@ -13,26 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..base.check import IGNORE_INDEX
+
 # %% auto #0
-__all__ = ['IGNORED', 'Pack', 'Part', 'build_pack', 'padding_pack', 'pack']
+__all__ = ['Pack', 'Part', 'build_pack', 'padding_pack', 'pack']
 
 # %% ../../nbs/data/07_packing.ipynb #4678a316
-IGNORED = -100  # the label of a position that is no target
-
-
 @dataclass(frozen=True)
 class Pack:
     "One micro-batch: P = seq_len * micro_bsz packed tokens with their documents' borders"
 
     input_ids: Tensor  # (P,) int64
-    labels: Tensor  # (P,) int64, shifted; -100 where there is no target
+    labels: Tensor  # (P,) int64, shifted; IGNORE_INDEX where there is no target
     cu_seqlens: Tensor  # (segments + 1,) int32, borders of the segments that attention keeps apart
     indexes: Tensor  # (P,) int64, position of each token in its segment
     type_ids: Tensor  # (P,) int64, data type of each token's document (0 in padding)
     lengths: tuple[int, ...]  # tokens of each segment, padding included
     num_tokens: int  # real tokens, padding not counted
     num_documents: int  # documents, or pieces of them, that have tokens here
-    num_targets: int  # labels other than -100
+    num_targets: int  # labels other than IGNORE_INDEX
     largest_length: int  # tokens of the longest document, or piece, here
     source: int = 0  # which of the mixed folders it comes from
 
@@ -82,7 +81,7 @@ def build_pack(
     "Parts of documents to one pack, padded to P tokens"
     size = seq_len * micro_bsz
     ids, types = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-    labels = np.full(size, IGNORED, dtype=np.int64)
+    labels = np.full(size, IGNORE_INDEX, dtype=np.int64)
     pieces: list[int] = []
     at = 0
     for part in parts:
@@ -96,7 +95,7 @@ def build_pack(
         labels[at : at + known] = tokens[1 : known + 1]
         pieces.extend([count] if pack_sample_into_one else _cut(count, seq_len))
         at += count
-    labels[labels < 0] = IGNORED
+    labels[labels < 0] = IGNORE_INDEX
     np.abs(ids, out=ids)
     lengths = [seq_len] * micro_bsz if pack_sample_into_one else pieces + _cut(size - at, seq_len)
     borders = np.concatenate([[0], np.cumsum(lengths)])
@@ -110,7 +109,7 @@ def build_pack(
         lengths=tuple(lengths),
         num_tokens=at,
         num_documents=len(pieces),
-        num_targets=int((labels != IGNORED).sum()),
+        num_targets=int((labels != IGNORE_INDEX).sum()),
         largest_length=max(pieces, default=0),
         source=source,
     )

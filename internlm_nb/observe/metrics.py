@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor
 
+from ..base.check import IGNORE_INDEX
 from ..parallel.comm import Axis, all_reduce
 
 # %% ../../nbs/observe/01_metrics.ipynb #f1b0ea9f
@@ -149,10 +150,10 @@ class TypeMeter:
         token_loss: Tensor,  # (tokens,) loss of each token
         correct: Tensor,  # (tokens,) bool: was the most likely token the label?
         type_ids: Tensor,  # (tokens,) data type of each token
-        labels: Tensor,  # (tokens,) -100 where there is no target
+        labels: Tensor,  # (tokens,) IGNORE_INDEX where there is no target
     ) -> None:
         "Count one micro-batch, without waiting for the device"
-        target = labels != -100
+        target = labels != IGNORE_INDEX
         rows = torch.stack([torch.where(target, token_loss.double(), 0.0), (correct & target).double(), target.double()])
         self.sums.index_add_(1, torch.where(target, type_ids, 0).long(), rows.detach())
 

@@ -18,12 +18,13 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..base.check import require
 from ..model.loss import LossOutput
+from .batch import Batch
 from .comm import Axis, Handle, start_send_receive
 from .halves import WeightQueue
 from .messages import Plan
 from .record import Count
 from .schedules import Action, Schedule
-from .stages import Packed, PipelinePart
+from .stages import PipelinePart
 
 # %% ../../nbs/parallel/23_pipeline.ipynb #b5a74701
 @dataclass
@@ -51,7 +52,7 @@ class _Run:
         self,
         part: PipelinePart,
         plan: Plan,
-        batches: Sequence[Packed],
+        batches: Sequence[Batch],
         axis: Axis,
         scale_loss: Callable[[int, LossOutput], Tensor],
         on_output: Callable[[int, LossOutput], None] | None,
@@ -146,7 +147,7 @@ def _purpose(made: Action) -> str:
 def run_schedule(
     part: PipelinePart,  # this rank's stages
     plan: Plan,  # from `check_schedule`
-    batches: Sequence[Packed],  # all micro-batches, on every rank of the pipeline
+    batches: Sequence[Batch],  # all micro-batches, on every rank of the pipeline
     axis: Axis,  # the pipeline
     scale_loss: Callable[[int, LossOutput], Tensor],  # (micro-batch, the last stage's loss) -> what to call backward on
     on_output: Callable[[int, LossOutput], None] | None = None,  # told of each loss, on the last stage's rank alone

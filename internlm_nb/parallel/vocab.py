@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..base.check import IGNORE_INDEX
 from ..model.decode import thin_linear
 from ..model.layers import wide_dtype
-from ..model.loss import IGNORE, LossOutput, check_labels, chunk_tokens, slab_rows, times
+from ..model.loss import LossOutput, check_labels, chunk_tokens, slab_rows, times
 from ..model.transformer import Embedding, Head
 from .comm import Axis, Handle, start_all_gather
 from .layout import Mode
@@ -108,7 +109,7 @@ class SplitCrossEntropy(torch.autograd.Function):
         correct = torch.empty(tokens, dtype=torch.bool, device=x.device)
         grad_x = torch.empty_like(x) if want_x else None
         grad_weight: Tensor | None = None
-        targets, valid = labels - axis.coord * words, labels != IGNORE  # an ignored label is in nobody's range: see `statistics`
+        targets, valid = labels - axis.coord * words, labels != IGNORE_INDEX  # an ignored label is in nobody's range: see `statistics`
         targets = targets.where(valid, -1)
         starts = range(0, tokens, chunk)
         rooms = [x.new_empty(min(chunk, tokens), words) for _ in starts[:2]]  # for this chunk's logits, and the next one's
@@ -153,7 +154,7 @@ class SplitCrossEntropy(torch.autograd.Function):
 def split_cross_entropy(
     x: Tensor,  # (tokens, hidden), normalised hidden states, the same on every rank; its gradient is a summand
     weight: Tensor,  # (vocab / size, hidden), this rank's words
-    labels: Tensor,  # (tokens,) int64, `IGNORE` where there is no target, the same on every rank
+    labels: Tensor,  # (tokens,) int64, `IGNORE_INDEX` where there is no target, the same on every rank
     axis: Axis,  # the tensor axis
     label_smoothing: float = 0.0,  # share of the target spread evenly over the vocabulary
     chunk: int = 0,  # tokens whose logits exist at one time, twice; 0: by `chunk_tokens` of this rank's words

@@ -23,6 +23,7 @@ from ..checkpoint.keep import Found, mark_best, prune, read_stop, snapshot_folde
 from ..data.loader import Loader, make_validation
 from ..data.packing import Pack
 from ..model.flops import step_flops
+from ..parallel.batch import Batch
 from ..parallel.comm import CollectiveTimeout, agree, all_reduce
 from ..parallel.mesh import Mesh, single
 from ..parallel.together import share, together
@@ -32,7 +33,7 @@ from .host import keep_freed_memory
 from .launch import agree_on, check_disk, describe_links, measure_links
 from ..observe.metrics import StepRecord, Throughput, TypeMeter, flop_rates, peak_tflops
 from ..observe.monitor import LivePlot, in_notebook, progress_bar
-from ..train.parallelize import build_model, build_optimizer, choose_device
+from ..train.parallelize import build, choose_device
 from ..observe.plots import save_plots
 from ..train.precision import PRECISIONS, matmul_precision
 from .preflight import check_data, check_memory, checkpoint_bytes
@@ -41,7 +42,7 @@ from ..train.schedules import acts
 from ..observe.sinks import VALIDATION_FILE, ConsoleSink, JsonlSink, Sink, Sinks, open_sinks, read_metrics
 from .start import find_checkpoint, load_start, open_folder, summary
 from .state import data_facts, save_run
-from ..train.step import Batch, StepClock, StepOutput, evaluate, train_step
+from ..train.step import StepClock, StepOutput, evaluate, train_step
 from .stopping import Stopped, StopRequest, signals_ask
 
 # %% ../../nbs/run/08_trainer.ipynb #9833dcb9
@@ -112,8 +113,8 @@ class Trainer:
     def _build(self) -> None:
         run = self.run
         with matmul_precision(self.precision):
-            self.model, placements = build_model(run, self.mesh)
-        self.optimizer = build_optimizer(run, self.model, placements, self.mesh)
+            self.built = build(run, self.mesh)
+        self.model, self.optimizer = self.built.model, self.built.optimizer
 
     def _open_sinks(self, more: Iterable[Sink]) -> Sinks:
         "metrics.jsonl always, what the run names, and the caller's own; TensorBoard is left out, with a word, where it is not installed"

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..model.loss import LossOutput
+from ..parallel.batch import Batch
 from ..parallel.comm import Axis
 from ..parallel.halves import WeightQueue
 from ..parallel.messages import Plan, check_schedule
 from ..parallel.pipeline import run_schedule
 from ..parallel.schedules import Name, evaluation_schedule, make_schedule
-from ..parallel.stages import Packed, PipelinePart
+from ..parallel.stages import PipelinePart
 
 # %% ../../nbs/train/06_passes.ipynb #9384808e
 @dataclass(eq=False)
@@ -47,7 +48,7 @@ class Staged:
 # %% ../../nbs/train/06_passes.ipynb #87f1e51f
 def forward_backward(
     model: nn.Module,  # A Transformer, or a `PipelinePart` with its `staged`
-    batches: Sequence[Packed],  # This data rank's micro-batches
+    batches: Sequence[Batch],  # This data rank's micro-batches
     minimise: Callable[[int, LossOutput], Tensor],  # (micro-batch, its loss) -> what to call backward on
     note: Callable[[int, LossOutput], None],  # Told of each micro-batch's loss, where the head is
     extra: Callable[[Tensor], Tensor],  # What blocks of an earlier stage add to the loss -> what to call backward on
@@ -71,7 +72,7 @@ def forward_backward(
 @torch.no_grad()
 def forward_only(
     model: nn.Module,  # A Transformer, or a `PipelinePart` with its `staged`
-    batches: Sequence[Packed],  # Of this data rank
+    batches: Sequence[Batch],  # Of this data rank
     note: Callable[[int, LossOutput], None],  # Told of each pack's loss, where the head is
 ) -> None:
     "Losses of some packs"

@@ -17,12 +17,12 @@ def gathers(
     micro_num: int,  # micro-batches of a step
 ) -> int:  # over param, in a step
     "How often a unit's whole is gathered"
-    at = [station for station, units in engine.at.items() if unit in units]
+    at = [stop for chain in engine.chains for stop in chain if unit in stop.units]
     if engine.reshard in ("step", "never"):
         return 1
     if engine.reshard == "backward":
         return micro_num
-    return micro_num * sum(1 + (s.back and s.again and not s.keep) for s in at)
+    return micro_num * sum(1 + (s.back and s.spec.needed_in_backward and not s.spec.keep) for s in at)
 
 
 def traffic(
@@ -48,7 +48,7 @@ def traffic(
         add(unit.axes.param, "parameters", "all_gather", n, width, gathers(engine, unit, micro_num))
         if unit not in engine.sums:
             continue
-        wide = engine.sums[unit].sums.element_size()
+        wide = engine.sums[unit].dtype.itemsize
         add(unit.axes.optim, "updated parameters", "all_gather", n // g, width, 1)
         add(unit.axes.grad, "updated parameters", "all_gather", n // p, width, 1)
         if g > 1:
@@ -61,7 +61,7 @@ def traffic(
 # %% ../../nbs/zero/07_account.ipynb #bb236e0e
 def held(
     engine: HybridZero,
-) -> dict[str, int]:  # bytes, by the names of `HybridZero.held_bytes`
+) -> dict[str, int]:  # bytes, by the names of `held_bytes`
     "What a rank holds between steps, moments apart: those are two of the masters' elements"
     out: dict[str, int] = dict.fromkeys(("parameters", "gathered", "gradients", "masters", "buffers"), 0)
     for unit in engine.units:
@@ -70,7 +70,8 @@ def held(
         out["parameters"] += n // p * width
         out["gathered"] += n * width if p > 1 and engine.reshard == "never" else 0
         if unit in engine.sums:
-            out["gradients"] += n // g * engine.sums[unit].sums.element_size()
+            alone = unit.layout.size if not engine.sums[unit].alone else sum(p.numel() for p in unit.params.values())  # of one rank nothing is laid flat
+            out["gradients"] += alone // g * engine.sums[unit].dtype.itemsize
             out["masters"] += n // o * engine.master.itemsize if engine.master != unit.full.dtype else 0
     return out
 
@@ -83,21 +84,21 @@ def most_gathered(
     if engine.reshard in ("step", "never"):
         return sum(whole.values())
     if engine.reshard == "backward":
-        return max(sum(whole[u] for u in {u for s in chain for u in engine.at[s]}) for chain in engine.chains)
+        return max(sum(whole[u] for u in {u for s in chain for u in s.units}) for chain in engine.chains)
     ahead = 2 if engine.overlap else 1
-    return max(sum(whole[u] for u in {u for s in chain[i : i + ahead] for u in engine.at[s]}) for chain in engine.chains for i in range(len(chain)))
+    return max(sum(whole[u] for u in {u for s in chain[i : i + ahead] for u in s.units}) for chain in engine.chains for i in range(len(chain)))
 
 
 def most_buffered(
     engine: HybridZero,
 ) -> int:  # bytes
     "Whole gradients that the pool holds at the end of a step: each departure takes a buffer, then moves those under way on by a stage"
-    order = [u for chain in reversed(engine.chains) for s in reversed(chain) for u in reversed(engine.at[s]) if u in engine.sums and u.layout.factors.grad > 1]
+    order = [u for chain in reversed(engine.chains) for s in reversed(chain) for u in reversed(s.units) if u in engine.sums and u.layout.factors.grad > 1]
     free: dict[int, int] = {}
     going: list[tuple[int, int]] = []  # (size of a buffer, stages that are left)
     out = 0
     for unit in 2 * list(dict.fromkeys(order)):
-        size = unit.layout.size * engine.sums[unit].sums.element_size()
+        size = unit.layout.size * engine.sums[unit].dtype.itemsize
         if free.get(size, 0):
             free[size] -= 1
         else:
