@@ -2465,8 +2465,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'internlm_nb/zero/hybrid.py'),
                                          'internlm_nb.zero.hybrid.HybridZero._arrived': ( 'zero/hybrid.html#hybridzero._arrived',
                                                                                           'internlm_nb/zero/hybrid.py'),
-                                         'internlm_nb.zero.hybrid.HybridZero._look': ( 'zero/hybrid.html#hybridzero._look',
-                                                                                       'internlm_nb/zero/hybrid.py'),
                                          'internlm_nb.zero.hybrid.HybridZero.finish': ( 'zero/hybrid.html#hybridzero.finish',
                                                                                         'internlm_nb/zero/hybrid.py'),
                                          'internlm_nb.zero.hybrid.HybridZero.forget': ( 'zero/hybrid.html#hybridzero.forget',

@@ -147,9 +147,9 @@ def _leaves(units: Sequence[FlatUnit], placements: Mapping[str, Placement]) -> l
     copies, out = units[0].axes.copies, []
     mine = shares([piece.last - piece.first if counted else 0 for _, piece, counted in pieces], copies.coord, copies.size)
     for (unit, (name, first, last, start), counted), saves in zip(pieces, mine):
-        origin, size = unit.layout.slice_of(unit.spot)[0], last - first
+        stop = start + last - first
         assert unit.master is not None
-        out.append(Leaf(unit, name, first, start, start + size, unit.master[start - origin : start - origin + size], counted, saves))
+        out.append(Leaf(unit, name, first, start, stop, unit.master[start - unit.origin : stop - unit.origin], counted, saves))
     return out
 
 
@@ -237,20 +237,15 @@ class HybridZero:
         if self.reshard != "never":
             self.forget()
         self.pool.clear()
-        grads = [self.sums[x.unit].piece(x.name, x.start, x.stop, x.unit.layout.slice_of(x.unit.spot)[0]).to(self.master) for x in self.leaves]
+        if lost := [unit.name for unit, sums in self.sums.items() if not sums.done]:
+            raise ZeroError(f"unit {some(lost)}: its gradient never arrived, or a buffer was not given back")
+        grads = [self.sums[x.unit].piece(x.name, x.start - x.unit.origin, x.stop - x.unit.origin).to(self.master) for x in self.leaves]
         for names, axis, purpose, coords in self.extra_sums:
             add_up([g for leaf, g in zip(self.leaves, grads) if leaf.name in names], axis, purpose, coords)
-        if self.check:
-            self._look(grads)
-        return grads
-
-    def _look(self, grads: Sequence[Tensor]) -> None:
-        lost = [unit.name for unit, sums in self.sums.items() if not sums.done]
-        if lost or self.pool.lent:
-            raise ZeroError(f"unit {some(lost)}: its gradient never arrived, or a buffer was not given back")
-        for leaf, g in zip(self.leaves, grads):
+        for leaf, g in zip(self.leaves, grads) if self.check else ():
             if not g.isfinite().all():
                 raise ZeroError(f"unit {leaf.unit.name}: its gradient is not finite. If the loss is sound, freed memory was read")
+        return grads
 
     def squares(
         self,
@@ -297,12 +292,9 @@ def zeros_like_masters(
     engine: HybridZero,
 ) -> list[Tensor]:  # one for each leaf, where masters lie
     "Room for a moment of the optimizer"
-    made = {u: to_host(torch.zeros_like(u.own, dtype=engine.master)) if engine.offload else torch.zeros_like(u.own, dtype=engine.master) for u in engine.sums}
-    out = []
-    for leaf in engine.leaves:
-        origin = leaf.unit.layout.slice_of(leaf.unit.spot)[0]
-        out.append(made[leaf.unit][leaf.start - origin : leaf.stop - origin])
-    return out
+    flat = {u: torch.zeros_like(u.own, dtype=engine.master) for u in engine.sums}
+    made = {u: to_host(x) if engine.offload else x for u, x in flat.items()}
+    return [made[leaf.unit][leaf.start - leaf.unit.origin : leaf.stop - leaf.unit.origin] for leaf in engine.leaves]
 
 
 def trained_parts(

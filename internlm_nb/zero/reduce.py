@@ -93,7 +93,7 @@ class Rounds:
     ) -> bool:  # is it this parameter's first gradient of the step?
         "Count a gradient. Raises RuntimeError for one too many"
         if self.left or (self.due is not None and self.counts[name] == self.due[name]):
-            raise RuntimeError(f"parameter {name!r} got more gradients than start was told to expect: unit {self.unit} has left already")
+            raise RuntimeError(f"parameter {name!r} got more gradients than start was told to expect: unit {self.unit} has left already (does each step begin with zero_grad?)")
         self.counts[name] += 1
         self.behind.discard(name)
         if last or (self.due is not None and self.counts[name] == self.due[name]):
@@ -164,12 +164,11 @@ class Accumulator:
     def piece(
         self,
         name: str,  # of a parameter
-        start: int,  # elements of the unit's buffer
+        start: int,  # in this rank's optimizer slice
         stop: int,
-        origin: int,  # where this rank's optimizer slice begins in it
     ) -> Tensor:  # (stop - start,)
         "The step's gradient of a piece of a parameter, once the journeys are over"
-        return self.held[name].reshape(-1) if self.alone else self.mine[start - origin : stop - origin]
+        return self.held[name].reshape(-1) if self.alone else self.mine[start:stop]
 
     def arrive(
         self,
