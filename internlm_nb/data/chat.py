@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
-from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'Message', 'Template', 'template', 'AnyTokenizer', 'said', 'chat_text', 'turn_ids', 'first_ids',
@@ -53,17 +52,36 @@ class AnyTokenizer(Protocol):
     "What a chat needs of a tokenizer; `data.tokenizer.Tokenizer` is one"
 
     path: Path  # for messages
-    vocab_size: int
+    vocab_size: int  # the largest id and one
+    base_size: int  # the same without signs that were added later
     bos_id: int  # -1 where there is none
-    eos_id: int
+    eos_id: int  # likewise
+    unk_id: int  # likewise
+    pad_id: int  # likewise
     marks: dict[str, int]  # signs that are one id
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False, marks: bool = True) -> list[int]:
-        "Text to ids; with `marks=False` signs in it are spelled out"
+    def encode(self, text: str, bos: bool = False, eos: bool = False, marks: bool = True, start: bool = True) -> list[int]:
+        "Text to ids; with `marks=False` signs in it are spelled out; with `start=False` something stands before it"
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
         "Ids to text"
+        ...
+
+    def id_to_piece(self, id: int) -> str:
+        "The spelling of one id"
+        ...
+
+    def piece_to_id(self, piece: str) -> int:
+        "The id of one piece"
+        ...
+
+    def missing_ids(self, vocab_size: int) -> list[int]:
+        "Ids below `vocab_size` that have no piece"
+        ...
+
+    def for_model(self, vocab_size: int) -> Self:
+        "The same tokenizer for a model with more ids than pieces"
         ...
 
 
@@ -96,18 +114,22 @@ def turn_ids(
     role: str,  # who speaks
     words: str,  # what is said
     form: Template,  # the format
+    start: bool = False,  # nothing stands before it, not even bos
 ) -> tuple[list[int], list[int]]:
     "(ids that are read only, ids that the model is to write) of one turn. ValueError when the tokenizer lacks a mark of the format."
     before, behind = form.around(role)
     mark, newline = behind[:-1], behind[-1]
     if mark not in tokenizer.marks:
-        raise ValueError(f"chat template {form.name} needs the mark {mark}, which {tokenizer.path} does not have: choose the template of this tokenizer")
-    end = [tokenizer.marks[mark], *tokenizer.encode(newline)]
+        raise ValueError(
+            f"chat template {form.name} needs the mark {mark}, which {tokenizer.path} does not have: choose the template of this tokenizer"
+        )
+    end = [tokenizer.marks[mark], *tokenizer.encode(newline, start=False)]
     opening = next((m for m in tokenizer.marks if before.startswith(m)), "")
     head, sign = [tokenizer.marks[opening]] if opening else [], before[len(opening) :]
+    start = start and not head
     if role == "assistant":
-        return head + tokenizer.encode(sign), tokenizer.encode(words, marks=False) + end
-    return head + tokenizer.encode(sign + words, marks=False) + end, []
+        return head + tokenizer.encode(sign, start=start), tokenizer.encode(words, marks=False, start=False) + end
+    return head + tokenizer.encode(sign + words, marks=False, start=start) + end, []
 
 
 def first_ids(
@@ -126,9 +148,9 @@ def chat_ids(
     "A conversation as the ids that a model reads, bos in front"
     form, ids = template(style), first_ids(tokenizer)
     for message in messages:
-        read, written = turn_ids(tokenizer, *said(message), form)
+        read, written = turn_ids(tokenizer, *said(message), form, start=not ids)
         ids += read + written
-    return ids + turn_ids(tokenizer, "assistant", "", form)[0] * answer
+    return ids + turn_ids(tokenizer, "assistant", "", form, start=not ids)[0] * answer
 
 # %% ../../nbs/data/02_chat.ipynb #dbd621fa
 def stop_ids(
@@ -167,7 +189,8 @@ class Conversation:
         words: str,  # of the user
     ) -> list[int]:  # all ids so far, the question and the beginning of an answer
         "What the model is to read now. Nothing is kept of it before there is an answer"
-        return self.ids + turn_ids(self.tokenizer, "user", words, self.form)[0] + turn_ids(self.tokenizer, "assistant", "", self.form)[0]
+        asked = turn_ids(self.tokenizer, "user", words, self.form, start=not self.ids)[0]
+        return self.ids + asked + turn_ids(self.tokenizer, "assistant", "", self.form)[0]
 
     def answered(
         self,
@@ -187,19 +210,19 @@ def conversation_ids(
     style: str = "v1",  # "v1" or "v2"
     max_length: int | None = None,  # tokens at most, eos included
 ) -> list[int]:
-    "A conversation as a training document: bos, negative ids for what is read, positive for what is to be learned, eos"
+    "A conversation as a training document: bos, negative ids for what is read, positive for what is to be learned, eos; no bos or eos where the tokenizer has none"
     form, ids = template(style), first_ids(tokenizer)
     for message in messages:
-        read, written = turn_ids(tokenizer, *said(message), form)
+        read, written = turn_ids(tokenizer, *said(message), form, start=not ids)
         ids += [-id for id in read] + written
-    return [*ids, tokenizer.eos_id][:max_length]
+    return [*ids, *([tokenizer.eos_id] if tokenizer.eos_id >= 0 else [])][:max_length]
 
 # %% ../../nbs/data/02_chat.ipynb #e31f028e
 _OLDER_IDS = {"<eoh>": 103167, "<eoa>": 103166, "\n": 13}
 
 
 def alpaca_ids(
-    tokenizer: Tokenizer,  # a model that has the template's marks
+    tokenizer: AnyTokenizer,  # a model that has the template's marks
     record: Mapping[str, str],  # instruction, input (optional), output
     style: str = "v1",  # "v1" or "v2"
     max_length: int | None = None,  # tokens at most
@@ -215,8 +238,11 @@ def alpaca_ids(
         return conversation_ids(tokenizer, messages, style, max_length)
     if compat != "internevo" or style != "v1":
         raise ValueError(f"compat {compat!r} with template {style}: the only older format is compat='internevo' with template v1")
-    if tokenizer.vocab_size <= max(_OLDER_IDS.values()):
-        raise ValueError(f"compat 'internevo' writes id {max(_OLDER_IDS.values())}, but {tokenizer.path} has {tokenizer.vocab_size} pieces: it needs the tokenizer of InternLM 1")
+    if tokenizer.vocab_size <= max(_OLDER_IDS.values()) or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
+        raise ValueError(
+            f"compat 'internevo' writes id {max(_OLDER_IDS.values())}, a bos and an eos, but {tokenizer.path} has {tokenizer.vocab_size} pieces, "
+            f"bos {tokenizer.bos_id} and eos {tokenizer.eos_id}: it needs the tokenizer of InternLM 1"
+        )
     (user, _), (bot, _) = (template("v1").around(role) for role in ("user", "assistant"))
     read = [*tokenizer.encode(user + question), _OLDER_IDS["<eoh>"], _OLDER_IDS["\n"], *tokenizer.encode(bot)]
     written = [*tokenizer.encode(record["output"]), _OLDER_IDS["<eoa>"], _OLDER_IDS["\n"]]

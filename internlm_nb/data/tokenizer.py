@@ -8,13 +8,17 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Self
 
 import sentencepiece as spm
 
+from ..base.piecefile import AS_IT_IS, given_pieces
+
 # %% auto #0
-__all__ = ['MARKS', 'MARK_PIECES', 'OLDER_MARKS', 'Tokenizer', 'train_tokenizer']
+__all__ = ['MARKS', 'MARK_PIECES', 'OLDER_MARKS', 'whole_text', 'is_sign', 'Signs', 'Vocabulary', 'Tokenizer', 'train_tokenizer']
 
 # %% ../../nbs/data/01_tokenizer.ipynb #dabda6a6
 MARKS = ("<|im_start|>", "<|im_end|>", "<|action_start|>", "<|action_end|>", "<|interpreter|>", "<|plugin|>")
@@ -22,130 +26,260 @@ MARK_PIECES = {mark: f"[UNUSED_TOKEN_{146 - i}]" for i, mark in enumerate(MARKS)
 OLDER_MARKS = ("<eoh>", "<eoa>")  # of InternLM 1, pieces of their own: end of human, end of assistant
 
 # %% ../../nbs/data/01_tokenizer.ipynb #f6ddf46f
-class Tokenizer:
-    "A SentencePiece model with named marks. Ids are plain ints; `bos_id`, `eos_id`, `unk_id`, `pad_id` are -1 where the model has none."
+def whole_text(
+    text: str,  # any
+) -> str:  # that can be written as UTF-8
+    "The same text; half of a surrogate pair becomes U+FFFD, and two halves that belong together one character"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+# %% ../../nbs/data/01_tokenizer.ipynb #b3763ea5
+_SIGN = re.compile(r"<\S+>|\[\S+\]|<\|\S+|\S+\|>|<｜\S+")
+
+
+def is_sign(
+    text: str,  # a piece that a tokenizer finds before it cuts
+) -> bool:
+    "Whether a piece looks like a sign of control, such as `<s>`, `[INST]` or `<|im_end|>`, rather than like words or blanks"
+    return _SIGN.fullmatch(text) is not None
+
+
+class Signs:
+    "Texts that stand for one id: whether they occur, and how to cut a text so that none is found"
+
+    def __init__(
+        self,
+        signs: Iterable[str],  # a single character is found, but cannot be spelled in another way
+    ):
+        self.signs = sorted(filter(None, set(signs)), key=lambda s: (-len(s), s))  # the longest first
+        self._find = re.compile("|".join(map(re.escape, self.signs)) or "(?!)")
+
+    def inside(
+        self,
+        text: str,  # any
+    ) -> bool:
+        "Whether a sign occurs"
+        if len(self.signs) <= 16:  # so many looks cost less than the pattern
+            return any(sign in text for sign in self.signs)
+        return self._find.search(text) is not None
+
+    def split(
+        self,
+        text: str,  # any
+    ) -> list[str]:  # words and signs as they follow each other
+        "The text in parts, each sign a part of its own"
+        parts, at = [], 0
+        for found in self._find.finditer(text):
+            parts += [text[at : found.start()], found[0]]
+            at = found.end()
+        return [part for part in [*parts, text[at:]] if part]
+
+    def spell(
+        self,
+        text: str,  # any
+    ) -> list[str]:  # parts that hold no sign
+        "The text in parts, cut behind the first character of each sign"
+        cuts, at = [0], 0
+        while found := self._find.search(text, at):
+            at = found.start() + 1
+            if len(found[0]) > 1:
+                cuts.append(at)
+        return [text[a:b] for a, b in zip(cuts, [*cuts[1:], None])]
+
+# %% ../../nbs/data/01_tokenizer.ipynb #93756a95
+def _processor(path: Path) -> spm.SentencePieceProcessor:
+    "SentencePiece's own reader of a file"
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer model at {path}: give the path of a SentencePiece .model file, or train one with train_tokenizer")
+    spm.SetMinLogLevel(2)  # it warns, in every process, of a piece that is a NUL
+    try:
+        found = spm.SentencePieceProcessor(model_file=str(path))
+        pieces = found.vocab_size()
+    except Exception as error:
+        raise ValueError(f"{path} is not a SentencePiece model ({error}): is it a complete .model file?") from error
+    if pieces == 0:
+        raise ValueError(f"{path} is not a SentencePiece model (it holds no pieces): is it a complete .model file?")
+    return found
+
+
+def _has(sp: spm.SentencePieceProcessor, piece: str) -> bool:
+    "Whether a model has a piece of this spelling"
+    return sp.piece_to_id(piece) != sp.unk_id() or piece == sp.id_to_piece(sp.unk_id())
+
+
+def _known_marks(sp: spm.SentencePieceProcessor) -> dict[str, str]:  # mark -> piece
+    "The marks that a model has"
+    found: dict[str, str] = {}
+    for mark in (*MARKS, *OLDER_MARKS):
+        for piece in (mark, MARK_PIECES.get(mark, mark)):
+            if mark not in found and _has(sp, piece):
+                found[mark] = piece
+    return found
+
+# %% ../../nbs/data/01_tokenizer.ipynb #5bca756d
+class Vocabulary:
+    "The pieces of a SentencePiece model and the signs that were added to it; `bos_id`, `eos_id`, `unk_id`, `pad_id` are -1 where there is none"
 
     def __init__(
         self,
         path: str | Path,  # the `.model` file
+        added: Mapping[str, int] | None = None,  # signs that were added to the model, with their ids
+        ends: Mapping[str, str] | None = None,  # bos, eos, unk, pad -> a piece, where it is not the model's own
+        model_size: int = 0,  # ids of the language model, where they are more than the pieces
     ):
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise FileNotFoundError(f"no tokenizer model at {self.path}: give the path of a SentencePiece .model file, or train one with train_tokenizer")
-        spm.SetMinLogLevel(2)  # it warns, in every process, of a piece that is a NUL
-        try:
-            self.sp = spm.SentencePieceProcessor(model_file=str(self.path))
-            self.vocab_size: int = self.sp.vocab_size()
-        except Exception as error:
-            raise ValueError(f"{self.path} is not a SentencePiece model ({error}): is it a complete .model file?") from error
-        if self.vocab_size == 0:
-            raise ValueError(f"{self.path} is not a SentencePiece model (it holds no pieces): is it a complete .model file?")
-        self.bos_id: int = self.sp.bos_id()
-        self.eos_id: int = self.sp.eos_id()
-        self.unk_id: int = self.sp.unk_id()
-        self.pad_id: int = self.sp.pad_id()
-        # a mark is a piece of its own (our trained models, InternLM 1) or a name for a piece kept free (InternLM2)
-        self.marks: dict[str, int] = {}
-        pieces, named = [], []
-        for mark in (*MARKS, *OLDER_MARKS):
-            for piece in (mark, MARK_PIECES.get(mark, mark)):
-                if mark not in self.marks and self._has(piece):
-                    self.marks[mark] = self.sp.piece_to_id(piece)
-                    pieces.append(piece)
-                    named.extend([mark] * (piece != mark))
-        self._names = {id: mark for mark, id in self.marks.items()}
-        # SentencePiece finds pieces itself; names have to be found for it
-        self._split = re.compile("(" + "|".join(map(re.escape, named)) + ")") if named else None
-        # what keeps it from finding a piece: a cut behind the piece's first character
-        self._pieces = pieces
-        self._cut = re.compile("|".join(f"(?<={re.escape(p[0])})(?={re.escape(p[1:])})" for p in pieces) or "(?!)")
+        self.path, self.added, self.ends = Path(path), dict(added or {}), dict(ends or {})
+        self.sp = _processor(self.path)
+        self.base_size: int = self.sp.vocab_size()  # pieces of the model itself
+        fresh = {s: i for s, i in self.added.items() if i >= self.base_size or self.sp.id_to_piece(i) != s}
+        self.vocab_size: int = max([self.base_size, *(id + 1 for id in fresh.values())])
+        self.model_size = max(model_size, self.vocab_size)
+        pieces = _known_marks(self.sp)
+        self.marks: dict[str, int] = {mark: self.sp.piece_to_id(piece) for mark, piece in pieces.items()}
+        self._pieces = list(pieces.values())
+        self._names = {id: mark for mark, id in self.marks.items()} | {id: sign for sign, id in fresh.items()}
+        self._ids = {mark: self.marks[mark] for mark, piece in pieces.items() if piece != mark} | fresh
+        self._named = Signs(self._ids)  # that have to be found for SentencePiece
+        self.bos_id, self.eos_id, self.unk_id, self.pad_id = (self._end(k) for k in ("bos", "eos", "unk", "pad"))
+        ends_of_text = (self.bos_id, self.eos_id, self.unk_id, self.pad_id)
+        self.marks |= {sign: id for sign, id in fresh.items() if sign in MARKS or id not in ends_of_text}
+        self._silent = {self.bos_id, self.eos_id, self.pad_id} - set(self.marks.values())
 
-    def _has(self, piece: str) -> bool:
-        return self.sp.piece_to_id(piece) != self.unk_id or piece == self.sp.id_to_piece(self.unk_id)
-
-    def __len__(self) -> int:
-        return self.vocab_size
-
-    def __reduce__(self):
-        return type(self), (self.path,)
+    def _end(self, which: str) -> int:
+        "The id of an end of text: as it was named, else the model's own"
+        own, name = getattr(self.sp, f"{which}_id")(), self.ends.get(which)
+        if name in self.added:
+            return self.added[name]
+        return self.sp.piece_to_id(name) if name is not None and _has(self.sp, name) else own
 
     def piece_to_id(
         self,
-        piece: str,  # a piece as the model spells it, or a mark
+        piece: str,  # a piece as the model spells it, a mark, or a sign that was added
     ) -> int:
-        "The id of one piece; KeyError where the model has no such piece"
-        if piece in self.marks:
-            return self.marks[piece]
-        if not self._has(piece):
+        "The id of one piece; KeyError where there is no such piece"
+        named = self.marks | self.added
+        if piece not in named and not _has(self.sp, piece):
             raise KeyError(f"{self.path} has no piece {piece!r}")
-        return self.sp.piece_to_id(piece)
+        return named[piece] if piece in named else self.sp.piece_to_id(piece)
 
     def id_to_piece(
         self,
         id: int,  # 0 <= id < vocab_size
     ) -> str:
-        "The spelling of one id; a mark's name where the id has one"
+        "The spelling of one id; a mark's name where the id has one. IndexError where there is none"
+        if id not in self._names and not 0 <= id < self.base_size:
+            raise IndexError(f"{self.path} has no piece of the id {id}")
         return self._names.get(id) or self.sp.id_to_piece(id)
+
+    def missing_ids(
+        self,
+        vocab_size: int,  # ids of the language model
+    ) -> list[int]:
+        "Ids below `vocab_size` that have no piece, and so are never to be drawn"
+        return [id for id in range(self.base_size, vocab_size) if id not in self._names]
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+# %% ../../nbs/data/01_tokenizer.ipynb #c6e6524b
+class Tokenizer(Vocabulary):
+    "A SentencePiece model with named marks: text to ids and back"
+
+    def for_model(
+        self,
+        vocab_size: int,  # ids of the language model
+    ) -> Self:
+        "The same tokenizer for a model that may have more ids than there are pieces: those decode to nothing"
+        return type(self)(self.path, self.added, self.ends, vocab_size)
+
+    def __reduce__(self):
+        return type(self), (self.path, self.added, self.ends, self.model_size)
+
+    @cached_property
+    def _rules(self) -> tuple[Signs, bool]:
+        "The signs that SentencePiece finds by itself, and whether the model rewrites characters"
+        given, rewrites = given_pieces(self.path)
+        return Signs([*self._pieces, *filter(is_sign, given)]), rewrites
+
+    @cached_property
+    def _plain(self) -> spm.SentencePieceProcessor | None:
+        "The same pieces for text that is rewritten already; None where nothing is rewritten"
+        if not self._rules[1] and self.sp.normalize(" a  a ") == "▁a▁▁a▁":
+            return None
+        return spm.SentencePieceProcessor(model_proto=self.path.read_bytes() + AS_IT_IS)
+
+    def _cut(self, text: str, marks: bool, start: bool) -> list[int]:
+        "Ids of a text that is whole"
+        signs = self._named if marks else self._rules[0]
+        if start and not (not marks and self._rules[1]) and not signs.inside(text):
+            return self.sp.encode(text)
+        found = self._ids if marks else {}
+        if self._plain is not None:
+            begins = start and not any(part in found for part in signs.split(text)[:1])  # with words, not with a sign
+            text = self.sp.normalize(text)
+            if not begins and self.sp.normalize("a").startswith("▁"):
+                text = text.removeprefix("▁")
+        parts = signs.split(text) if marks else signs.spell(text)
+        sp = self._plain or self.sp
+        return [id for part in parts for id in ([found[part]] if part in found else sp.encode(part))]
 
     def encode(
         self,
         text: str,  # any text; NUL characters are not kept by every model
-        bos: bool = False,  # put bos_id in front
-        eos: bool = False,  # put eos_id behind
+        bos: bool = False,  # put bos_id in front, where there is one
+        eos: bool = False,  # put eos_id behind, where there is one
         marks: bool = True,  # read `<|im_start|>` and its kin as the one id they name
+        start: bool = True,  # the text begins here; False: something stands before it, so no blank is put in front
     ) -> list[int]:
         "Text to ids"
-        if not marks and any(piece in text for piece in self._pieces):
-            ids = [id for part in self._cut.split(text) for id in self.sp.encode(part)]
-        elif not marks or self._split is None or "<|" not in text:
-            ids = self.sp.encode(text)
-        else:
-            ids = []
-            for part in self._split.split(text):
-                if part in self.marks:
-                    ids.append(self.marks[part])
-                elif part:
-                    ids.extend(self.sp.encode(part))
-        if bos:
+        ids = self._cut(whole_text(text), marks, start)
+        if bos and self.bos_id >= 0:
             ids.insert(0, self.bos_id)
-        if eos:
+        if eos and self.eos_id >= 0:
             ids.append(self.eos_id)
         return ids
 
     def encode_batch(
         self,
         texts: Sequence[str],  # documents
-        bos: bool = False,  # put bos_id in front of each
-        eos: bool = False,  # put eos_id behind each
+        bos: bool = False,  # put bos_id in front of each, where there is one
+        eos: bool = False,  # put eos_id behind each, where there is one
         marks: bool = True,  # read marks as the ids they name
     ) -> list[list[int]]:
         "Many texts to ids, in one thread (processes are the caller's to choose)"
-        special = self._split is not None and ["<|"] if marks else self._pieces
-        joined = "\0".join(texts) if special else ""
-        if special and any(piece in joined for piece in special):
+        texts = [whole_text(text) for text in texts]
+        signs = self._named if marks else self._rules[0]
+        if (not marks and self._rules[1]) or (signs.signs and signs.inside("\0".join(texts))):
             return [self.encode(text, bos, eos, marks) for text in texts]
-        rows = self.sp.encode(list(texts), num_threads=1)
-        head, tail = [self.bos_id] * bos, [self.eos_id] * eos
-        return [head + row + tail for row in rows] if bos or eos else rows
+        rows = self.sp.encode(texts, num_threads=1)
+        head = [self.bos_id] * (bos and self.bos_id >= 0)
+        tail = [self.eos_id] * (eos and self.eos_id >= 0)
+        return [head + row + tail for row in rows] if head or tail else rows
 
     def decode(
         self,
-        ids: Iterable[int],  # token ids; bos and eos decode to nothing, marks to their names
+        ids: Iterable[int],  # token ids; bos, eos and pad decode to nothing, marks to their names
     ) -> str:
-        "Ids to text; ValueError for an id that the model does not have"
+        "Ids to text; ValueError for an id that neither the tokenizer nor its model has"
         texts: list[str] = []
         run: list[int] = []
         for id in map(int, ids):
-            if not 0 <= id < self.vocab_size:
-                raise ValueError(f"token id {id} is outside the vocabulary of {self.path} (0 to {self.vocab_size - 1})")
+            if not 0 <= id < self.model_size:
+                raise ValueError(f"token id {id} is outside the vocabulary of {self.path} (0 to {self.model_size - 1})")
+            if id in self._silent:
+                continue
             if id in self._names:
-                texts.append(self.sp.decode(run))
-                texts.append(self._names[id])
+                texts += [self._text(run, not texts), self._names[id]]
                 run = []
-            elif id not in (self.bos_id, self.eos_id):
+            elif id < self.base_size:
                 run.append(id)
-        texts.append(self.sp.decode(run))
-        return "".join(texts)
+        return "".join([*texts, self._text(run, not texts)])
+
+    def _text(self, run: list[int], first: bool) -> str:
+        "Text of ids that SentencePiece knows; the blank in front goes only where the text begins"
+        return (self.sp if first or self._plain is None else self._plain).decode(run)
 
 # %% ../../nbs/data/01_tokenizer.ipynb #e2961e9c
 def train_tokenizer(

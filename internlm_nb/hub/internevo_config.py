@@ -101,7 +101,7 @@ def config_from_section(
             norm_head=bool(get("norm_head", False)), qk_interleaved=bool(pairs), embed_grad_scale=float(get("embed_grad_scale", 1.0)),
         )  # fmt: skip
         cfg = ModelConfig(**fields)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error}") from error
     if family == "internlm" and cfg.num_kv_heads != cfg.num_heads:
         raise CheckpointError(f"{where}: num_kv_attention_heads is {cfg.num_kv_heads}, but internlm has no grouped heads: its {cfg.num_heads} heads have a key and a value each")

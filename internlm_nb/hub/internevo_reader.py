@@ -13,9 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..base.check import some
 from ..checkpoint.durable import CheckpointError
+from .hf_files import check_plain
 from .internevo_config import config_from_section, load_pt
 from .internevo_layout import FfnOrder, Part, cut_dim, join, stage_parts
+from .native import TensorSource
 from ..model.config import Family, ModelConfig
 
 # %% ../../nbs/hub/10_internevo_reader.ipynb #3e8a6531
@@ -54,7 +57,8 @@ def facts_of(
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not tensors by name")
     bad = [f"{name} ({type(value).__name__})" for name, value in content.items() if not isinstance(value, Tensor)]
     if bad:
-        raise CheckpointError(f"{path}: {', '.join(bad[:4])}: not a tensor")
+        raise CheckpointError(f"{path}: {some(bad)}: not a tensor")
+    check_plain(content, path)
     return {str(name): (tuple(value.shape), value.dtype) for name, value in content.items() if not str(name).endswith("rotary_emb.inv_freq")}
 
 
@@ -70,7 +74,7 @@ def family_of(
     raise CheckpointError(f"{where}: no attention of internlm (blocks.0.mixer.Wqkv.weight), internlm2 (layers.0.attention.wqkv.weight) or llama (layers.0.attention.wq.weight) among {', '.join(list(facts)[:4])} ...")
 
 
-class InternEvoFolder:
+class InternEvoFolder(TensorSource):
     "A checkpoint of the older system, opened: tensors by our names, in our order of rows, read one at a time. CheckpointError tells all that is amiss"
 
     def __init__(
@@ -158,19 +162,24 @@ class InternEvoFolder:
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
+    def _at(self, name: str) -> tuple[int, Part]:
+        if name not in self._where:
+            raise CheckpointError(f"{self.folder}: has no tensor {name!r}; it has {some(self.names)}")
+        return self._where[name]
+
     def shape(
         self,
         name: str,  # of a logical tensor
     ) -> tuple[int, ...]:
         "Whole shape"
-        return self._where[name][1].shape
+        return self._at(name)[1].shape
 
     def dtype(
         self,
         name: str,  # of a logical tensor
     ) -> torch.dtype:
         "Element type"
-        stage, part = self._where[name]
+        stage, part = self._at(name)
         return self._facts[stage][0][part.disk[0]][1]
 
     def read(
@@ -178,7 +187,7 @@ class InternEvoFolder:
         name: str,  # of a logical tensor
     ) -> Tensor:
         "The whole tensor, in fresh memory, in our order of rows"
-        stage, part = self._where[name]
+        stage, part = self._at(name)
         paths = self._grid[stage][:1] if part.cut in ("same", "rank 0") else self._grid[stage]
         for path in paths:
             if path not in self._open:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from ..checkpoint.durable import CheckpointError
 from ..checkpoint.keep import resolve
-from ..checkpoint.reader import Checkpoint, check_fit
-from ..checkpoint.regions import Chunk, transfer, whole
+from ..checkpoint.reader import Checkpoint
+from ..checkpoint.regions import Chunk
 from .huggingface import HFCheckpoint
 from .internevo_reader import InternEvoFolder
-from .native import native_config
+from .native import TensorSource, native_config
 from .rows import groups_to_halves, groups_to_pairs
 from ..model.config import ModelConfig
 
@@ -42,12 +42,12 @@ def kind_of(
 _MEANING = ("rope_base", "rope_scaling", "rope_factor", "norm_eps", "norm_head", "tie_embeddings")
 
 
-class Weights:
+class Weights(TensorSource):
     "Weights of any kind of folder, for a given architecture; reads like a `Checkpoint`"
 
     def __init__(
         self,
-        source: Checkpoint | HFCheckpoint | InternEvoFolder,  # an open one
+        source: Checkpoint | TensorSource,  # an open one
         found: ModelConfig | None,  # what its tensors are of; None: it does not say
         cfg: ModelConfig | None = None,  # what they are for; None: for what they are of
     ):
@@ -58,10 +58,13 @@ class Weights:
             return
         for field in ("num_heads", "num_kv_heads", "head_dim"):
             if getattr(found, field) != getattr(cfg, field):
-                raise CheckpointError(f"{self.folder}: {field} is {getattr(found, field)} there, and {getattr(cfg, field)} is asked for; the architectures differ")
+                raise CheckpointError(
+                    f"{self.folder}: {field} is {getattr(found, field)} there, and {getattr(cfg, field)} is asked for; the architectures differ"
+                )
         if found.qk_interleaved != cfg.qk_interleaved:
             self._move = groups_to_halves if found.qk_interleaved else groups_to_pairs
-        self.notes = [f"{field} is {getattr(found, field)} in {self.folder}, and {getattr(cfg, field)} here" for field in _MEANING if getattr(found, field) != getattr(cfg, field)]
+        differ = [field for field in _MEANING if getattr(found, field) != getattr(cfg, field)]
+        self.notes = [f"{field} is {getattr(found, field)} in {self.folder}, and {getattr(cfg, field)} here" for field in differ]
 
     @property
     def names(self) -> list[str]:
@@ -96,14 +99,9 @@ class Weights:
             return self._move(tensor, self.config.num_heads, self.config.num_kv_heads)
         return tensor
 
-    def require(
-        self,
-        name: str,  # of a logical tensor
-        target: Tensor | Chunk,  # what it is to fill
-        cast: bool = False,  # another element type will do
-    ) -> Chunk:  # the target as a chunk
-        "CheckpointError unless the tensor is there with the target's global shape and type; reads nothing"
-        return check_fit(name, self.shape(name), self.dtype(name), target, cast, self.folder)
+    def release(self) -> None:
+        "Let go of mapped files"
+        self.source.release()
 
     def read_into(
         self,
@@ -112,11 +110,10 @@ class Weights:
         cast: bool = False,  # allow another element type
     ) -> None:
         "Fill a tensor, or a piece of one; any device"
-        chunk = self.require(name, target, cast)
         if isinstance(self.source, Checkpoint) and self._move is None:  # it reads just the piece
-            self.source.read_into(name, chunk, cast)
+            self.source.read_into(name, self.require(name, target, cast), cast)
         else:
-            transfer(self.read(name), whole(self.shape(name)), chunk.tensor.detach(), chunk.region)
+            super().read_into(name, target, cast)
 
 # %% ../../nbs/hub/12_source.ipynb #0d232a05
 def open_weights(
@@ -124,11 +121,12 @@ def open_weights(
     cfg: ModelConfig | None = None,  # of the model to be filled; None: as the source has it
     verify: bool = False,  # compare a native checkpoint's checksums first
     say: Callable[[str], object] = print,  # is told of damaged checkpoints that were passed over
+    dtype: torch.dtype | None = None,  # that a Hugging Face folder is read as; None: as its files and config.json say
 ) -> Weights:
     "A reader over a folder of any kind. CheckpointError or ValueError names what is missing, does not fit, or is of no known kind"
     folder, kind = Path(folder), kind_of(folder)
     if kind == "huggingface":
-        source = HFCheckpoint(folder)
+        source = HFCheckpoint(folder, dtype)
         return Weights(source, source.config, cfg)
     if kind == "internevo":
         older = InternEvoFolder(folder, config=None if (folder / "model_config.pt").is_file() else cfg)

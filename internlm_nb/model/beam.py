@@ -6,13 +6,14 @@
 __all__ = ['Beam', 'Search', 'beam_search']
 
 # %% ../../nbs/model/11_beam.ipynb #37912c01
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from .layers import wide_dtype
-from .sampling import penalise, seen_tokens
+from .sampling import check_prompts, not_finite, penalise, seen_tokens, suppress_mask
 from .segments import KVCache, Segments
 from .transformer import Transformer
 
@@ -68,22 +69,24 @@ def beam_search(
     early_stopping: bool = False,  # stop at `beams` finished texts, even if better ones may come
     repetition_penalty: float = 1.0,  # factor on log-probabilities of tokens that were said; 1: none
     stop_ids: Sequence[int] = (),  # tokens that end a text
+    suppress_ids: Sequence[int] = (),  # tokens that are never chosen, such as ids without a piece
 ) -> list[list[Beam]]:  # for each prompt its texts, best first
-    "The likeliest continuations of each prompt; raises `ValueError` for an empty prompt and for numbers below 1"
+    "The likeliest continuations of each prompt; raises ValueError for a prompt that cannot be and for numbers below 1, FloatingPointError for logits that are not finite"
     if beams < 1 or max_new_tokens < 1:
         raise ValueError(f"beams is {beams} and max_new_tokens {max_new_tokens}: both must be at least 1")
-    if empty := [row for row, prompt in enumerate(prompts) if not len(prompt)]:
-        raise ValueError(f"prompt {empty[0]} is empty: begin with at least one token, such as the tokenizer's bos")
+    check_prompts(prompts, model.cfg.vocab_size)
     if not prompts:
         return []
     device, vocab, stops = model.embedding.weight.device, model.cfg.vocab_size, frozenset(stop_ids)
+    never = suppress_mask(suppress_ids, vocab, device)
     searches = [Search(beams, length_penalty, early_stopping, [(0.0, [])]) for _ in prompts]
     active, cache = list(range(len(prompts))), KVCache.empty(len(prompts))
     seen = None if repetition_penalty == 1 else seen_tokens(prompts, vocab, device)
     fed, lengths = [token for prompt in prompts for token in prompt], [len(prompt) for prompt in prompts]
     for step in range(max_new_tokens):
         logits = model(torch.tensor(fed).to(device, non_blocking=True), Segments.from_lengths(lengths, device), cache=cache, last_only=True)
-        scores = logits.to(wide_dtype(logits.dtype)).log_softmax(-1)  # (all beams, vocab)
+        wide = logits.to(wide_dtype(logits.dtype))
+        scores = (wide if never is None else wide.masked_fill(never, float("-inf"))).log_softmax(-1)  # (all beams, vocab)
         if seen is not None:
             scores = penalise(scores, seen, [repetition_penalty] * len(scores))
         past = torch.tensor([logp for p in active for logp, _ in searches[p].running], dtype=scores.dtype).to(device, non_blocking=True)
@@ -94,7 +97,9 @@ def beam_search(
         indices, at = torch.cat([b.indices for b in best]).tolist(), 0
         order, fed, first = [], [], 0
         for p, width, found in zip(active, widths, best):
-            mine = [(v, i // vocab, i % vocab) for v, i in zip(values[at:], indices[at : at + len(found.values)])]
+            mine = [(v, i // vocab, i % vocab) for v, i in zip(values[at:], indices[at : at + len(found.values)]) if v != float("-inf")]
+            if not mine or not all(math.isfinite(v) for v, _, _ in mine):
+                raise not_finite(model, p, step)
             going = searches[p].step(mine, stops, last=step + 1 == max_new_tokens)
             if not searches[p].done:
                 order, fed = order + [first + beam for beam, _ in going], fed + [token for _, token in going]

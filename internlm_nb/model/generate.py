@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .sampling import GREEDY, Sampling, choose, penalise, seen_tokens
+from .sampling import GREEDY, Sampling, check_prompts, choose, not_finite, penalise, seen_tokens, suppress_mask
 from .segments import KVCache, Segments
 from .transformer import Transformer
 
@@ -34,12 +34,12 @@ def stream(
     max_new_tokens: int,  # for each sequence
     sampling: Sampling | Sequence[Sampling] = GREEDY,  # how tokens are chosen: one for all, or one a prompt
     stop_ids: Sequence[int] = (),  # tokens that end a sequence
+    suppress_ids: Sequence[int] = (),  # tokens that are never drawn, such as ids without a piece
 ) -> Iterator[dict[int, int]]:  # in each step: row -> its new token, for rows that go on
-    "Generate step by step; raises `ValueError` for an empty prompt"
-    for row, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {row} is empty: begin with at least one token, such as the tokenizer's bos")
+    "Generate step by step; raises ValueError for a prompt that cannot be, FloatingPointError for logits that are not finite"
+    check_prompts(prompts, model.cfg.vocab_size)
     device, stops = model.embedding.weight.device, frozenset(stop_ids)
+    never = suppress_mask(suppress_ids, model.cfg.vocab_size, device)
     settings, draws = each_its_own(sampling, len(prompts))
     penalised = any(s.repetition_penalty != 1 for s in settings)
     seen = seen_tokens(prompts, model.cfg.vocab_size, device) if penalised else None
@@ -50,8 +50,12 @@ def stream(
         logits = model(fed, Segments.from_lengths(lengths, device), cache=cache, last_only=True)  # (sequences, vocab)
         if seen is not None:
             logits = penalise(logits, seen, [settings[row].repetition_penalty for row in rows])
+        if never is not None:
+            logits = logits.masked_fill(never, float("-inf"))
         fed = choose(logits, [settings[row] for row in rows], [draws[row] for row in rows], step)  # (sequences,)
-        chosen = fed.tolist()  # the one wait
+        chosen, finite = torch.stack((fed, logits.amax(-1).isfinite().to(fed.dtype))).tolist()  # the one wait
+        if not all(finite):
+            raise not_finite(model, rows[finite.index(0)], step)
         going = [i for i, token in enumerate(chosen) if token not in stops]
         if not going:
             return
@@ -70,10 +74,11 @@ def generate(
     max_new_tokens: int,  # for each sequence
     sampling: Sampling | Sequence[Sampling] = GREEDY,  # how tokens are chosen: one for all, or one a prompt
     stop_ids: Sequence[int] = (),  # tokens that end a sequence
+    suppress_ids: Sequence[int] = (),  # tokens that are never drawn
 ) -> list[list[int]]:  # new tokens of each prompt, without the stop token
-    "Generate for a batch of prompts of any lengths"
+    "Generate for a batch of prompts of any lengths; raises what `stream` raises"
     out: list[list[int]] = [[] for _ in prompts]
-    for step in stream(model, prompts, max_new_tokens, sampling, stop_ids):
+    for step in stream(model, prompts, max_new_tokens, sampling, stop_ids, suppress_ids):
         for row, token in step.items():
             out[row].append(token)
     return out
