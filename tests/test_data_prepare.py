@@ -239,6 +239,8 @@ def test_nothing_is_overwritten_unless_asked(tmp_path, sources, tok, capsys):
     argv = ["build", str(sources), str(tmp_path / "en"), "--tokenizer", str(tok.path), "--processes", "1"]
     assert main(argv) == 0
     before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.bin*")}
+    assert main(argv) == 0 and "left as it is" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.bin*")}
     (tmp_path / "en" / "a.bin").unlink()
     assert main(argv) == 2 and "exists" in capsys.readouterr().err
     assert not (tmp_path / "en" / "a.bin").exists()  # refused before anything was begun
@@ -253,7 +255,8 @@ def test_a_failing_build_keeps_the_old_file(tmp_path, tok):
     before = (tmp_path / "en" / "a.bin").read_bytes()
     (tmp_path / "a.txt").write_bytes(b"fine\n" * 100_000 + b"\xff\n")
     assert main(argv) == 2
-    assert (tmp_path / "en" / "a.bin").read_bytes() == before and len(list((tmp_path / "en").iterdir())) == 2
+    assert (tmp_path / "en" / "a.bin").read_bytes() == before
+    assert sorted(p.name for p in (tmp_path / "en").iterdir()) == [".build.jsonl", "a.bin", "a.bin.meta", "tokenizer.model"]
 
 
 def test_errors_of_the_command_line(tmp_path, tok, capsys):

@@ -9,28 +9,66 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..data.build import Recipe, build
-from ..data.chat import TEMPLATES
+from ..data.build import Built, Recipe, build
+from ..data.chat import TEMPLATES, AnyTokenizer
 from ..data.corpus import build_token_folder, corpus
-from ..data.text import DOCUMENTS
+from ..data.encode import is_held_out, whole_characters
+from ..data.plan import find_sources
+from ..data.provenance import find_tokenizer, tokenizer_file
+from ..data.records import turns_of
+from ..data.text import DOCUMENTS, read_documents, read_records, place_of
 from ..data.tokenfiles import read_tokens
-from ..data.tokenizer import Tokenizer, train_tokenizer
-from ..data.verify import verify
+from ..data.tokenizer import MARKS, OLDER_MARKS, Tokenizer, train_tokenizer
+from ..data.verify import survey
 
 # %% auto #0
-__all__ = ['decode', 'show', 'parser', 'run_build', 'run_verify', 'run_corpus', 'main']
+__all__ = ['open_tokenizer', 'tokenizer_of', 'decode', 'show', 'parser', 'run_tokenizer', 'run_build', 'run_verify', 'run_corpus',
+           'main']
+
+# %% ../../nbs/apps/01_prepare.ipynb #401b59f4
+def open_tokenizer(
+    path: str | Path,  # a .model, a tokenizer.json, or a folder with one of them
+) -> Any:
+    "The tokenizer that the user names. FileNotFoundError where there is none, ValueError where it cannot be read"
+    path = tokenizer_file(path)
+    if path.suffix.lower() != ".json":
+        return Tokenizer(path)
+    if path.name != "tokenizer.json":
+        raise ValueError(f"{path}: the files beside a tokenizer.json belong to it, so it must have that name")
+    from internlm_nb.hub.hf_tokenizer import JsonTokenizer
+
+    try:
+        return JsonTokenizer(path.parent)
+    except ImportError:
+        raise ValueError(f"{path} needs the package tokenizers: pip install tokenizers") from None
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # what the package raises has no kind of its own
+        raise ValueError(f"{path} is no readable tokenizer.json ({error})") from None
+
+
+def tokenizer_of(
+    named: str | None,  # by the user
+    tokens: str | Path,  # token files
+) -> Any:
+    "The named tokenizer, or the one that lies with the token files; ValueError when there is none"
+    found = named or find_tokenizer(tokens)
+    if found is None:
+        raise ValueError(f"no tokenizer lies beside {tokens}: name the one that made it with --tokenizer")
+    return open_tokenizer(found)
 
 # %% ../../nbs/apps/01_prepare.ipynb #c1ed7e11
 def decode(
     src: str | Path,  # a `.bin` file, or a folder of them
     dst: str | Path,  # `.jsonl`: {"text": ...} a line; anything else: plain text, a document a line
-    tokenizer: Tokenizer,  # that made the ids
+    tokenizer: AnyTokenizer,  # that made the ids
     overwrite: bool = False,  # replace an existing file
 ) -> int:
     "Token files back to text; the number of documents. FileExistsError, TokenFileError."
@@ -53,7 +91,7 @@ def decode(
 
 def show(
     src: str | Path,  # a `.bin` file, or a folder of them
-    tokenizer: Tokenizer,  # that made the ids
+    tokenizer: AnyTokenizer,  # that made the ids
     first: int = 0,  # first document
     count: int = 3,  # documents
 ) -> str:
@@ -75,6 +113,46 @@ def show(
     return "\n".join(out)
 
 # %% ../../nbs/apps/01_prepare.ipynb #b3e2115f
+_TOKENIZER = "SentencePiece .model, tokenizer.json, or a folder with one of them"
+
+
+def _add_reading(p: argparse.ArgumentParser) -> None:
+    "Options that say how sources are read"
+    p.add_argument("--format", choices=("auto", "text", "alpaca", "chat"), default="auto", help="alpaca, chat: records of conversations; auto, text: documents of text")
+    p.add_argument("--document", choices=DOCUMENTS, default="line", help="what one document of a text file is")
+    p.add_argument("--key", default="text", help="where the text of a record stands")
+    p.add_argument("--encoding", default="utf-8", help="of the source files")
+
+
+def _add_build(p: argparse.ArgumentParser) -> None:
+    p.add_argument("sources", nargs="+", metavar="SRC", help="files, or folders to walk")
+    p.add_argument("dst", metavar="DST", help="a folder ROOT/TYPE (one .bin for each source), or one file that ends in .bin")
+    p.add_argument("--tokenizer", required=True, metavar="MODEL", help=_TOKENIZER)
+    _add_reading(p)
+    p.add_argument("--no-bos", action="store_true", help="no begin-of-sentence id in front of a document")
+    p.add_argument("--no-eos", action="store_true", help="no end-of-sentence id behind a document")
+    p.add_argument("--marks", action="store_true", help="read chat marks in a text as the one id they name (otherwise they are spelled out)")
+    p.add_argument("--template", choices=sorted(TEMPLATES), default="v1", help="chat format of records")
+    p.add_argument("--max-length", type=int, help="records: cut them to so many tokens")
+    p.add_argument("--compat", choices=("", "internevo"), default="", help="Alpaca: the older tool's ids and cut")
+    p.add_argument("--valid-share", type=float, default=0.0, help="share of the documents that is held out, into token files of their own; the same text always falls on the same side")
+    p.add_argument("--valid-dst", metavar="DST", help="where held-out documents go (default: ROOT-valid/TYPE, or valid beside train)")
+    p.add_argument("--processes", type=int, help="that tokenise; the files do not depend on it (default: one a core, fewer for small sources)")
+    p.add_argument("--overwrite", action="store_true", help="replace existing token files")
+
+
+def _add_tokenizer(p: argparse.ArgumentParser) -> None:
+    p.add_argument("sources", nargs="+", metavar="SRC", help="files, or folders to walk")
+    p.add_argument("dst", metavar="DST", help="the .model file to write, or a folder that gets a tokenizer.model")
+    p.add_argument("--vocab-size", type=int, default=8192, help="pieces, the 256 bytes and the marks included")
+    p.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="how pieces are found")
+    p.add_argument("--character-coverage", type=float, default=0.9995, help="share of the characters seen that get a piece; the rest is spelled in bytes")
+    p.add_argument("--template", choices=("v1", "v2", "both"), default="v2", help="chat format whose marks become pieces")
+    p.add_argument("--share", type=float, default=1.0, help="share of the documents to learn from; all of them are held in memory")
+    _add_reading(p)
+    p.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+
 def parser() -> argparse.ArgumentParser:
     "The command line of prepare_data.py"
     top = argparse.ArgumentParser(prog="prepare_data.py", description="Text to token files (.bin and .bin.meta) and back.")
@@ -83,61 +161,104 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, help: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    p = command("build", "make token files from .txt, .json, .jsonl or Alpaca records")
-    p.add_argument("sources", nargs="+", metavar="SRC", help="files, or folders to walk")
-    p.add_argument("dst", metavar="DST", help="a folder ROOT/TYPE (one .bin for each source), or one file that ends in .bin")
-    p.add_argument("--tokenizer", required=True, metavar="MODEL", help="SentencePiece .model file")
-    p.add_argument("--format", choices=("auto", "text", "alpaca"), default="auto", help="alpaca: records of instruction, input, output; auto and text: documents of text")
-    p.add_argument("--document", choices=DOCUMENTS, default="line", help="what one document of a text file is")
-    p.add_argument("--key", default="text", help="where the text of a json record stands")
-    p.add_argument("--encoding", default="utf-8", help="of the source files")
-    p.add_argument("--no-bos", action="store_true", help="no begin-of-sentence id in front of a document")
-    p.add_argument("--no-eos", action="store_true", help="no end-of-sentence id behind a document")
-    p.add_argument("--marks", action="store_true", help="read chat marks in a text as the one id they name (otherwise they are spelled out)")
-    p.add_argument("--template", choices=sorted(TEMPLATES), default="v1", help="chat format of Alpaca records")
-    p.add_argument("--max-length", type=int, help="Alpaca: cut records to so many tokens")
-    p.add_argument("--compat", choices=("", "internevo"), default="", help="Alpaca: the older tool's ids and cut")
-    p.add_argument("--processes", type=int, help="that tokenise; the files do not depend on it (default: one a core, fewer for small sources)")
-    p.add_argument("--overwrite", action="store_true", help="replace existing token files")
+    _add_tokenizer(command("tokenizer", "train a SentencePiece tokenizer on files"))
+    _add_build(command("build", "make token files from .txt, .md, .json, .jsonl or .parquet, compressed or not, or from records of conversations"))
 
     p = command("verify", "check every line of a folder of token files; exit code 1 when there are faults")
     p.add_argument("folder", metavar="FOLDER", help="a folder, or one .bin file")
-    p.add_argument("--tokenizer", metavar="MODEL", help="ids must be in its vocabulary")
+    p.add_argument("--tokenizer", metavar="MODEL", help="ids must be in its vocabulary (default: the one beside the files, if there is one)")
     p.add_argument("--vocab-size", type=int, help="ids must be below this")
     p.add_argument("--processes", type=int, help="that read (default: one a core)")
 
     p = command("decode", "token files back to text")
     p.add_argument("src", metavar="SRC", help="a .bin file, or a folder")
     p.add_argument("dst", metavar="DST", help=".jsonl: a record a line; otherwise plain text, a document a line")
-    p.add_argument("--tokenizer", required=True, metavar="MODEL", help="SentencePiece .model file")
+    p.add_argument("--tokenizer", metavar="MODEL", help=f"{_TOKENIZER} (default: the one beside the files)")
     p.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
     p = command("show", "print a few documents of token files as text")
     p.add_argument("src", metavar="SRC", help="a .bin file, or a folder")
-    p.add_argument("--tokenizer", required=True, metavar="MODEL", help="SentencePiece .model file")
+    p.add_argument("--tokenizer", metavar="MODEL", help=f"{_TOKENIZER} (default: the one beside the files)")
     p.add_argument("--first", type=int, default=0, help="number of the first document, from 0")
     p.add_argument("--count", type=int, default=3, help="how many documents")
 
     p = command("corpus", "make token files of the embedded corpus: DST/train and DST/valid by type, and DST/tokenizer.model if none is given")
     p.add_argument("dst", metavar="DST", help="a folder")
-    p.add_argument("--tokenizer", metavar="MODEL", help="use this SentencePiece model instead of training one")
+    p.add_argument("--tokenizer", metavar="MODEL", help=f"use this instead of training one: {_TOKENIZER}")
     p.add_argument("--vocab-size", type=int, default=8192, help="pieces of the tokenizer to train")
     p.add_argument("--overwrite", action="store_true", help="replace existing files")
     return top
 
 # %% ../../nbs/apps/01_prepare.ipynb #4bf93ab0
+def _texts_to_learn(args: argparse.Namespace, sources: Sequence[Path], bar: tqdm) -> Iterator[str]:
+    "The documents of the sources, of records all that was said in them"
+    for source in sources:
+        if args.format in ("alpaca", "chat"):
+            for number, (line, record) in enumerate(read_records(source, args.encoding, bar.update)):
+                try:
+                    text = "\n".join(words for _, words in turns_of(record))
+                except ValueError as error:
+                    raise ValueError(f"{place_of(source, line, number)}: {error}") from None
+                if args.share == 1 or is_held_out(record, args.share):
+                    yield whole_characters(text)
+        else:
+            for text in read_documents(source, args.document, args.key, args.encoding, bar.update):
+                if args.share == 1 or is_held_out(text, args.share):
+                    yield whole_characters(text)
+    bar.set_description("finding pieces", refresh=True)
+
+
+def run_tokenizer(
+    args: argparse.Namespace,  # options of the command
+) -> int:  # exit code
+    "`tokenizer`"
+    dst = Path(args.dst)
+    dst = dst / "tokenizer.model" if dst.is_dir() or not dst.suffix else dst
+    if dst.suffix != ".model":
+        raise ValueError(f"{dst}: the name of a SentencePiece tokenizer must end in .model")
+    if dst.exists() and not args.overwrite:
+        raise FileExistsError(f"{dst} exists: choose another name, or ask for it to be overwritten")
+    if not 0 < args.share <= 1:
+        raise ValueError(f"--share must be above 0 and at most 1, not {args.share}")
+    marks = {"v1": OLDER_MARKS, "v2": MARKS, "both": (*MARKS, *OLDER_MARKS)}[args.template]
+    sources = [source for source, _ in find_sources(args.sources, print)]
+    with tqdm(total=sum(source.stat().st_size for source in sources), unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+        texts = _texts_to_learn(args, sources, bar)
+        made = train_tokenizer(texts, dst, args.vocab_size, marks=marks, character_coverage=args.character_coverage, model_type=args.model_type)
+    print(f"{dst}: {made.vocab_size:,} pieces")
+    return 0
+
+# %% ../../nbs/apps/01_prepare.ipynb #9721121a
+def _figures(built: Built) -> str:
+    "What is in a token file"
+    rate = f", {built.text_bytes / built.tokens:.2f} bytes a token" if built.tokens else ""
+    targets = f", {built.targets:,} targets" if built.targets != built.tokens - built.documents else ""
+    return f"{built.documents:,} documents, {built.tokens:,} tokens{targets}{rate}"
+
+
 def run_build(
     args: argparse.Namespace,  # options of the command
 ) -> int:  # exit code
     "`build`"
-    recipe = Recipe(
-        str(Path(args.tokenizer).resolve()), args.format, args.document, args.key, args.encoding, not args.no_bos, not args.no_eos, args.marks, args.template, args.max_length, args.compat
-    )
     for name in ("max_length", "processes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for path, (documents, tokens) in build(args.sources, args.dst, recipe, args.processes, args.overwrite).items():
-        print(f"{path}: {documents:,} documents, {tokens:,} tokens")
+    recipe = Recipe(
+        str(tokenizer_file(args.tokenizer).resolve()), args.format, args.document, args.key, args.encoding, not args.no_bos, not args.no_eos,
+        args.marks, args.template, args.max_length, args.compat, args.valid_share, open_tokenizer,
+    )  # fmt: skip
+    made = build(args.sources, args.dst, recipe, args.processes, args.overwrite, valid_dst=args.valid_dst)
+    for path, built in made.items():
+        before = "; made before, and left as it is" if built.before else ""
+        print(f"{path}: {_figures(built)}{before}")
+        if built.valid is not None:
+            print(f"{built.valid}: {built.held_out:,} documents held out")
+    if args.valid_share and not any(built.held_out for built in made.values()):
+        documents = sum(built.documents for built in made.values())
+        print(f"none of {documents:,} documents was held out at a share of {args.valid_share}: take a larger share")
+    if len(made) > 1:
+        total = Built(*(sum(getattr(built, name) for built in made.values()) for name in ("documents", "tokens", "targets", "text_bytes")))
+        print(f"together: {_figures(total)}")
     return 0
 
 
@@ -145,15 +266,27 @@ def run_verify(
     args: argparse.Namespace,  # options of the command
 ) -> int:  # exit code
     "`verify`"
-    vocab_size = Tokenizer(args.tokenizer).vocab_size if args.tokenizer else args.vocab_size
-    faults = verify(args.folder, vocab_size, args.processes)
-    for fault in faults:
+    try:
+        beside = None if args.tokenizer or args.vocab_size else find_tokenizer(args.folder)
+    except ValueError as fault:
         print(fault)
-    if faults:
-        print(f"{len(faults)} fault{'s' * (len(faults) > 1)} in {args.folder}", file=sys.stderr)
         return 1
-    folder = read_tokens(args.folder)
-    print(f"{args.folder}: sound; {len(folder):,} documents, {folder.num_tokens:,} tokens, types {', '.join(folder.types)}")
+    named = args.tokenizer or beside
+    vocab_size = open_tokenizer(named).vocab_size if named else args.vocab_size
+    found = survey(args.folder, vocab_size, args.processes)
+    for line in [*found.remarks, *found.faults]:
+        print(line)
+    if found.untaught:
+        print(f"{found.untaught:,} documents have no target, so nothing in them is learned; the first is {found.first_untaught}")
+    if found.faults:
+        print(f"{len(found.faults)} fault{'s' * (len(found.faults) > 1)} in {args.folder}", file=sys.stderr)
+        return 1
+    if not found.targets:
+        print(f"{args.folder} has not a single target: a run on it learns nothing", file=sys.stderr)
+        return 1
+    types = ", ".join(read_tokens(args.folder).types)
+    vocabulary = f"; ids checked against {beside}" if beside else ""
+    print(f"{args.folder}: sound; {found.documents:,} documents, {found.tokens:,} tokens, {found.targets:,} targets, types {types}{vocabulary}")
     return 0
 
 
@@ -164,7 +297,7 @@ def run_corpus(
     root = Path(args.dst)
     splits = {split: corpus(split) for split in ("train", "valid")}
     if args.tokenizer:
-        tokenizer = Tokenizer(args.tokenizer)
+        tokenizer = open_tokenizer(args.tokenizer)
     else:
         path = root / "tokenizer.model"
         if path.exists() and not args.overwrite:
@@ -188,15 +321,17 @@ def main(
             return run_verify(args)
         if args.command == "corpus":
             return run_corpus(args)
-        tokenizer = Tokenizer(args.tokenizer)
+        if args.command == "tokenizer":
+            return run_tokenizer(args)
+        tokenizer = tokenizer_of(args.tokenizer, args.src)
         if args.command == "decode":
             print(f"{args.dst}: {decode(args.src, args.dst, tokenizer, args.overwrite):,} documents")
         else:
             print(show(args.src, tokenizer, args.first, args.count))
         return 0
     except KeyboardInterrupt:
-        print(f"prepare_data.py {args.command}: stopped; the file in work was not written", file=sys.stderr)
+        print(f"prepare_data.py {args.command}: stopped; the file in work was not written. The same command goes on from there", file=sys.stderr)
         return 130
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError) as error:
         print(f"prepare_data.py {args.command}: {error}", file=sys.stderr)
         return 2
