@@ -223,7 +223,7 @@ def test_a_full_disk(tmp_path):
         with pytest.raises(CheckpointError, match="No space left on device"):
             save_state(disk / "200", tensors(2, 50_000), {"step": 200})
         assert [p.name for p in disk.iterdir()] == ["100"] and content(disk / "100") == 1
-        with pytest.raises(CheckpointError, match="GB free"):
+        with pytest.raises(CheckpointError, match="needs 600 kB and .* has .* kB free"):
             require_space(disk / "200", 600_000)
         with pytest.raises(CheckpointError, match=r"best.json: cannot be written \(No space"):
             write_file(disk / "best.json", b"x" * 300_000)
@@ -280,7 +280,7 @@ def test_places_that_cannot_be_written(tmp_path):
 
 
 def test_links(tmp_path):
-    "checkpoints/ may be a link to another disk; a linked checkpoint is replaced or deleted without touching what it points at"
+    "checkpoints/ may be a link to another disk; a linked checkpoint is replaced without touching what it points at, and never pruned"
     (tmp_path / "big").mkdir()
     (tmp_path / "checkpoints").symlink_to(tmp_path / "big")
     save(tmp_path / "checkpoints" / "100", 1)
@@ -291,8 +291,7 @@ def test_links(tmp_path):
     save(tmp_path / "checkpoints" / "200", 2, overwrite=True)
     assert content(tmp_path / "big" / "200") == 2 and content(tmp_path / "big" / "100") == 1
     (tmp_path / "big" / "50").symlink_to(tmp_path / "big" / "100")
-    assert prune(tmp_path / "checkpoints", last=2) == [50]
-    assert content(tmp_path / "big" / "100") == 1
+    assert prune(tmp_path / "checkpoints", last=1) == [100] and (tmp_path / "big" / "50").is_symlink()
 
 
 # --- damage ---
@@ -354,7 +353,7 @@ def test_files_that_do_not_belong_together(tmp_path):
     one = save_state(tmp_path / "1", {"a": torch.zeros(2)})
     two = save_state(tmp_path / "2", {"b": torch.zeros(2)})
     shutil.copy(next(two.glob("*.safetensors")), next(one.glob("*.safetensors")))
-    with pytest.raises(CheckpointError, match="header is damaged"):
+    with pytest.raises(CheckpointError, match=r"1/rank-00000-00000\.safetensors: belongs to another checkpoint"):
         Checkpoint(one).read("a")
     body = json.loads((one / "index.json").read_text())
     facts = json.loads((two / "index.json").read_text())["files"]

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .durable import CheckpointError
+from .index import check_state
 from .regions import Chunk, as_chunk
 from .writer import Writer
 
@@ -45,6 +46,7 @@ def save_state(
     "Save a checkpoint, complete or not at all; CheckpointError when it fails"
     if ranks > 1 and barrier is None:
         raise ValueError("ranks > 1 need a barrier, so that rank 0 commits after all have written")
+    check_state(state)  # on every rank, before a byte is written
     with Writer(folder, rank, ranks, overwrite, shard_bytes) as writer:
         for name, value in tensors.items():
             for part in value if isinstance(value, list) else [value]:

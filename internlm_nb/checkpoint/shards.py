@@ -10,13 +10,14 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .durable import CheckpointError
+from .durable import CheckpointError, open_file
 
 # %% ../../nbs/checkpoint/03_shards.ipynb #f1274c2d
 SAFE_NAMES: dict[torch.dtype, str] = {
@@ -24,6 +25,9 @@ SAFE_NAMES: dict[torch.dtype, str] = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+
+
+_BY_NAME = {name: dtype for dtype, name in SAFE_NAMES.items()}
 
 
 def dtype_name(
@@ -67,10 +71,12 @@ STEP_BYTES = 1 << 24  # written and summed at a time, small enough to be still i
 def write_shard(
     path: str | Path,  # the file; its folder exists
     tensors: Mapping[str, Tensor],  # by key; fetched to the CPU one at a time
+    id: str = "",  # written into the header, so that a file of another checkpoint is known as such; empty: none
 ) -> dict[str, Any]:  # {"bytes": file size, "header": CRC-32 of the header, "data": {key: CRC-32}}
     "Write one safetensors file, flushed to disk, and say what its size and checksums are. Errors are OSError"
     order = sorted(tensors, key=lambda k: -tensors[k].element_size())
-    entries, at = {}, 0
+    entries: dict[str, Any] = {"__metadata__": {"id": id}} if id else {}
+    at = 0
     for key in order:
         size = tensors[key].numel() * tensors[key].element_size()
         entries[key] = {"dtype": SAFE_NAMES[tensors[key].dtype], "shape": list(tensors[key].shape), "data_offsets": [at, at + size]}
@@ -92,23 +98,32 @@ def write_shard(
 
 # %% ../../nbs/checkpoint/03_shards.ipynb #9afe2fa5
 class Shard:
-    "A safetensors file, read lazily. The first look compares size and header with what the index says"
+    "A safetensors file, read lazily. The first look compares size, header and id with what the index says; CheckpointError names the file"
 
     def __init__(
         self,
         path: str | Path,  # the file
         size_bytes: int | None = None,  # as the index has it; None: not compared
         header_crc: int | None = None,  # likewise
+        id: str | None = None,  # likewise: of the save that wrote it
     ):
         self.path = Path(path)
-        check_size(self.path, size_bytes)
-        size = self.path.stat().st_size
-        self._bytes = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+        size = check_size(self.path, size_bytes)
+        try:
+            self._bytes = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise CheckpointError(f"{self.path}: cannot be mapped ({str(error).splitlines()[0]}); take another checkpoint") from error
         self._base = 8 + int.from_bytes(bytes(self._bytes[:8].tolist()), "little")
-        if size < 8 or self._base > size or (header_crc is not None and checksum(self._bytes[: self._base]) != header_crc):
-            raise CheckpointError(f"{self.path}: the header is damaged; take another checkpoint, or copy the file again from where it came")
-        self.entries: dict[str, Any] = json.loads(bytes(self._bytes[8 : self._base].numpy()))
-        self.entries.pop("__metadata__", None)
+        if size < 8 or self._base > size:
+            raise CheckpointError(f"{self.path}: {_DAMAGED}")
+        self.entries, found = _header(self.path, bytes(self._bytes[8 : self._base].numpy()), size - self._base)
+        if id is not None and found != id:
+            raise CheckpointError(
+                f"{self.path}: belongs to another checkpoint (it was written as {found or 'one without an id'}, "
+                f"the index wants {id}); copy the whole folder from one place, or take another checkpoint"
+            )
+        if header_crc is not None and checksum(self._bytes[: self._base]) != header_crc:
+            raise CheckpointError(f"{self.path}: {_DAMAGED}")
 
     def tensor(
         self,
@@ -120,19 +135,41 @@ class Shard:
         entry = self.entries[key]
         low, high = entry["data_offsets"]
         data = self._bytes[self._base + low : self._base + high]
-        dtype = next(d for d, name in SAFE_NAMES.items() if name == entry["dtype"])
+        dtype = _BY_NAME[entry["dtype"]]
         if (self._base + low) % dtype.itemsize:  # files of other writers need not be aligned
             data = data.clone()
         return data.view(dtype).view(entry["shape"])
 
 
+_DAMAGED = "the header is damaged; take another checkpoint, or copy the file again from where it came"
+
+
+def _header(path: Path, text: bytes, room: int) -> tuple[dict[str, Any], str]:
+    "A header's entries, each inside the file and as large as its shape says, and the id of the save. CheckpointError otherwise"
+    try:
+        entries = json.loads(text)
+        meta = entries.pop("__metadata__", {})
+        for entry in entries.values():
+            low, high = entry["data_offsets"]
+            counts = [*entry["shape"], low, high]
+            size = prod(entry["shape"]) * _BY_NAME[entry["dtype"]].itemsize
+            if not all(type(n) is int and n >= 0 for n in counts) or high - low != size or high > room:
+                raise ValueError("an entry that does not fit the file")
+        return entries, str(meta.get("id", ""))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: {_DAMAGED} ({type(error).__name__}: {str(error)[:80]})") from error
+
+
 def check_size(
     path: Path,  # the file
     size_bytes: int | None,  # what the index says; None: any
-) -> None:
-    "Raise CheckpointError when a file is missing, or shorter or longer than it was written"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; copy the whole checkpoint folder, or take another checkpoint")
-    size = path.stat().st_size
+) -> int:  # its size
+    "Raise CheckpointError when a file is missing, no regular file, forbidden, or shorter or longer than it was written"
+    handle = open_file(path)
+    try:
+        size = os.fstat(handle).st_size
+    finally:
+        os.close(handle)
     if size_bytes is not None and size != size_bytes:
         raise CheckpointError(f"{path}: has {size} bytes instead of {size_bytes}; it was cut short or changed: copy it again, or take another checkpoint")
+    return size

@@ -9,6 +9,7 @@ __all__ = ['Writer']
 import contextlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .durable import CheckpointError, publish, remove_tree, sibling, standing, sync_folder
+from .durable import CheckpointError, publish, remove_tree, sibling, standing, strangers, sync_folder
 from .index import check_tensor, seal
 from .regions import Chunk, as_chunk, whole
 from .shards import check_size, dtype_name, write_shard
@@ -42,11 +43,15 @@ class Writer:
             raise ValueError(f"rank {rank} of {ranks}")
         self.folder, self.rank, self.ranks, self.overwrite, self.shard_bytes = Path(folder), rank, ranks, overwrite, shard_bytes
         self.saving = sibling(self.folder, "saving")
+        self.id = secrets.token_hex(8)  # stands in the files of this save and in their index: a file of another save is known by it
         self._chunks: list[tuple[str, str, Chunk]] = []  # name, key, chunk
         self._globals: dict[str, dict[str, Any]] = {}  # name -> dtype, shape
         self._committed = False
         if os.path.lexists(standing(self.folder)) and not overwrite:
             raise CheckpointError(f"{self.folder} exists and is not overwritten; choose another folder, delete it, or ask for overwrite=True")
+        for place in (self.folder, self.saving):
+            if not place.is_symlink() and (names := strangers(place)):
+                raise CheckpointError(f"{place} holds {names[0]}, which is no part of a checkpoint, and is not overwritten; move it away")
         with _named(self.saving):
             self.saving.mkdir(parents=True, exist_ok=True)  # what a killed save left there is written over, or dropped at commit
             (self.saving / _fragment(rank)).unlink(missing_ok=True)
@@ -96,8 +101,8 @@ class Writer:
         with self._undo(), _named(self.saving), tqdm(total=self.size_bytes, desc="save", unit="B", unit_scale=True, disable=None if progress else True) as bar:
             for number, group in enumerate(self._shards()):
                 file = f"rank-{self.rank:05d}-{number:05d}.safetensors"
-                facts = write_shard(self.saving / file, {key: chunk.tensor for _, key, chunk in group})
-                files[file] = {"bytes": facts["bytes"], "header_crc32": facts["header"]}
+                facts = write_shard(self.saving / file, {key: chunk.tensor for _, key, chunk in group}, self.id)
+                files[file] = {"bytes": facts["bytes"], "header_crc32": facts["header"], "id": self.id}
                 for name, key, chunk in group:
                     region = chunk.region
                     place = {"offsets": list(region.offsets), "sizes": list(region.sizes)} | ({} if region.is_box else {"range": list(region.span)})
@@ -115,7 +120,7 @@ class Writer:
             raise ValueError("rank 0 commits, after a barrier behind every rank's write()")
         with self._undo(), _named(self.saving):
             body = _merge(self.saving, self.ranks)
-            text = seal({**body, "state": dict(state or {})})
+            text = seal({"id": self.id, **body, "state": dict(state or {})})
             for path in self.saving.iterdir():  # fragments, and what killed saves left
                 if path.name not in body["files"]:
                     path.unlink()
