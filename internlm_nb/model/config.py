@@ -8,15 +8,21 @@ __all__ = ['Family', 'RopeScaling', 'ModelConfig', 'num_params', 'family_default
 # %% ../../nbs/model/01_config.ipynb #0754a227
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from ..base.check import nearest, require
+from ..base.values import check_fields
 
 # %% ../../nbs/model/01_config.ipynb #61619b72
 Family = Literal["internlm", "internlm2", "internlm3", "llama"]
 RopeScaling = Literal["none", "linear", "dynamic"]
 
 # %% ../../nbs/model/01_config.ipynb #97e7904b
+MOST_SIZE = 2**31 - 1  # of anything that a tensor's dimension counts
+MOST_LAYERS = 10_000  # each is a module with names of its own
+MOST_EXPERTS = 2**16  # of a block
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     "A decoder-only transformer's architecture; raises `ValueError` naming the field when sizes do not fit together"
@@ -52,17 +58,22 @@ class ModelConfig:
     z_loss_coef: float = 0.0  # of the loss that keeps the gate's logits small (ST-MoE has 0.001)
 
     def __post_init__(self):
-        for field, choices in (("family", get_args(Family)), ("rope_scaling", get_args(RopeScaling))):
-            value = getattr(self, field)
-            require(value in choices, f"{field} is {value!r}: choose one of {', '.join(choices)}")
+        check_fields(self, "--model.")
         for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "multiple_of", "max_position_embeddings"):
             value = getattr(self, field)
-            require(type(value) is int and value > 0, f"{field} is {value!r}: it must be a positive integer")
+            require(value > 0, f"{field} is {value!r}: it must be a positive integer")
         for field in ("mlp_ratio", "rope_base", "norm_eps"):
             require(getattr(self, field) > 0, f"{field} is {getattr(self, field)}: it must be positive")
         for field in ("intermediate_size", "head_dim_override"):
             value = getattr(self, field)
-            require(value is None or (type(value) is int and value > 0), f"{field} is {value!r}: it must be a positive integer, or None to derive it")
+            require(value is None or value > 0, f"{field} is {value!r}: it must be a positive integer, or None to derive it")
+        require(self.num_layers <= MOST_LAYERS, f"num_layers is {self.num_layers}: it must be at most {MOST_LAYERS:,}")
+        for field in ("vocab_size", "hidden_size", "num_heads", "multiple_of", "intermediate_size", "head_dim_override", "max_position_embeddings"):
+            require((getattr(self, field) or 0) <= MOST_SIZE, f"{field} is {getattr(self, field)}: it must be at most {MOST_SIZE:,}")
+        for field in ("num_experts", "experts_per_token", "num_shared_experts"):
+            require(getattr(self, field) <= MOST_EXPERTS, f"{field} is {getattr(self, field)}: it must be at most {MOST_EXPERTS:,}")
+        require(self.mlp_ratio <= MOST_SIZE, f"mlp_ratio is {self.mlp_ratio}: it must be at most {MOST_SIZE:,}")
+        require(self.ffn_size <= MOST_SIZE, f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} makes a feed-forward of {self.ffn_size}: at most {MOST_SIZE:,} will do")
         require(self.ffn_size > 0, f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} leaves the feed-forward no width: make it larger")
         require(
             self.head_dim_override is not None or self.hidden_size % self.num_heads == 0,

@@ -79,6 +79,22 @@ def check_memory(
 
 # %% ../../nbs/run/03_preflight.ipynb #f3dc3132
 LOOK = 512  # Documents of a folder that are read before work starts
+TOKEN_BYTES = 4 * 8  # Of a token in a pack: its id, its label, its position and its type
+
+
+def check_batch(
+    run: RunConfig,  # What is to be trained
+    ranks: int = 1,  # Size of the data axis
+) -> None:
+    "Raise ValueError, before any pack is made, when the packs that a rank holds are more than the machine has memory for"
+    d, there = run.data, memory_there(torch.device("cpu"))
+    packs = -(-d.micro_num // ranks) * (d.prefetch + 1)
+    need = TOKEN_BYTES * max(packs * d.packed_length, d.seq_len * (d.valid_micro_bsz or d.micro_bsz))
+    if need > there:
+        raise ValueError(
+            f"--data.micro-num {d.micro_num} packs of --data.seq-len {d.seq_len} x --data.micro-bsz {d.micro_bsz} tokens over {ranks} data ranks, "
+            f"--data.prefetch {d.prefetch} steps ahead, take {need / 1e9:,.0f} GB of a rank's memory, and the machine has {there / 1e9:,.0f} GB: make one of them smaller"
+        )
 
 
 def check_data(
@@ -89,7 +105,8 @@ def check_data(
     coord: int = 0,  # This rank's place on the data axis
     ranks: int = 1,  # Size of the data axis: the looking is shared out
 ) -> None:
-    "Raise TokenFileError for documents that are broken or do not fit the vocabulary, and ValueError for a validation that cannot be"
+    "Raise TokenFileError for documents that are broken or do not fit the vocabulary, and ValueError for a validation or a step that cannot be"
+    check_batch(run, ranks)
     if run.train.valid_every and validation is None:
         raise ValueError(f"--train.valid-every is {run.train.valid_every}, but there is nothing to validate on: give --data.valid-folder, or set it to 0")
     if run.data.valid_folder and not run.train.valid_every:

@@ -8,11 +8,13 @@ __all__ = ['SinkName', 'T', 'TrainConfig', 'ParallelConfig', 'ZeroConfig', 'Chec
 
 # %% ../../nbs/train/04_config.ipynb #dbf25421
 import dataclasses
+import re
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, TypeVar
 
+from ..base.values import check_fields, check_range, shown
 from ..data.loader import DataConfig
 from ..data.mixture import SkippedBatches
 from ..model.config import ModelConfig
@@ -48,17 +50,27 @@ class TrainConfig:
     loss_scale: LossScaleConfig = field(default_factory=LossScaleConfig)  # float16 only
 
     def __post_init__(self):
+        check_fields(self, "--train.", {"max_minutes": "0 means no limit"})
         if self.steps < 1:
             raise ValueError(f"--train.steps is {self.steps}: a run has at least 1 step")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--train.seed is {self.seed}: give 0 or a positive number")
         if not 0 <= self.recompute <= 1:
             raise ValueError(f"--train.recompute is {self.recompute}: give a share of the blocks, from 0 to 1")
         if self.fp8 != "none" and self.precision != "bfloat16":
             raise ValueError(f"--train.fp8 {self.fp8} is for --train.precision bfloat16, not {self.precision}: change one of them")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"--train.label-smoothing is {self.label_smoothing}: give a share, from 0 to below 1")
-        parse_steps(self.profile_steps)
-        if self.valid_every < 0 or self.max_minutes < 0 or self.max_bad_steps < 0:
-            raise ValueError("--train.valid-every, --train.max-minutes and --train.max-bad-steps are 0 (off) or positive")
+        try:
+            parse_steps(self.profile_steps)
+        except ValueError as e:
+            raise ValueError(f"--train.profile-steps: {e}") from e
+        check_range(self, "--train.", ["valid_every", "max_minutes", "max_bad_steps"], 0, what="0 (off) or a positive number")
+
+
+MOST_RANKS = 2**20  # On an axis: more than any machine has
+MOST_BUCKET_MB = 2**20  # 1 TiB
+MOST_TIMEOUT = 366 * 24 * 3600  # A year, in seconds
 
 
 @dataclass(frozen=True)
@@ -77,12 +89,9 @@ class ParallelConfig:
     timeout: float = 600.0  # Seconds after which a collective is given up, and the ranks that did not come are named
 
     def __post_init__(self):
-        for name in ("tensor", "sequence", "context", "pipeline", "chunks", "expert"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--parallel.{name} is {getattr(self, name)}: give 1 (no split) or more")
-        for name, choices in (("mode", Mode), ("schedule", Name)):
-            if getattr(self, name) not in typing.get_args(choices):
-                raise ValueError(f"--parallel.{name} is {getattr(self, name)!r}: choose one of {', '.join(typing.get_args(choices))}")
+        check_fields(self, "--parallel.")
+        sizes = ["tensor", "sequence", "context", "pipeline", "chunks", "expert"]
+        check_range(self, "--parallel.", sizes, 1, MOST_RANKS, what=f"1 (no split) or more, up to {MOST_RANKS:,}")
         wanted = {"interleaved": self.chunks > 1, "zbv": self.chunks == 2}.get(self.schedule, self.chunks == 1)
         if not wanted:
             raise ValueError(f"--parallel.chunks is {self.chunks}, but --parallel.schedule {self.schedule} has {({'interleaved': '2 or more', 'zbv': '2'}).get(self.schedule, '1')} a rank: change one of them")
@@ -90,8 +99,15 @@ class ParallelConfig:
             raise ValueError(f"--parallel.chunks is {self.chunks}, but --parallel.pipeline is 1: pieces of a model are for several pipeline ranks")
         if self.pipeline == 1 and self.schedule != "1f1b":
             raise ValueError(f"--parallel.schedule is {self.schedule}, but --parallel.pipeline is 1: a schedule is for several pipeline ranks")
-        if not (self.bucket_mb > 0 and self.timeout > 0):
-            raise ValueError("--parallel.bucket-mb and --parallel.timeout are positive")
+        check_range(self, "--parallel.", ["bucket_mb"], 0, MOST_BUCKET_MB, above=True)
+        check_range(self, "--parallel.", ["timeout"], 0, MOST_TIMEOUT, above=True)
+
+
+def as_options(
+    text: str,  # A message for somebody who writes Python
+) -> str:  # For somebody who writes command lines
+    "The same advice in options: Sharding(param=2, grad=2, optim=4) becomes --zero.param 2 --zero.grad 2 --zero.optim 4"
+    return re.sub(r"Sharding\(param=(-?\d+), grad=(-?\d+), optim=(-?\d+)\)", r"--zero.param \1 --zero.grad \2 --zero.optim \3", text)
 
 
 @dataclass(frozen=True)
@@ -107,12 +123,14 @@ class ZeroConfig:
     check: bool = False  # Look for reads of freed or old numbers: slow, to find faults
 
     def __post_init__(self):
+        check_fields(self, "--zero.")
+        for name in ("param", "grad", "optim"):
+            if not (0 < getattr(self, name) <= MOST_RANKS or getattr(self, name) == -1):
+                raise ValueError(f"--zero.{name} is {shown(getattr(self, name))}: give a number of ranks, or -1 for all that hold the same weights")
         try:
             Sharding(self.param, self.grad, self.optim)
         except ValueError as e:
-            raise ValueError(f"--zero.param {self.param} --zero.grad {self.grad} --zero.optim {self.optim}: {e}") from e
-        if self.reshard not in typing.get_args(Reshard):
-            raise ValueError(f"--zero.reshard is {self.reshard!r}: choose one of {', '.join(typing.get_args(Reshard))}")
+            raise ValueError(f"--zero.param {self.param} --zero.grad {self.grad} --zero.optim {self.optim}: {as_options(str(e))}") from e
 
 
 @dataclass(frozen=True)
@@ -129,9 +147,8 @@ class CheckpointConfig:
     stop_file: str = ""  # File holding n: at step n save and quit; -n: only save. Default: the file stop in the run's folder
 
     def __post_init__(self):
-        for name in ("every", "keep_last", "keep_every", "snapshot_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--checkpoint.{name.replace('_', '-')} is {getattr(self, name)}: give 0 (off) or a number of steps")
+        check_fields(self, "--checkpoint.")
+        check_range(self, "--checkpoint.", ["every", "keep_last", "keep_every", "snapshot_every"], 0, what="0 (off) or a number of steps")
 
 
 SinkName = Literal["console", "tensorboard", "jsonl"]
@@ -147,10 +164,10 @@ class LogConfig:
     peak_tflops: float = 0.0  # Peak of the device, for MFU; 0: from its datasheet, measured by a matrix product on CPU
 
     def __post_init__(self):
-        if unknown := set(self.sinks) - set(typing.get_args(SinkName)):
+        if isinstance(self.sinks, (tuple, list)) and (unknown := {s for s in self.sinks if isinstance(s, str)} - set(typing.get_args(SinkName))):
             raise ValueError(f"--log.sinks: no sink is called {', '.join(map(repr, sorted(unknown)))}: choose from {', '.join(typing.get_args(SinkName))}")
-        if not (self.plots_every >= 0 and self.peak_tflops >= 0):
-            raise ValueError("--log.plots-every and --log.peak-tflops are 0 (off) or positive")
+        check_fields(self, "--log.", {"peak_tflops": "0 means the device's own"})
+        check_range(self, "--log.", ["plots_every", "peak_tflops"], 0, what="0 (off) or a positive number")
 
 
 @dataclass(frozen=True)
@@ -168,8 +185,9 @@ class RunConfig:
     zero: ZeroConfig = field(default_factory=ZeroConfig)  # What ranks with the same weights share out: the same computation in any
 
     def __post_init__(self):
-        if not self.name or "/" in self.name or self.name in (".", ".."):
-            raise ValueError(f"--name is {self.name!r}: it names a folder in runs/, so it is one word without slashes; other places are for --run-dir")
+        check_fields(self, "--")
+        if not self.name or "/" in self.name or self.name in (".", "..") or not self.name.isprintable() or len(self.name.encode()) > 200:
+            raise ValueError(f"--name is {shown(self.name)}: it names a folder in runs/, so it is one word without slashes, of at most 200 bytes; other places are for --run-dir")
 
 # %% ../../nbs/train/04_config.ipynb #61a0dfa7
 T = TypeVar("T")

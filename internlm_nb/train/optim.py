@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from ..base.values import check_fields, check_range
 from ..parallel.comm import Axis, all_reduce
 from ..parallel.data import GradientBuckets
 from ..parallel.mesh import Mesh, single
@@ -26,6 +27,9 @@ from ..zero.offload import HostAdamW, move_masters, to_host
 from ..zero.sharding import Sharding
 
 # %% ../../nbs/train/03_optim.ipynb #a8247417
+LEAST_EPS = torch.finfo(torch.float32).tiny  # below it fp32 arithmetic may take it for 0
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     "AdamW, its schedules and its parameter groups. Names are matched by shell patterns, e.g. '*norm.weight' or '*.bias'"
@@ -43,9 +47,9 @@ class OptimConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)  # How the learning rate moves
 
     def __post_init__(self):
-        for name in ("lr", "beta2_c", "eps", "weight_decay", "clip"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--optim.{name.replace('_', '-')} is {getattr(self, name)}: give 0 or a positive number")
+        check_fields(self, "--optim.", {"clip": "0 means no clipping"})
+        check_range(self, "--optim.", ["lr", "beta2_c", "weight_decay", "clip"], 0, what="0 or a positive number")
+        check_range(self, "--optim.", ["eps"], LEAST_EPS, what="a positive number: it keeps a gradient that is 0 from becoming 0/0")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--optim.{name} is {getattr(self, name)}: a moment's decay lies from 0 to below 1")

@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from ..base.values import check_fields, check_range
+
 # %% ../../nbs/train/01_precision.ipynb #301bc5cf
 PrecisionName = Literal["float32", "float64", "bfloat16", "float16", "tf32"]
 
@@ -70,6 +72,9 @@ def matmul_precision(
         torch.backends.cudnn.allow_tf32 = before[1]
 
 # %% ../../nbs/train/01_precision.ipynb #66ca95f2
+MOST_SCALE = 2.0**126  # The scale is an fp32 number, and so is its double
+
+
 @dataclass(frozen=True)
 class LossScaleConfig:
     "How the fp16 loss scale moves"
@@ -83,12 +88,19 @@ class LossScaleConfig:
     max: float = 16777216.0  # Largest scale (2^24)
 
     def __post_init__(self):
+        check_fields(self, "--train.loss-scale.")
+        check_range(self, "--train.loss-scale.", ["max"], 0, MOST_SCALE, above=True)
         if not 0 < self.min <= self.init <= self.max:
-            raise ValueError(f"the loss scale starts at {self.init} and moves within {self.min} and {self.max}: choose 0 < min <= init <= max")
+            raise ValueError(
+                f"the loss scale starts at --train.loss-scale.init {self.init} and moves within --train.loss-scale.min {self.min} "
+                f"and --train.loss-scale.max {self.max}: choose 0 < min <= init <= max"
+            )
         if not (self.growth >= 1 and 0 < self.backoff <= 1):
-            raise ValueError(f"the loss scale grows by {self.growth} and falls by {self.backoff}: growth is at least 1, backoff above 0 and at most 1")
-        if self.growth_interval < 1 or self.hysteresis < 1:
-            raise ValueError(f"growth_interval {self.growth_interval} and hysteresis {self.hysteresis} of the loss scale count steps: give at least 1")
+            raise ValueError(
+                f"the loss scale grows by {self.growth} and falls by {self.backoff}: "
+                "--train.loss-scale.growth is at least 1, --train.loss-scale.backoff above 0 and at most 1"
+            )
+        check_range(self, "--train.loss-scale.", ["growth_interval", "hysteresis"], 1, what="a number of steps, at least 1")
 
 
 class LossScale:
