@@ -29,6 +29,7 @@ from typing import NoReturn
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from ..base.check import program as started_as
 from .runfile import UsageError, find_hook, listed, load_run_file, names_of, parse_run, require_data, shipped_runs, with_noise
 from ..checkpoint.durable import CheckpointError
 from ..data.tokenline import TokenFileError
@@ -43,8 +44,7 @@ from ..run.trainer import Trainer
 # %% ../../nbs/apps/03_pretrain.ipynb #31dcb47b
 def program() -> str:
     "What this program is called in its messages: by the name under which it was started"
-    name = Path(sys.argv[0]).name
-    return name if name == "train.py" else "internlm-train"
+    return started_as("train.py", "internlm-train")
 
 
 def own_options(

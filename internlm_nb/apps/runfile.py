@@ -95,7 +95,7 @@ def names_of(
     runs: Path,  # a folder of run files
 ) -> dict[str, Path]:
     "Run files by name"
-    return {p.stem: p for p in sorted(runs.glob("*.py"))}
+    return {p.stem: p for p in sorted(runs.glob("*.py")) if not p.name.startswith("_")}
 
 
 def load_run_file(

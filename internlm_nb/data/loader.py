@@ -20,7 +20,7 @@ from .synthetic import SyntheticPacks
 from .tokenfiles import TokenFolder, read_tokens
 
 # %% auto #0
-__all__ = ['T', 'DataConfig', 'parse_folders', 'Loader', 'prefetch', 'Validation', 'make_validation']
+__all__ = ['MOST_TOKENS', 'MOST_PACKS', 'T', 'DataConfig', 'parse_folders', 'Loader', 'prefetch', 'Validation', 'make_validation']
 
 # %% ../../nbs/data/11_loader.ipynb #cb1d5cc3
 MOST_TOKENS = 2**31 - 1  # of a pack
