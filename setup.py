@@ -32,10 +32,11 @@ setup(
     long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     packages=find_packages(include=["internlm_nb", "internlm_nb.*"]),
-    package_data={"internlm_nb": ["corpus/**/*"]},
+    package_data={"internlm_nb": ["corpus/**/*", "apps/runs/*.py"]},
     install_requires=split(cfg["requirements"]),
     extras_require={
         "dev": split(cfg["dev_requirements"]),
+        "notebooks": split(cfg["notebooks_requirements"]),
         "gpu": split(cfg["gpu_requirements"]),
         "fp8": split(cfg["fp8_requirements"]),
         "hf": split(cfg["hf_requirements"]),

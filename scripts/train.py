@@ -1,8 +1,8 @@
-"Train a run: python scripts/train.py demo. All of it is internlm_nb.apps.pretrain; this file knows where the shipped runs are"
+"Train a run: python scripts/train.py demo. All of it is internlm_nb.apps.pretrain, and after pip install the same is internlm-train"
 
-from pathlib import Path
+import sys
 
-from internlm_nb.apps.pretrain import main
+from internlm_nb.apps.pretrain import cli
 
 if __name__ == "__main__":
-    main(runs=Path(__file__).parent / "configs")
+    sys.exit(cli())

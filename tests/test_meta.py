@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 CFG = ConfigParser(delimiters=["="])
 CFG.read(ROOT / "settings.ini")
 FLOORS = ["base", "model", "data", "parallel", "zero", "checkpoint", "hub", "observe", "train", "run", "perf", "bench", "apps"]
-MODULES = sorted(p for p in (ROOT / "internlm_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+MODULES = sorted(p for p in (ROOT / "internlm_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py") and p.parent.name != "runs")
+RUNS = sorted(p for p in (ROOT / "internlm_nb/apps/runs").glob("*.py") if p.name != "__init__.py")
 
 
 def imports(path: Path) -> set[str]:
@@ -41,6 +42,15 @@ def test_every_module_has_its_notebook():
         m = re.search(r"File to edit: (.*\.ipynb)\.", p.read_text())
         assert m, f"{p} was not made from a notebook"
         assert (p.parent / m[1]).exists(), f"{p}: its notebook {m[1]} is gone"
+
+
+def test_shipped_runs_are_plain_files():
+    "They are no modules of the house, and say in three lines what they are, whose recipe that is, and on how many ranks; nbdev would take longer texts for the package's own"
+    assert len(RUNS) >= 8
+    for p in RUNS:
+        lines = (ast.get_docstring(ast.parse(p.read_text())) or "").splitlines()
+        assert len(lines) == 3 and lines[1].startswith("Recipe: ") and lines[2].startswith("Worlds: "), p
+        assert {n.split(".")[0] for n in imports(p)} == {"internlm_nb"}, p
 
 
 def test_floors():

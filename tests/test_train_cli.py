@@ -16,10 +16,11 @@ import pytest
 from train_runs import facts, same, starts, tiny_run, trainer, write_folder
 
 from internlm_nb.apps.pretrain import main
+from internlm_nb.apps.runfile import names_of, shipped_runs
 from internlm_nb.checkpoint.keep import read_best, steps
 
 ROOT = Path(__file__).parents[1]
-RUNS = ROOT / "scripts" / "configs"
+RUNS = shipped_runs()
 OWN = """
 "A run of my own"
 from __future__ import annotations
@@ -56,6 +57,13 @@ def place(tmp_path_factory):
     (root / "syntax.py").write_text("def run(:")
     (root / "returns.py").write_text("def run(): return 3")
     (root / "fails.py").write_text("def run(): return {}['a']")
+    short = "from mine import run as mine\nfrom dataclasses import replace\ndef run():\n    {}\n"
+    (root / "wrongkey.py").write_text(short.format("return replace(mine(), model=replace(mine().model, hidden_sise=3))"))
+    (root / "wrongvalue.py").write_text(short.format("return replace(mine(), optim=replace(mine().optim, lr=float('nan')))"))
+    (root / "wrongimport.py").write_text("from internlm_nb.train.config import LogConfg\ndef run(): pass\n")
+    (root / "wronghook.py").write_text(short.format("return mine()") + "sinks = 3\n")
+    (root / "wrongsinks.py").write_text(short.format("return mine()") + "\n\ndef sinks():\n    return [one]\n")
+    (root / "wrongprepare.py").write_text(short.format("return mine()") + "def prepare(run):\n    pass\n")
     (root / "file").write_text("x")
     (root / "empty").mkdir()
     (root / "foreign").mkdir()
@@ -75,6 +83,7 @@ def place(tmp_path_factory):
 def call(place, line, monkeypatch):
     "Run main as the script would: (exit code, standard output, standard error)"
     monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(place))
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
             main(shlex.split(line), runs=RUNS)
@@ -85,7 +94,7 @@ def call(place, line, monkeypatch):
 
 
 WRONG = [  # the line, and words that the message must have: what is wrong, and what to write
-    ("demoo", "no run 'demoo' Did you mean demo?"),
+    ("demoo", "no run 'demoo' Did you mean demo"),
     ("nothere.py", "no such file"),
     ("empty", "no run 'empty' path of a Python file"),
     ("norun.py", "norun.py has no function run()"),
@@ -112,8 +121,13 @@ WRONG = [  # the line, and words that the message must have: what is wrong, and 
     ("mine.py --train.loss-scale.hysteresis 0", "hysteresis at least 1"),
     ("mine.py --model.num-heads 3", "num_heads 3 does not divide"),
     ("mine.py --model.num-layers 0", "num_layers is 0"),
-    ("mine.py --data.seq-len 0", "seq_len at least 1"),
-    ("mine.py --data.micro-num 0", "micro_num at least 1"),
+    ("mine.py --data.seq-len 0", "--data.seq-len is 0 at least 1"),
+    ("mine.py --data.micro-num 0", "--data.micro-num is 0 at least 1"),
+    ("mine.py --data.seq-len 1000000000", "--data.micro-num 2 packs of --data.seq-len 1000000000 GB of a rank's memory"),
+    ("mine.py --data.seq-len 10000000000", "--data.seq-len at most 2,147,483,647"),
+    ("mine.py --data.prefetch 1000000000000", "--data.prefetch 1000000000000 GB of a rank's memory"),
+    ("mine.py --train.max-minutes inf", "--train.max-minutes is inf 0 means no limit"),
+    ("mine.py --zero.param 2", "write --zero.param 2 --zero.grad 2 --zero.optim 2"),
     ("mine.py --parallel.pipeline 2", "--parallel.pipeline 2 torchrun --nproc-per-node 2"),
     ("mine.py --parallel.schedule zbh1", "--parallel.schedule is zbh1 --parallel.pipeline is 1"),
     ("mine.py --data.rampup '5 1 1'", "rampup start between 1 and the batch of 2 packs"),
@@ -152,8 +166,18 @@ WRONG = [  # the line, and words that the message must have: what is wrong, and 
     ("mine.py --run-dir /proc/x", "/proc/x cannot be written another folder"),
     ("mine.py --run-dir file/x", "file cannot be written"),
     ("mine.py --run-dir foreign", "foreign/config.json is no run's"),
-    ("internlm-20b", "internlm-20b needs GB make the model smaller"),
+    ("internlm-20b", "--parallel.tensor 4 one process was started torchrun --nproc-per-node 4 internlm-train --nproc 4"),
+    ("internlm-7b", "--zero.optim 8 optim 8 does not divide 1 write --zero.param 1 one process was started internlm-train --nproc 8"),
+    ("internlm2-7b", "internlm2-7b needs data --data.train-folder TOKENS --data.train-folder synthetic"),
+    ("internlm2-7b --data.train-folder synthetic --train.device cpu", "internlm2-7b needs GB make the model smaller"),
     ("sft", "sft needs data --data.train-folder"),
+    ("mine.py --nproc -1", "--nproc is -1"),
+    ("wrongkey.py", "wrongkey.py, line 4 hidden_sise Did you mean hidden_size?"),
+    ("wrongimport.py", "wrongimport.py, line 1 LogConfg Did you mean LogConfig?"),
+    ("wrongvalue.py", "wrongvalue.py, line 4 --optim.lr is nan"),
+    ("wronghook.py", "wronghook.py sinks is int it must be a function"),
+    ("wrongsinks.py", "wrongsinks.py, line 8, in sinks() NameError one"),
+    ("wrongprepare.py", "wrongprepare.py prepare() returned NoneType, not a RunConfig"),
 ]  # fmt: skip
 
 
@@ -172,7 +196,7 @@ def test_wrong_is_named_before_work_starts(line, words, place, monkeypatch):
 def test_help_lists_every_field(place, monkeypatch):
     "With its type, its comment and the run's own value"
     code, out, _ = call(place, "--help", monkeypatch)
-    assert code == 0 and all(p.stem in out for p in RUNS.glob("*.py"))
+    assert code == 0 and all(name in out for name in names_of(RUNS))
     code, out, _ = call(place, "mine.py --help", monkeypatch)
     from internlm_nb.train.config import flatten
 
@@ -234,10 +258,12 @@ def test_without_tensorboard(place, monkeypatch, tmp_path):
 
 
 def start(*args, cwd):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    "A background job of a script ignores SIGINT, and so would the children that it starts: here it does what it does in a terminal"
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env
-    )
+        [sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, args)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def wait_for(path: Path, lines: int, process) -> None:

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import torch
 
+from ..base.check import program
 from ..hub.load import load_model
 from ..checkpoint.durable import CheckpointError
 from ..data.chat import AnyTokenizer, Conversation, first_ids, guess_style
@@ -142,8 +143,8 @@ def answer(
 
 # %% ../../nbs/apps/05_chat.ipynb #39f61691
 def parser() -> argparse.ArgumentParser:
-    "The command line of chat.py"
-    p = argparse.ArgumentParser(prog="chat.py", description=f"Talk to a model. {HELP}.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    "The command line of internlm-chat"
+    p = argparse.ArgumentParser(prog=program("chat.py", "internlm-chat"), description=f"Talk to a model. {HELP}.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("folder", metavar="MODEL_FOLDER", help="a run, one of its checkpoints, or a Hugging Face folder")
     p.add_argument("--prompt", metavar="TEXT", help="answer this one text and leave (default: a conversation)")
     p.add_argument("--template", choices=("auto", "v1", "v2", "none"), default="auto", help="chat format; v2 is ChatML; none: go on with the text, for base models; auto: what the tokenizer has signs for")
@@ -194,7 +195,7 @@ def ask_terminal() -> str:
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:
-    "The main of scripts/chat.py; the exit code: 0 well, 2 could not be done, 130 interrupted"
+    "What internlm-chat does; the exit code: 0 well, 2 could not be done, 130 interrupted"
     args = parser().parse_args(argv)
     try:
         chatter = open_chat(args)
@@ -215,5 +216,9 @@ def main(
         print(file=sys.stderr)
         return 130
     except (OSError, ValueError, LookupError, RuntimeError, CheckpointError) as error:
-        print(f"chat.py: {error}", file=sys.stderr)
+        print(f"{program('chat.py', 'internlm-chat')}: {error}", file=sys.stderr)
         return 2
+
+# %% ../../nbs/apps/05_chat.ipynb #72fca8af
+if __name__ == "__main__" and "__file__" in globals():  # for `python -m`; a notebook is no file
+    sys.exit(main())

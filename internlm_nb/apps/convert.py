@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..base.check import program
 from ..hub.load import find_tokenizer, open_tokenizer
 from ..checkpoint.durable import CheckpointError, write_file
 from ..checkpoint.keep import resolve
@@ -31,8 +32,8 @@ COMMANDS = ("to-hf", "from-hf", "to-internevo", "from-internevo")
 
 
 def parser() -> argparse.ArgumentParser:
-    "The command line of convert.py"
-    top = argparse.ArgumentParser(prog="convert.py", description="Convert weights, tensor by tensor. The native format stands in the middle: to-… reads it, from-… writes it.")
+    "The command line of internlm-convert"
+    top = argparse.ArgumentParser(prog=program("convert.py", "internlm-convert"), description="Convert weights, tensor by tensor. The native format stands in the middle: to-… reads it, from-… writes it.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     native = "a native checkpoint (RUN/checkpoints/STEP), or a run: its newest checkpoint"
     new = "a new folder; an existing one is never written over"
@@ -124,14 +125,18 @@ def convert(
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:
-    "The main of scripts/convert.py; the exit code: 0 well, 2 could not be done, 130 interrupted"
-    args = parser().parse_args(argv)
+    "What internlm-convert does; the exit code: 0 well, 2 could not be done, 130 interrupted"
+    args, name = parser().parse_args(argv), program("convert.py", "internlm-convert")
     try:
         print(convert(args))
         return 0
     except KeyboardInterrupt:
-        print(f"convert.py {args.command}: stopped; nothing was left", file=sys.stderr)
+        print(f"{name} {args.command}: stopped; nothing was left", file=sys.stderr)
         return 130
     except (CheckpointError, OSError, ValueError) as error:
-        print(f"convert.py {args.command}: {error}", file=sys.stderr)
+        print(f"{name} {args.command}: {error}", file=sys.stderr)
         return 2
+
+# %% ../../nbs/apps/04_convert.ipynb #0a1e47dd
+if __name__ == "__main__" and "__file__" in globals():  # for `python -m`; a notebook is no file
+    sys.exit(main())

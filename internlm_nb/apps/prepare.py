@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from ..base.check import program
 from ..data.build import Built, Recipe, build
 from ..data.chat import TEMPLATES, AnyTokenizer
 from ..data.corpus import build_token_folder, corpus
@@ -154,8 +155,8 @@ def _add_tokenizer(p: argparse.ArgumentParser) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    "The command line of prepare_data.py"
-    top = argparse.ArgumentParser(prog="prepare_data.py", description="Text to token files (.bin and .bin.meta) and back.")
+    "The command line of internlm-data"
+    top = argparse.ArgumentParser(prog=program("prepare_data.py", "internlm-data"), description="Text to token files (.bin and .bin.meta) and back.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
@@ -227,6 +228,7 @@ def run_tokenizer(
         made = train_tokenizer(texts, dst, args.vocab_size, marks=marks, character_coverage=args.character_coverage, model_type=args.model_type)
     print(f"{dst}: {made.vocab_size:,} pieces")
     return 0
+
 
 # %% ../../nbs/apps/01_prepare.ipynb #9721121a
 def _figures(built: Built) -> str:
@@ -312,8 +314,8 @@ def run_corpus(
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:
-    "The main of scripts/prepare_data.py; the exit code: 0 well, 1 faults found, 2 could not be done, 130 interrupted"
-    args = parser().parse_args(argv)
+    "What internlm-data does; the exit code: 0 well, 1 faults found, 2 could not be done, 130 interrupted"
+    args, name = parser().parse_args(argv), program("prepare_data.py", "internlm-data")
     try:
         if args.command == "build":
             return run_build(args)
@@ -330,8 +332,12 @@ def main(
             print(show(args.src, tokenizer, args.first, args.count))
         return 0
     except KeyboardInterrupt:
-        print(f"prepare_data.py {args.command}: stopped; the file in work was not written. The same command goes on from there", file=sys.stderr)
+        print(f"{name} {args.command}: stopped; the file in work was not written. The same command goes on from there", file=sys.stderr)
         return 130
     except (OSError, ValueError, LookupError, RuntimeError) as error:
-        print(f"prepare_data.py {args.command}: {error}", file=sys.stderr)
+        print(f"{name} {args.command}: {error}", file=sys.stderr)
         return 2
+
+# %% ../../nbs/apps/01_prepare.ipynb #91f6aa8e
+if __name__ == "__main__" and "__file__" in globals():  # for `python -m`; a notebook is no file
+    sys.exit(main())

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from ..base.check import program
 from .ablation import ablation
 from .data import data_contest
 from .records import head, keep, load, new_record, result_text, table
@@ -202,7 +203,7 @@ def bench_gpu(
 ) -> Iterator[dict[str, Any]]:  # nothing where no GPU is at hand
     "MFU of large shapes by backend; on a CPU only as a smoke test"
     if not at.device.startswith("cuda") and not cfg.smoke:
-        at.say(f"gpu: no CUDA device here (this PyTorch is {torch.__version__}), so the MFU of the large shapes stays open; run `bench.py gpu` where there is one")
+        at.say(f"gpu: no CUDA device here (this PyTorch is {torch.__version__}), so the MFU of the large shapes stays open; run `internlm-bench gpu` where there is one")
         return
     for shape in chosen(cfg, ("1b", "7b-llama2-4-blocks", "7b-internlm2-4-blocks")):
         cases, missing = gpu_cases(shape, at.device)
@@ -232,10 +233,10 @@ def run_part(
             at.say(f"\n{result_text(result)}\n")
             results.append(result)
     except ContestError as error:
-        print(f"bench.py {what}: {error}", file=sys.stderr)
+        print(f"{program('bench.py', 'internlm-bench')} {what}: {error}", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
-        print(f"bench.py {what}: stopped", file=sys.stderr)
+        print(f"{program('bench.py', 'internlm-bench')} {what}: stopped", file=sys.stderr)
         code = 130
     if results:
         record = new_record(what, facts(at.device, at.threads), results, smoke=cfg.smoke, stopped=bool(code), **more)
@@ -249,10 +250,10 @@ def main(
     args: Sequence[str] | None = None,  # Command line without the program's name; None: of this process
     say: Callable[[str], None] = print,
 ) -> int:  # 0: done; 1: a contender failed; 2: what was asked for cannot be; 130: interrupted
-    "The main of scripts/bench.py"
+    "What internlm-bench does"
     argv = list(sys.argv[1:] if args is None else args)
     try:
-        cfg = tyro.cli(BenchConfig, prog="bench.py", args=argv)
+        cfg = tyro.cli(BenchConfig, prog=program("bench.py", "internlm-bench"), args=argv)
         for path in cfg.show:
             say(table(load(path)) + "\n")
         if cfg.show:
@@ -267,10 +268,10 @@ def main(
         at = Place(tuple(peers), str(device), cfg.threads or cores, say)
         keeps = not cfg.smoke or any(a.startswith("--out") for a in argv)
         for what in PARTS if cfg.what == "all" else [cfg.what]:
-            if code := run_part(what, cfg, at, {"command": shlex.join(["bench.py", *argv]), "missing": missing}, keeps):
+            if code := run_part(what, cfg, at, {"command": shlex.join([program("bench.py", "internlm-bench"), *argv]), "missing": missing}, keeps):
                 return code
     except (ValueError, OSError) as error:
-        print(f"bench.py: {error}", file=sys.stderr)
+        print(f"{program('bench.py', 'internlm-bench')}: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -292,3 +293,7 @@ def plot_contest(
     ax.set_xlabel("tokens/s")
     ax.set_title(result["title"])
     return ax
+
+# %% ../../nbs/bench/12_cli.ipynb #d90b4bbc
+if __name__ == "__main__" and "__file__" in globals():  # for `python -m`; a notebook is no file
+    sys.exit(main())

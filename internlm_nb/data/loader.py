@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..base.values import check_fields, check_range, option
 from .facts import folder_facts
 from .mixture import BatchSizes, Mixture, SkippedBatches
 from .order import ShuffledPacks, derive_key
@@ -21,9 +22,13 @@ from .tokenfiles import TokenFolder, read_tokens
 from .tokenline import TokenFileError
 
 # %% auto #0
-__all__ = ['T', 'DataConfig', 'parse_folders', 'Loader', 'prefetch', 'Validation', 'make_validation']
+__all__ = ['MOST_TOKENS', 'MOST_PACKS', 'T', 'DataConfig', 'parse_folders', 'Loader', 'prefetch', 'Validation', 'make_validation']
 
 # %% ../../nbs/data/17_loader.ipynb #cb1d5cc3
+MOST_TOKENS = 2**31 - 1  # of a pack
+MOST_PACKS = 2**20  # of a step
+
+
 @dataclass(frozen=True)
 class DataConfig:
     "What a run trains and validates on"
@@ -44,17 +49,19 @@ class DataConfig:
     prefetch: int = 2  # steps that a background thread reads ahead; 0: none
 
     def __post_init__(self):
-        for name in ("seq_len", "micro_bsz", "micro_num"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("min_length", "valid_packs", "prefetch"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data.{name} must not be negative, but is {getattr(self, name)}")
-        for name in ("valid_micro_bsz", "synthetic_shortest", "synthetic_longest"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"data.{name} must be at least 1, not {value}")
         if isinstance(self.train_folder, str):
             object.__setattr__(self, "train_folder", (self.train_folder,) if self.train_folder else ())
+        check_fields(self, "--data.")
+        check_range(self, "--data.", ["micro_num"], 1, MOST_PACKS)
+        check_range(self, "--data.", ["min_length", "valid_packs", "prefetch"], 0)
+        sizes = ["seq_len", "micro_bsz", "valid_micro_bsz", "synthetic_shortest", "synthetic_longest"]
+        check_range(self, "--data.", sizes, 1, MOST_TOKENS)
+        for name in ("micro_bsz", "valid_micro_bsz"):
+            if (self.seq_len * (getattr(self, name) or 1)) > MOST_TOKENS:
+                raise ValueError(
+                    f"{option('--data.', name)} {getattr(self, name)} x --data.seq-len {self.seq_len} are {self.seq_len * getattr(self, name):,} tokens: "
+                    f"a pack has at most {MOST_TOKENS:,}, since the borders of its documents are 32-bit numbers"
+                )
         BatchSizes(self.micro_num, self.rampup)
         SkippedBatches(self.skip_batches)
         parse_folders(self.train_folder)

@@ -25,7 +25,7 @@ from ..parallel.placement import Cut, Placement, init_placed
 from ..parallel.schedules import make_schedule
 from ..parallel.stages import PipelinePart, defer_weights, pipeline_cut, tied_ranks
 from ..parallel.tensor import tensor_parallel
-from .config import RunConfig, ZeroConfig
+from .config import RunConfig, ZeroConfig, as_options
 from .fp8 import fp8_linears, why_not_fp8
 from .optim import OptimConfig, Optimizer, freeze
 from .passes import Staged
@@ -73,7 +73,7 @@ def layout_of(
     except ValueError as e:
         fields = [f"--parallel.{name} {size}" for name in ("tensor", "sequence", "context", "pipeline", "chunks", "expert") if (size := getattr(p, name)) > 1]
         ranks = p.tensor * p.sequence * p.context * p.pipeline * p.expert
-        alone = f"; one process was started: begin the line with torchrun --nproc-per-node {ranks}" if world == 1 < ranks else ""
+        alone = f"; one process was started: begin the line with torchrun --nproc-per-node {ranks}, or with internlm-train --nproc {ranks}" if world == 1 < ranks else ""
         raise ValueError(f"{e} (fields: {' '.join([*fields, f'--data.micro-num {run.data.micro_num}'])}{alone})") from e
     if p.pipeline > 1:
         _check_micro_num(run, layout)
@@ -113,7 +113,9 @@ def sharding_of(
     try:
         return Sharding(z.param, z.grad, z.optim).resolved(layout.replica)
     except ValueError as e:
-        raise ValueError(f"--zero.param {z.param} --zero.grad {z.grad} --zero.optim {z.optim}: {e}") from e
+        ranks = max(z.param, z.grad, z.optim)
+        alone = f"; one process was started: begin the line with torchrun --nproc-per-node {ranks}, or with internlm-train --nproc {ranks}" if layout.world == 1 else ""
+        raise ValueError(f"--zero.param {z.param} --zero.grad {z.grad} --zero.optim {z.optim}: {as_options(str(e))}{alone}") from e
 
 # %% ../../nbs/train/08_parallelize.ipynb #2b09d143
 def refuse(

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from ..base.values import check_fields, check_range
+
 # %% ../../nbs/train/02_schedules.ipynb #acbe5d57
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -23,17 +25,10 @@ class ScheduleConfig:
     decay_shape: Literal["linear", "sqrt"] = "linear"  # Decay of wsd: straight to min_lr, or as 1 - sqrt(x), fast at first
 
     def __post_init__(self):
-        if self.kind not in ("cosine", "constant", "linear", "wsd"):
-            raise ValueError(f"schedule kind {self.kind!r} is unknown: choose cosine, constant, linear or wsd")
-        if self.decay_shape not in ("linear", "sqrt"):
-            raise ValueError(f"schedule decay_shape {self.decay_shape!r} is unknown: choose linear or sqrt")
-        for name, value in (("warmup_ratio", self.warmup_ratio), ("decay_ratio", self.decay_ratio)):
-            if not 0 <= value <= 1:
-                raise ValueError(f"schedule {name} is {value}, but it is a share of the run: give a number from 0 to 1")
-        if self.init_steps < 0:
-            raise ValueError(f"schedule init_steps is {self.init_steps}: give 0 or more steps")
-        if not self.min_lr >= 0:
-            raise ValueError(f"schedule min_lr is {self.min_lr}: give 0 or more")
+        check_fields(self, "--optim.schedule.")
+        share = "a share of the run, from 0 to 1"
+        check_range(self, "--optim.schedule.", ["warmup_ratio", "decay_ratio"], 0, 1, what=share)
+        check_range(self, "--optim.schedule.", ["init_steps", "min_lr"], 0, what="0 or more")
 
 # %% ../../nbs/train/02_schedules.ipynb #4949873e
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"The demo: text to tokenizer to token files to a small trained model, in a few minutes on two CPU cores; no network, no GPU"
+"""The demo: text to tokenizer to token files to a small trained model, in a few minutes on two CPU cores; no network, no GPU.
+Recipe: our own, 500 steps of 1024 tokens; its data come with the package.
+Worlds: 1 process."""
 
 from internlm_nb.apps.demo import finish, prepare
 from internlm_nb.data.loader import DataConfig

@@ -1,0 +1,21 @@
+"""InternLM2 7B: sequences of 4096, 500,000 steps of 4.2 million tokens are 2.1 trillion.
+Recipe: InternLM2's technical report (arXiv:2403.17297): 4 million tokens a step, rate 3e-4 falling to a tenth, decay 0.1; 2,000 steps of warm-up are our choice.
+Worlds: 8, 16, 32, 64, 128, 256, 512 or 1024 GPUs of 80 GB."""
+
+from internlm_nb.data.loader import DataConfig
+from internlm_nb.model.config import preset
+from internlm_nb.train.config import CheckpointConfig, RunConfig, TrainConfig, ZeroConfig
+from internlm_nb.train.optim import OptimConfig
+from internlm_nb.train.schedules import ScheduleConfig
+
+
+def run() -> RunConfig:
+    return RunConfig(
+        name="internlm2-7b",
+        model=preset("internlm2-7b"),
+        data=DataConfig(seq_len=4096, micro_bsz=1, micro_num=1024),
+        optim=OptimConfig(lr=3e-4, weight_decay=0.1, schedule=ScheduleConfig(warmup_ratio=0.004, min_lr=3e-5)),
+        train=TrainConfig(steps=500_000),
+        zero=ZeroConfig(grad=-1, optim=-1),
+        checkpoint=CheckpointConfig(every=1000, keep_every=10_000, snapshot_every=100),
+    )
