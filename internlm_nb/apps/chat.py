@@ -8,6 +8,7 @@ __all__ = ['DEFAULT', 'HELP', 'room', 'Chatter', 'converse', 'answer', 'parser',
 # %% ../../nbs/apps/05_chat.ipynb #994709fd
 import argparse
 import contextlib
+import io
 import secrets
 import sys
 from collections.abc import Callable, Generator, Sequence
@@ -56,13 +57,22 @@ class Chatter:
         sampling: Sampling = DEFAULT,  # how tokens are chosen; answer n takes its seed + n
         max_new_tokens: int = 1024,  # of an answer
         system: str | None = None,  # said before the conversation, in formats that have a system role
+        stop_ids: Sequence[int] = (),  # that end an answer besides those of the format
     ):
-        self.model, self.tokenizer, self.sampling, self.max_new_tokens = model, tokenizer, sampling, max_new_tokens
+        vocab = model.cfg.vocab_size
+        self.model, self.tokenizer, self.sampling, self.max_new_tokens = model, tokenizer.for_model(vocab), sampling, max_new_tokens
+        self.suppress_ids = tokenizer.missing_ids(vocab)  # of a vocabulary that was rounded up
         self.style = guess_style(tokenizer) or "none" if style == "auto" else style
         if system and self.style == "none":
             raise ValueError("a system text needs a chat template: leave it out, or choose one")
         self.system, self.ended = system, True
         self.reset()
+        own = self.talk.stop_ids if self.talk is not None else [i for i in [tokenizer.eos_id] if i >= 0]
+        if lost := [tokenizer.id_to_piece(i) for i in own if i >= vocab]:
+            raise ValueError(
+                f"{tokenizer.path}: {', '.join(lost)} is beyond the {vocab} ids of the model, which cannot write it: choose another template (none: go on with a text)"
+            )
+        self.stop_ids = [*own, *(i for i in stop_ids if i not in own)]
 
     def reset(self) -> None:
         "Forget what was said, but for the system text"
@@ -77,14 +87,13 @@ class Chatter:
         "Answer, or go on with a text. `ended` says afterwards whether the model came to an end by itself"
         if self.talk is None:
             ids = context = first_ids(self.tokenizer) + self.tokenizer.encode(words, marks=False)
-            stops = [i for i in [self.tokenizer.eos_id] if i >= 0]
         else:
-            ids, context, stops = self.talk.ask(words), [], self.talk.stop_ids
+            ids, context = self.talk.ask(words), []
         count = room(self.model, len(ids), self.max_new_tokens)
         sampling = replace(self.sampling, seed=self.sampling.seed + self.answers)
         wrote, text, self.ended = [], TextStream(self.tokenizer, context), False
         try:
-            for step in stream(self.model, [ids], count, sampling, stops):
+            for step in stream(self.model, [ids], count, sampling, self.stop_ids, self.suppress_ids):
                 wrote.append(step[0])
                 if piece := text.feed(step[0]):
                     yield piece
@@ -138,14 +147,15 @@ def answer(
         write("\n" if chatter.ended else " [cut: no more room, see --max-new-tokens]\n")
     except KeyboardInterrupt:
         write(" [interrupted]\n")
-    except ValueError as error:
+    except (ValueError, FloatingPointError) as error:
         write(f"({error})\n")
 
 # %% ../../nbs/apps/05_chat.ipynb #39f61691
 def parser() -> argparse.ArgumentParser:
     "The command line of internlm-chat"
-    p = argparse.ArgumentParser(prog=program("chat.py", "internlm-chat"), description=f"Talk to a model. {HELP}.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("folder", metavar="MODEL_FOLDER", help="a run, one of its checkpoints, or a Hugging Face folder")
+    about = f"Talk to a model. {HELP}."
+    p = argparse.ArgumentParser(prog=program("chat.py", "internlm-chat"), description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("folder", metavar="MODEL_FOLDER", help="a run, one of its checkpoints, a Hugging Face folder, or a step of the older system")
     p.add_argument("--prompt", metavar="TEXT", help="answer this one text and leave (default: a conversation)")
     p.add_argument("--template", choices=("auto", "v1", "v2", "none"), default="auto", help="chat format; v2 is ChatML; none: go on with the text, for base models; auto: what the tokenizer has signs for")
     p.add_argument("--system", metavar="TEXT", help="said to the model before the conversation (v2); an empty text: nothing (default: what the model's own template says)")
@@ -156,7 +166,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--top-p", type=float, default=0.8, metavar="P", help="sample among the likeliest tokens that together have probability P")
     p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: what was said becomes less likely")
     p.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: another one each time)")
-    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model file (default: the one that belongs to the model)")
+    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model, tokenizer.json, or a folder with one of them (default: the one that belongs to the model)")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
     p.add_argument("--precision", choices=("auto", "float32", "bfloat16", "float16", "float64"), default="auto", help="of the weights; auto: as saved, on a CPU without bfloat16 arithmetic float32")
     return p
@@ -172,11 +182,15 @@ def open_chat(
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.repetition_penalty, seed)
     loaded = load_model(args.folder, args.device, None if args.precision == "auto" else getattr(torch, args.precision), args.tokenizer)
     if loaded.tokenizer is None:
-        raise FileNotFoundError(f"{loaded.folder} has no tokenizer beside it: name a SentencePiece model with --tokenizer FILE")
+        raise FileNotFoundError(
+            f"{loaded.folder} has no tokenizer beside it, in its run or beside its data: name a SentencePiece .model or a tokenizer.json with "
+            "--tokenizer FILE, or put it beside the model"
+        )
     model = loaded.model
     if args.precision == "auto" and torch.device(args.device).type == "cpu" and not fast_bf16():
         model = model.to(torch.promote_types(model.embedding.weight.dtype, torch.float32))
-    return Chatter(model, loaded.tokenizer, args.template, sampling, args.max_new_tokens, loaded.system if args.system is None and args.template in ("auto", "v2") else args.system)
+    system = loaded.system if args.system is None and args.template in ("auto", "v2") else args.system
+    return Chatter(model, loaded.tokenizer, args.template, sampling, args.max_new_tokens, system, loaded.stop_ids)
 
 
 def say(piece: str) -> None:
@@ -197,6 +211,9 @@ def main(
 ) -> int:
     "What internlm-chat does; the exit code: 0 well, 2 could not be done, 130 interrupted"
     args = parser().parse_args(argv)
+    for pipe in (sys.stdin, sys.stdout):  # bytes that are no text, and signs that the terminal does not know, end no conversation
+        if isinstance(pipe, io.TextIOWrapper):
+            pipe.reconfigure(errors="replace")
     try:
         chatter = open_chat(args)
         if args.prompt is not None:
@@ -215,7 +232,7 @@ def main(
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except (OSError, ValueError, LookupError, RuntimeError, CheckpointError) as error:
+    except (OSError, ValueError, LookupError, ArithmeticError, RuntimeError, CheckpointError) as error:
         print(f"{program('chat.py', 'internlm-chat')}: {error}", file=sys.stderr)
         return 2
 

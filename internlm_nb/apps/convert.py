@@ -11,21 +11,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..base.check import program
-from ..hub.load import find_tokenizer, open_tokenizer
-from ..checkpoint.durable import CheckpointError, write_file
+import torch
+
+from ..base.check import Say, program
+from ..checkpoint.durable import CheckpointError
 from ..checkpoint.keep import resolve
 from ..checkpoint.reader import Checkpoint
+from ..data.json_tokenizer import JsonTokenizer, open_tokenizer
 from ..data.tokenizer import Tokenizer
-from ..hub.hf_tokenizer import JsonTokenizer
+from ..hub.hf_tokenizer import copy_tokenizer
 from ..hub.huggingface import hf_to_native, native_to_hf
 from ..hub.internevo import internevo_to_native, native_to_internevo
-from ..hub.native import native_config
+from ..hub.native import find_tokenizer, has_tokenizer, native_config
 from ..hub.source import kind_of
 from ..model.config import num_params, preset
 
 # %% auto #0
-__all__ = ['COMMANDS', 'KINDS', 'READS', 'parser', 'source_folder', 'keep_tokenizer', 'convert', 'main']
+__all__ = ['COMMANDS', 'KINDS', 'READS', 'parser', 'source_folder', 'wanted_tokenizer', 'export', 'convert', 'main']
 
 # %% ../../nbs/apps/04_convert.ipynb #a88ad1bc
 COMMANDS = ("to-hf", "from-hf", "to-internevo", "from-internevo")
@@ -47,10 +49,18 @@ def parser() -> argparse.ArgumentParser:
     def ffn_order(p: argparse.ArgumentParser) -> None:
         p.add_argument("--ffn-order", choices=("new", "old"), default="new", help="old: internlm checkpoints from before 2024-01-30, where w3 is the down projection and w2 the up projection")
 
+    def dtype(p: argparse.ArgumentParser) -> None:
+        what = "of the weights to be written (default: as in SRC; where its tensors differ, as its config.json says)"
+        p.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default=argparse.SUPPRESS, help=what)
+
     p = command("to-hf", "native weights to a Hugging Face folder that transformers and servers load without remote code", native, new)
-    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model (or tokenizer.json) to export with the weights (default: the run's own, if it is found)")
+    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model or tokenizer.json to export with the weights; none: none (default: the run's own, if it is found)")
+    bos = "the exported tokenizer puts bos in front of every text (default: as the model was trained)"
+    p.add_argument("--add-bos", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=bos)
+    dtype(p)
     p = command("from-hf", "a Hugging Face folder (internlm, internlm2, internlm3, llama) to native weights", "a folder with config.json and safetensors", new)
-    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model (or tokenizer.json) to keep with the weights (default: that of SRC)")
+    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model or tokenizer.json to keep with the weights (default: that of SRC)")
+    dtype(p)
 
     p = command("to-internevo", "native weights to a checkpoint of the older system", native, new + "; name it by the step, as the older system does")
     p.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks to cut for")
@@ -85,41 +95,64 @@ def source_folder(
     return found
 
 
-def keep_tokenizer(
-    file: str | Path | None,  # a SentencePiece .model or a tokenizer.json; None: nothing to do
-    folder: Path,  # the new native checkpoint
-) -> None:
-    "Copy a tokenizer beside weights, where chat and training look for it"
-    if file is not None:
-        write_file(folder / f"tokenizer{'.json' if Path(file).suffix == '.json' else '.model'}", Path(file).read_bytes())
+def wanted_tokenizer(
+    name: str | None,  # as the user gave it; None: not at all
+) -> Tokenizer | JsonTokenizer | None:
+    "A tokenizer that was named, opened; an error says which option was wrong"
+    if name is None or name == "none":
+        return None
+    try:
+        return open_tokenizer(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--tokenizer: {error}") from error
+
+
+def export(
+    args: argparse.Namespace,  # of `to-hf`
+    src: Path,  # the checkpoint
+    remark: Say,  # is told what the user should know besides
+) -> str:  # what was done, in a line
+    "Native weights to a Hugging Face folder, with the tokenizer that was named or is found"
+    own = wanted_tokenizer(args.tokenizer) or (find_tokenizer(src, Checkpoint(src).state) if args.tokenizer is None else None)
+    native_to_hf(src, args.dst, own or "none", _dtype(args), add_bos=getattr(args, "add_bos", None), progress=True)
+    if own is None:
+        remark(
+            f"no tokenizer was exported: there is no tokenizer.model or tokenizer.json in {src}, in its run or beside its data. Servers and "
+            "transformers need one: delete the folder and export again with --tokenizer FILE"
+        )
+    return f"{args.dst}: a Hugging Face folder, {f'with the tokenizer {own.path}' if own else 'without a tokenizer'}"
+
+
+def _dtype(args: argparse.Namespace) -> torch.dtype | None:
+    return getattr(torch, args.dtype) if "dtype" in args else None
 
 
 def convert(
     args: argparse.Namespace,  # from `parser`
+    remark: Say = print,  # is told what the user should know besides
 ) -> str:  # what was done, in a line
     "One conversion; ValueError, OSError, CheckpointError say what cannot be done"
     dst = Path(args.dst)
     if os.path.lexists(dst):
         raise FileExistsError(f"{dst} exists and is never written over: choose another folder, or delete it")
-    tokenizer = getattr(args, "tokenizer", None)
-    if tokenizer is not None and not Path(tokenizer).is_file():
-        raise FileNotFoundError(f"--tokenizer: there is no file {tokenizer}")
     src = source_folder(args.src, args.command)
     if args.command == "to-internevo":
         native_to_internevo(src, dst, args.tp, args.pp, args.ffn_order, args.embed_cut == "hidden", progress=True)
         return f"{dst}: {args.tp} x {args.pp} shards of the older system"
     if args.command == "to-hf":
-        own = open_tokenizer(tokenizer) if tokenizer else find_tokenizer(src, Checkpoint(src).state)
-        assert own is None or isinstance(own, (Tokenizer, JsonTokenizer))
-        native_to_hf(src, dst, own, progress=True)
-        return f"{dst}: a Hugging Face folder, {f'with the tokenizer {own.path}' if own else 'without a tokenizer: give one with --tokenizer'}"
+        return export(args, src, remark)
+    tokenizer = wanted_tokenizer(args.tokenizer)
     if args.command == "from-hf":
-        hf_to_native(src, dst, progress=True)  # its own tokenizer comes along
+        hf_to_native(src, dst, _dtype(args), progress=True, tokenizer=tokenizer)  # its own comes along where none is named
     else:
         internevo_to_native(src, dst, args.ffn_order, preset(args.model) if args.model else None, args.allow_incomplete, progress=True)
-    keep_tokenizer(tokenizer, dst)
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, dst)
+    if not has_tokenizer(dst):
+        remark(f"no tokenizer lies beside these weights: chat and export need one, so put a tokenizer.model or tokenizer.json into {dst}")
     cfg = native_config(Checkpoint(dst))
-    return f"{dst}: native weights of {cfg.family}, {num_params(cfg):,} parameters{f', with {tokenizer}' if tokenizer else ''}; start a run from them with --checkpoint.init {dst}"
+    with_it = f", with {tokenizer.path}" if tokenizer else ""
+    return f"{dst}: native weights of {cfg.family}, {num_params(cfg):,} parameters{with_it}; start a run from them with --checkpoint.init {dst}"
 
 
 def main(
@@ -128,7 +161,7 @@ def main(
     "What internlm-convert does; the exit code: 0 well, 2 could not be done, 130 interrupted"
     args, name = parser().parse_args(argv), program("convert.py", "internlm-convert")
     try:
-        print(convert(args))
+        print(convert(args, lambda line: print(f"convert.py {args.command}: {line}", file=sys.stderr)))
         return 0
     except KeyboardInterrupt:
         print(f"{name} {args.command}: stopped; nothing was left", file=sys.stderr)

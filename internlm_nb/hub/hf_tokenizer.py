@@ -73,7 +73,7 @@ def _refuse_inexact(tokenizer: Tokenizer) -> list[Piece]:
     ):
         if used:
             raise ValueError(
-                f"{tokenizer.path} uses {what}, for which tokenizer.json has no exact word: export without a tokenizer, and put the .model file beside"
+                f"{tokenizer.path} uses {what}, for which tokenizer.json has no exact word: export without a tokenizer (--tokenizer none), and put the .model file beside"
             )
     return model.pieces
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from .hf_config import load_config, write_config
 from .hf_files import Spec, WeightFolder, write_sharded
 from .hf_tokenizer import generation_config, copy_tokenizer, write_tokenizer
 from .keys import Entry, Layout, entries
-from .native import TensorSource, native_config, write_native
+from .native import TensorSource, find_tokenizer, native_config, trained_with_bos, write_native
 from ..model.config import ModelConfig
 from ..model.transformer import Transformer
 
@@ -256,11 +256,11 @@ def to_hf(
 def native_to_hf(
     src: str | Path,  # a native checkpoint's folder
     dst: str | Path,  # a new Hugging Face folder
-    tokenizer: Tokenizer | JsonTokenizer | None = None,  # None: what stands beside the checkpoint's tensors, if anything does
+    tokenizer: Tokenizer | JsonTokenizer | Literal["none"] | None = None,  # None: the checkpoint's or its run's own, if there is one
     dtype: torch.dtype | None = None,  # of the files; None: as in the checkpoint
     shard_bytes: int = 5 << 30,  # size of a file
     layout: Layout = "llama",  # as in `to_hf`
-    add_bos: bool | None = None,  # the tokenizer puts bos in front of every text; None: of a SentencePiece model yes, otherwise as its file does
+    add_bos: bool | None = None,  # the tokenizer puts bos in front of every text; None: as the run's data has it, else as in `to_hf`
     progress: bool = False,  # a bar over the bytes
 ) -> Path:  # the folder
     "Convert from disk to disk, tensor by tensor; errors as in `to_hf`"
@@ -274,12 +274,13 @@ def native_to_hf(
     kinds = {source.dtype(n) for n in needed}
     if dtype is None and len(kinds) > 1:
         raise ValueError(f"{src} holds weights of {', '.join(sorted(map(str, kinds)))}: say which dtype the files should have (dtype=, --dtype)")
-    if tokenizer is None and any((Path(src) / n).is_file() for n in ("tokenizer.model", "tokenizer.json")):
-        tokenizer = load_tokenizer(src)
+    own = find_tokenizer(source.folder, source.state) if tokenizer is None else None if tokenizer == "none" else tokenizer
+    if add_bos is None and own is not None:
+        add_bos = trained_with_bos(own, source.state)
 
     def read(name: str) -> Tensor:
         tensor = source.read(f"model.{name}")
         source.release()  # what was mapped to read it
         return tensor
 
-    return _export(dst, cfg, read, dtype or kinds.pop(), tokenizer, layout, shard_bytes, add_bos, progress)
+    return _export(dst, cfg, read, dtype or kinds.pop(), own, layout, shard_bytes, add_bos, progress)
