@@ -23,9 +23,10 @@ from internlm_nb.parallel.placement import Cut, Placement, init_placed, placemen
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.parallel.record import Recorder
 from internlm_nb.parallel.tensor import tensor_bytes, tensor_parallel
-from internlm_nb.run.state import TrainState, load_run, save_run, share_out
+from internlm_nb.run.state import TrainState, load_run, save_run, state_chunks
 from internlm_nb.train.config import RunConfig
 from internlm_nb.train.optim import OptimConfig, Optimizer
+from internlm_nb.train.parallelize import make_optimizer
 from internlm_nb.train.precision import PRECISIONS
 from internlm_nb.train.schedules import ScheduleConfig
 
@@ -66,11 +67,16 @@ def forward(model: Transformer, cfg: ModelConfig, seed: int) -> LossOutput:
     return out
 
 
+def whole_pieces(opt: Optimizer, tensors: list[Tensor]) -> dict[str, Tensor]:
+    "Gradients or masters of one piece each, in the parameters' shapes: nothing is cut over replicas here"
+    return {leaf.name: t.detach().view(opt.engine.params[leaf.name].shape).clone() for leaf, t in zip(opt.engine.leaves, tensors)}
+
+
 def three_steps(mesh: Mesh, cfg: ModelConfig, policy: str = "none"):
     "Losses and norms of three steps, the first one's gradients, the last weights, placements"
     model, placements = build(cfg, mesh)
     recompute(model, 0.0 if policy == "none" else 1.0, "full" if policy == "none" else policy)  # type: ignore[arg-type]
-    opt = Optimizer(model, OPTIM, PRECISIONS["float64"], None, mesh, placements, bucket_bytes=20_000)
+    opt = make_optimizer(model, OPTIM, PRECISIONS["float64"], mesh, None, placements, bucket_mb=0.02)
     data, figures, first = mesh.axis("data"), [], {}
     for step in range(3):
         opt.set_schedule(step, 3)
@@ -88,9 +94,9 @@ def three_steps(mesh: Mesh, cfg: ModelConfig, policy: str = "none"):
         info = opt.update()
         figures.append((all_reduce(total, data, "test").item(), info.grad_norm.item()))
         if step == 0:
-            first = {n: m.grad.clone() for n, m in opt.masters.items() if m.grad is not None}
+            first = whole_pieces(opt, opt.collect())
     mesh.check_waited()
-    return figures, first, {n: m.detach().clone() for n, m in opt.masters.items()}, placements
+    return figures, first, whole_pieces(opt, [leaf.master for leaf in opt.engine.leaves]), placements
 
 
 def hold(layout: Layout, cfg: ModelConfig, policy: str = "none") -> None:
@@ -366,26 +372,27 @@ def run_config(cfg: ModelConfig) -> RunConfig:
 
 def save(mesh: Mesh, cfg: ModelConfig, folder: str) -> list[str]:
     model, placements = build(cfg, mesh)
-    opt = Optimizer(model, OPTIM, PRECISIONS["float64"], None, mesh, placements)
+    opt = make_optimizer(model, OPTIM, PRECISIONS["float64"], mesh, None, placements)
     opt.zero_grad()
     opt.last_micro_batch()
     forward(model, cfg, mesh.axis("data").coord).loss_sum.backward()
     opt.update()
     save_run(folder, model, opt, TrainState(step=1), run_config(cfg), mesh=mesh)
-    return [n for n in opt.masters if placements[n].is_cut("expert")]
+    return [leaf.name for leaf in opt.engine.leaves if placements[leaf.name].is_cut("expert")]
 
 
 def load(mesh: Mesh, cfg: ModelConfig, folder: str) -> None:
     model, placements = build(cfg, mesh)
-    opt = Optimizer(model, OPTIM, PRECISIONS["float64"], None, mesh, placements)
+    opt = make_optimizer(model, OPTIM, PRECISIONS["float64"], mesh, None, placements)
     with torch.no_grad():
-        for t in (*opt.masters.values(), *(s for n, s in opt.named_state().items() if "exp_avg" in n)):
-            t.fill_(float("nan"))
+        for name, part in opt.named_parts().items():
+            if not name.startswith("adam_step"):
+                part.tensor.fill_(float("nan"))
     checkpoint = Checkpoint(folder)
     assert load_run(checkpoint, model, opt).step == 1
     for name, p in model.named_parameters():
         assert torch.equal(p, placements[name].cut(checkpoint.read(f"model.{name}"))), name
-        assert torch.equal(opt.named_state()[f"exp_avg.{name}"], placements[name].cut(checkpoint.read(f"exp_avg.{name}"))), name
+        assert torch.equal(opt.named_parts()[f"exp_avg.{name}"].tensor, placements[name].cut(checkpoint.read(f"exp_avg.{name}")).flatten()), name
 
 
 def test_any_layout_loads_what_any_saved(tmp_path):
@@ -396,46 +403,42 @@ def test_any_layout_loads_what_any_saved(tmp_path):
     run_ranks(load, Layout(4, expert=4), cfg, str(tmp_path / "1"))
 
 
-def test_each_part_is_written_by_one_rank():
-    from internlm_nb.run.state import located
+def written(mesh: Mesh, cfg: ModelConfig) -> dict[tuple, int]:
+    "Elements of weights that this rank writes, by parameter and place"
+    model, placements = build(cfg, mesh)
+    chunks = state_chunks(make_optimizer(model, OPTIM, PRECISIONS["float64"], mesh, None, placements), saving=True)
+    return {(n, c.offsets, c.start): c.tensor.numel() for n, c in chunks.items() if n.startswith("model.")}
 
-    cfg, layout = config(), Layout(8, tensor=2, expert=2)
-    written: dict[tuple, int] = {}
-    sizes: list[int] = []
-    for rank in range(8):
-        mesh = single()
-        for name in ("tensor", "expert", "expert_replica"):
-            ranks = layout.group_of(name, rank)
-            mesh._axes[name] = Axis(name, ranks, ranks.index(rank), len(ranks))
-        model = Transformer(cfg, device="meta")
-        placements = expert_parallel(model, mesh, tensor_parallel(model, mesh.axis("tensor"), "mtp"))
-        chunks = located({f"model.{n}": p.detach() for n, p in model.named_parameters()}, placements)
-        mine = share_out(chunks, mesh, placements)
-        sizes.append(sum(c.tensor.numel() for c in mine.values()))
-        for name, chunk in mine.items():
-            written[name, chunk.offsets] = written.get((name, chunk.offsets), 0) + chunk.tensor.numel()
-    whole = Transformer(cfg, device="meta")
+
+def test_each_part_is_written_by_one_rank():
+    cfg = config()
+    ranks = run_ranks(written, Layout(8, tensor=2, expert=2), cfg)
+    places = [place for mine in ranks for place in mine]
+    assert len(places) == len(set(places))  # nothing twice
     by_name: dict[str, int] = {}
-    for (name, _), count in written.items():
+    for (name, *_), count in (item for mine in ranks for item in mine.items()):
         by_name[name] = by_name.get(name, 0) + count
-    assert by_name == {f"model.{n}": p.numel() for n, p in whole.named_parameters()}  # all of it, and nothing twice
-    assert max(sizes) < 1.5 * min(sizes)
+    whole = Transformer(cfg, device="meta")
+    assert by_name == {f"model.{n}": p.numel() for n, p in whole.named_parameters()}  # all of it
+    sizes = [sum(mine.values()) for mine in ranks]
+    assert max(sizes) < 1.1 * min(sizes)
 
 
 def faulty(mesh: Mesh, cfg: ModelConfig) -> dict:
     "Three steps with one fault after another"
     import internlm_nb.parallel.expert as expert
-    import internlm_nb.train.optim as optim
+    import internlm_nb.zero.hybrid as hybrid
+    import internlm_nb.zero.units as units
 
-    real, out = optim.GradientBuckets, {}
+    out = {}
     for fault in ("balance", "replica", "norm"):
         with pytest.MonkeyPatch.context() as patch:
             if fault == "balance":  # its gradient counts once for every tensor rank
                 patch.setattr(expert.SplitMixture, "share", lambda self, term: term)
             elif fault == "replica":  # experts are added up over ranks that hold other ones
-                patch.setattr(optim, "GradientBuckets", lambda params, dtype, axis, *rest: real(params, dtype, mesh.axis("replica"), *rest))
-            else:  # what is whole counts once for every expert rank
-                patch.setattr(Placement, "counted", property(lambda self: self.dim is not None or self.coord == 0))
+                patch.setattr(hybrid, "by_kind", lambda params, placements: units.by_kind(params, {}))
+            else:  # what is whole counts once for every tensor rank
+                patch.setattr(hybrid, "counts", lambda place: True)
             out[fault] = three_steps(mesh, cfg)
     return out
 

@@ -16,20 +16,21 @@ from internlm_nb.model.config import ModelConfig, family_defaults
 from internlm_nb.model.loss import LossOutput
 from internlm_nb.model.segments import Segments
 from internlm_nb.model.transformer import Transformer, recompute
-from internlm_nb.parallel.comm import all_reduce, start_send_receive
-from internlm_nb.parallel.data import GradientBuckets
+from internlm_nb.parallel.comm import Axis, all_reduce, start_send_receive
 from internlm_nb.parallel.halves import WeightQueue
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.mesh import Mesh, Place, destroy, init_distributed, make_mesh, single
 from internlm_nb.parallel.messages import check_schedule
 from internlm_nb.parallel.pipeline import pipeline_bytes, run_schedule
-from internlm_nb.parallel.placement import Placement, placements_of, sum_partial
+from internlm_nb.parallel.placement import Placement, add_up, placements_of
 from internlm_nb.parallel.ranks import RankError, run_ranks
 from internlm_nb.parallel.record import Recorder
 from internlm_nb.parallel.schedules import Schedule, ScheduleError, evaluation_schedule, make_schedule
-from internlm_nb.parallel.stages import defer_weights, expected_gradients, pipeline_cut, split_layers, sum_tied
+from internlm_nb.parallel.stages import defer_weights, expected_gradients, pipeline_cut, split_layers, tied_ranks
 from internlm_nb.parallel.tensor import tensor_parallel
 from internlm_nb.parallel.timeline import timeline
+from internlm_nb.train.parallelize import units_of
+from internlm_nb.zero.hybrid import ExtraSum, HybridZero
 
 PACKS = ((7, 1, 12, 4), (16,), (3, 29), (5, 5, 5, 5), (40,), (1, 7))  # documents of packs, of different lengths
 
@@ -99,6 +100,11 @@ def make_part(mesh: Mesh, cfg: ModelConfig, schedule, policy: str = "none", dtyp
     return part, placements
 
 
+def sum_tied(grads: dict[str, Tensor], cfg: ModelConfig, schedule: Schedule, axis: Axis) -> None:
+    "What the engine does with a tied embedding's gradient"
+    add_up([g for name, g in grads.items() if name == "embedding.weight"], axis, "tied gradients", tied_ranks(cfg, schedule))
+
+
 def piped(mesh: Mesh, cases: list[tuple]) -> list[dict]:
     "Each case on this rank: (config, schedule's arguments, recomputation)"
     results = []
@@ -126,8 +132,8 @@ def piped(mesh: Mesh, cases: list[tuple]) -> list[dict]:
         counts = {key[1]: replace(c) for key, c in mesh.recorder.counts.items() if key[0] == "pipeline"} if mesh.recorder else {}
         grads = {name: p.grad for name, p in part.named_parameters() if p.grad is not None}
         assert set(grads) == set(placements) == set(expected_gradients(part, count))
-        sum_partial(grads, placements, tensor)
-        sum_tied(grads, part, schedule, axis)
+        add_up([g for name, g in grads.items() if placements[name].partial], tensor, "partial gradients")
+        sum_tied(grads, cfg, schedule, axis)
         results.append(
             {
                 "grads": {name: placements[name].whole(g, tensor, "test") for name, g in grads.items()},
@@ -270,28 +276,28 @@ def test_an_evaluation_keeps_few_sends():
         assert max(got) <= 4, got
 
 
-def bucketed(mesh: Mesh, arguments: tuple) -> tuple[dict[str, Tensor], list[int], int]:
-    "Two replicas of a pipeline, with gradients in buckets that leave by themselves"
+def summed(mesh: Mesh, arguments: tuple) -> tuple[dict[str, Tensor], list[bool]]:
+    "Two replicas of a pipeline, with gradients that leave by themselves"
     schedule, data = make_schedule(*arguments), mesh.axis("replica")
     queue = WeightQueue() if schedule.split else None
     part, _ = make_part(mesh, TIED, schedule, queue=queue)
-    buckets = GradientBuckets(dict(part.named_parameters()), torch.float64, data, bucket_bytes=1 << 14)
-    buckets.start(expected_gradients(part, schedule.micro_num))
+    sums = [ExtraSum(frozenset({"embedding.weight"}), mesh.axis("pipeline"), "tied gradients", coords)] if (coords := tied_ranks(TIED, schedule)) else []
+    engine = HybridZero(units_of(part), mesh, master=torch.float64, bucket_bytes=1 << 14, extra_sums=sums)
+    engine.start(expected_gradients(part, schedule.micro_num))
     mine = packs(2 * schedule.micro_num)[data.coord :: 2]
     run_schedule(part, check_schedule(schedule), mine, mesh.axis("pipeline"), lambda i, out: out.loss_sum / 100, queue=queue)
-    left = [b.handle is not None for b in buckets.buckets]
-    grads = buckets.finish()
-    sum_tied(grads, part, schedule, mesh.axis("pipeline"))
+    left = [s.rounds.left for s in engine.sums.values()]
+    grads = dict(zip((leaf.name for leaf in engine.leaves), engine.finish()))
     mesh.check_waited()
-    return {n: g.clone() for n, g in grads.items()}, left, len(buckets.buckets)
+    return {n: g.view(engine.params[n].shape).clone() for n, g in grads.items()}, left
 
 
-def test_gradient_buckets_leave_when_their_last_gradient_has_come():
+def test_gradients_leave_when_the_last_of_a_unit_has_come():
     cases = ("zbv", 2, 4, 2), ("interleaved", 2, 2, 2)
-    for arguments, *got in zip(cases, *run_ranks(each, Layout(4, pipeline=2), bucketed, cases)):
+    for arguments, *got in zip(cases, *run_ranks(each, Layout(4, pipeline=2), summed, cases)):
         want = alone(TIED, 2 * arguments[2])[1]
-        for grads, left, count in got:
-            assert count > 3 and all(left)  # before finish was called
+        for grads, left in got:
+            assert len(left) > 2 and all(left)  # before finish was called
             for name, g in grads.items():
                 torch.testing.assert_close(g, want[name], rtol=0, atol=1e-12 * want[name].abs().max().item(), msg=lambda m, n=name: f"{n}: {m}")
         assert torch.equal(got[0][0]["embedding.weight"], got[1][0]["embedding.weight"])
@@ -309,7 +315,7 @@ def steps(mesh: Mesh, arguments: tuple) -> dict[str, Tensor]:
         optimizer.zero_grad()
         run_schedule(part, plan, packs(schedule.micro_num), axis, lambda i, out: out.loss_sum / 100, queue=queue)
         grads = {name: p.grad for name, p in part.named_parameters() if p.grad is not None}
-        sum_tied(grads, part, schedule, axis)
+        sum_tied(grads, TIED, schedule, axis)
         counted = [g.square().sum() for name, g in grads.items() if not (part.holds_copy and name == "embedding.weight")]
         norm = all_reduce(torch.stack(counted).sum(), axis, "norm").sqrt()
         for g in grads.values():

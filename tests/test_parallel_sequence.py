@@ -16,7 +16,7 @@ from internlm_nb.parallel import comm
 from internlm_nb.parallel.context import context_bytes, sequence_parallel
 from internlm_nb.parallel.layout import Coords, Layout
 from internlm_nb.parallel.mesh import Mesh, make_mesh
-from internlm_nb.parallel.placement import placements_of, sum_partial
+from internlm_nb.parallel.placement import add_up, placements_of
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.parallel.record import Recorder
 from internlm_nb.parallel.sequence import LocalSegments, Ring, cut_rows, ring_of, sequence_bytes, ulysses
@@ -206,7 +206,7 @@ def same_computation(cases: list) -> None:
         assert isinstance(out, LossOutput)
         out.loss_sum.backward()
         have = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        sum_partial(have, placements, mesh.axis("tensor"))
+        add_up([g for name, g in have.items() if placements[name].partial], mesh.axis("tensor"), "partial gradients")
         closed = {
             "tensor": tensor_bytes(cfg, len(rows), layout.tensor, layout.mode, dtype.itemsize, recomputed=0 if policy == "none" else cfg.num_layers),
             "sequence": sequence_bytes(cfg, sum(lengths), layout, dtype.itemsize, 0 if policy == "none" else cfg.num_layers),

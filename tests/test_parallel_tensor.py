@@ -15,7 +15,7 @@ from internlm_nb.parallel.comm import Axis
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.linear import column
 from internlm_nb.parallel.mesh import Mesh, Place, destroy, init_distributed, make_mesh
-from internlm_nb.parallel.placement import Placement, init_placed, placements_of, sum_partial
+from internlm_nb.parallel.placement import Placement, add_up, init_placed, placements_of
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.parallel.record import Recorder
 from internlm_nb.parallel.tensor import tensor_bytes, tensor_parallel
@@ -93,7 +93,7 @@ def train(
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert set(grads) == set(placements)
         if axis is not None:
-            sum_partial(grads, placements, axis)
+            add_up([g for name, g in grads.items() if placements[name].partial], axis, "partial gradients")
         squares = torch.stack([g.double().square().sum() for name, g in grads.items() if placements[name].counted]).sum()
         norm = (comm.all_reduce(squares, axis, "norm") if axis else squares).sqrt()
         if step == 0:
@@ -192,7 +192,7 @@ def sends(mesh: Mesh) -> None:
         model.head.label_smoothing, model.head.chunk = smoothing, 7
         recorder.reset()
         loss_of(model, *pack(cfg, 0)).loss_sum.backward()
-        sum_partial({name: p.grad for name, p in model.named_parameters() if p.grad is not None}, placements, axis)
+        add_up([p.grad for name, p in model.named_parameters() if placements[name].partial and p.grad is not None], axis, "partial gradients")
         closed = tensor_bytes(cfg, TOKENS, axis.size, mode, dtype.itemsize, embedding, recomputed, smoothing > 0, chunk=7)  # type: ignore[arg-type]
         assert counted(recorder) == closed, (family, mode, policy, embedding)
     assert not tensor_bytes(config("llama"), TOKENS, 1, "fsp")
@@ -378,7 +378,7 @@ def second_opinion(mesh: Mesh) -> None:
         torch.testing.assert_close(mine, out[rows], **near)
         torch.testing.assert_close(a.grad, x.grad[rows], **near)
         own = {f"blocks.0.{name}": p.grad for name, p in model.blocks[0].named_parameters() if p.grad is not None}
-        sum_partial(own, placements, axis)
+        add_up([g for name, g in own.items() if placements[name].partial], axis, "partial gradients")
         for name, p in block.named_parameters():
             g = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
             torch.testing.assert_close(own[f"blocks.0.{name}"], g, **near)

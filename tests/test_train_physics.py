@@ -15,11 +15,13 @@ from internlm_nb.data.packing import pack
 from internlm_nb.model.config import ModelConfig
 from internlm_nb.model.transformer import Transformer, recompute
 from internlm_nb.observe.metrics import LOG_KEYS, TypeMeter, log_line
+from internlm_nb.parallel.batch import Batch
 from internlm_nb.run.state import TrainState
-from internlm_nb.train.optim import OptimConfig, Optimizer
+from internlm_nb.train.optim import OptimConfig
+from internlm_nb.train.parallelize import make_optimizer
 from internlm_nb.train.precision import PRECISIONS, LossScale, LossScaleConfig
 from internlm_nb.train.schedules import ScheduleConfig, lr_at
-from internlm_nb.train.step import Batch, evaluate, train_step
+from internlm_nb.train.step import evaluate, train_step
 
 pytestmark = pytest.mark.usefixtures("no_plots")
 LLAMA = ModelConfig(family="llama", vocab_size=97, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16)
@@ -144,7 +146,7 @@ def test_any_cut_into_micro_batches_is_one_step(data):
         with torch.no_grad():
             for i, p in enumerate(model.parameters()):
                 p.normal_(0, 0.2, generator=torch.Generator().manual_seed(i))
-        opt = Optimizer(model, OptimConfig(lr=1e-2, clip=0.3), PRECISIONS["float64"])
+        opt = make_optimizer(model, OptimConfig(lr=1e-2, clip=0.3), PRECISIONS["float64"])
         opt.set_schedule(0, 1)
         meter = TypeMeter(["x"])
         out = train_step(model, opt, [Batch.of(p) for p in packs], sum(p.num_targets for p in packs), meter)
@@ -159,7 +161,7 @@ def test_batch_without_targets_is_no_zero_by_zero():
     packs = [next(pack([[-5, -6, -7, -8]], 4, 1)), next(pack([[5, 6, 7, 8]], 4, 1))]
     for chosen in (packs, packs[:1]):
         model = Transformer(TINY)
-        opt = Optimizer(model, OptimConfig(), PRECISIONS["float32"])
+        opt = make_optimizer(model, OptimConfig())
         out = train_step(model, opt, [Batch.of(p) for p in chosen], sum(p.num_targets for p in chosen))
         assert torch.isfinite(out.loss) and torch.isfinite(out.grad_norm) and not out.skipped
     assert out.loss == 0 and out.grad_norm == 0
@@ -204,16 +206,21 @@ def test_loss_scale_trajectory(overflows, hysteresis, interval):
     assert got == reference_scale(cfg, overflows)
 
 
+def states(t) -> dict[str, torch.Tensor]:
+    "Masters, moments and step counts"
+    return {name: part.tensor for name, part in t.optimizer.named_parts().items()}
+
+
 def test_overflow_skips_the_step_and_only_that(tmp_path):
     "A scale that overflows: nothing changes but the step number and the scale; the schedule goes on, tokens are not counted; then it trains"
     scale = LossScaleConfig(init=2.0**24, max=2.0**24, growth_interval=4, hysteresis=2)
     run = tiny_run(train_precision="float16", train_steps=14, train_loss_scale=scale, checkpoint_every=1, checkpoint_keep_last=0)
     t = trainer(run, tmp_path / "a")
     t.model.head.weight.data *= 30  # larger gradients: 2^24 is surely too much
-    before = {n: m.clone() for n, m in t.optimizer.masters.items()}
+    before = {n: x.clone() for n, x in states(t).items()}
     t.fit(1)
-    assert all(torch.equal(before[n], m) for n, m in t.optimizer.masters.items())
-    assert all(not s.any() for n, s in t.optimizer.named_state().items() if n.startswith(("exp_avg", "adam_step")))
+    assert all(torch.equal(before[n], x) for n, x in states(t).items())
+    assert all(not x.any() for n, x in states(t).items() if n.startswith(("exp_avg", "adam_step")))
     t.fit()
     records = facts(tmp_path / "a")
     bad = [b["inf_nan_skip_batches"] - a for a, b in zip([0, *[r["inf_nan_skip_batches"] for r in records]], records)]
@@ -231,16 +238,16 @@ def test_one_bad_gradient_costs_one_step(precision, tmp_path):
     "Not-a-number in one gradient: the step changes no weight and no moment, the next ones train"
     t = trainer(tiny_run(train_precision=precision, train_steps=4), tmp_path / "a")
     t.fit(1)
-    kept = {n: x.clone() for n, x in {**t.optimizer.masters, **t.optimizer.named_state()}.items()}
+    kept = {n: x.clone() for n, x in states(t).items()}
     handle = t.model.head.weight.register_hook(lambda g: g * torch.nan)
     t.fit(1)
     handle.remove()
-    assert all(torch.equal(kept[n], x) for n, x in {**t.optimizer.masters, **t.optimizer.named_state()}.items())
+    assert all(torch.equal(kept[n], x) for n, x in states(t).items())
     t.fit()
     records = facts(tmp_path / "a")
     assert records[1]["grad_norm"] is None and records[-1]["inf_nan_skip_batches"] == 1  # null: JSON has no NaN
     assert t.state == TrainState(4, sum(r["tokens"] for i, r in enumerate(records) if i != 1), t.state.num_consumed_samples, 1, 0)
-    assert t.optimizer.named_state()["adam_step.head.weight"] == 3
+    assert states(t)["adam_step.head.weight"] == 3
 
 
 # what may not change the computation
@@ -360,7 +367,7 @@ def test_the_step_runs_without_values(precision, policy):
         model = Transformer(TINY, dtype=p.param)
         if policy != "none":
             recompute(model, 1.0, policy)
-        opt = Optimizer(model, OptimConfig(beta2_c=0.8, own_lr=("head.*=1e-5",)), p, LossScale(LossScaleConfig(), enabled=p.loss_scale))
+        opt = make_optimizer(model, OptimConfig(beta2_c=0.8, own_lr=("head.*=1e-5",)), p, loss_scale=LossScale(LossScaleConfig(), enabled=p.loss_scale))
         meter = TypeMeter(["a", "b"])
         for step in range(2):
             batches = []
@@ -384,7 +391,7 @@ def test_the_step_never_waits_for_the_gpu(precision, policy):
     model = Transformer(TINY, device=device, dtype=p.param)
     if policy != "none":
         recompute(model, 1.0, policy)
-    opt = Optimizer(model, OptimConfig(beta2_c=0.8), p, LossScale(LossScaleConfig(), device, enabled=p.loss_scale))
+    opt = make_optimizer(model, OptimConfig(beta2_c=0.8), p, loss_scale=LossScale(LossScaleConfig(), device, enabled=p.loss_scale))
     meter = TypeMeter(["a", "b"], device)
     for step in range(3):
         batches = [Batch.of(k, device) for k in packs]
