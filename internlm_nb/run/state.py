@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .. import __version__
+from . import __version__
 from ..checkpoint.durable import CheckpointError
 from ..checkpoint.logical import Source, gather_state, load_into, save_state
 from ..checkpoint.reader import Checkpoint
@@ -25,6 +25,7 @@ from ..checkpoint.regions import Chunk
 from ..data.loader import Loader, parse_folders
 from ..data.order import ShuffledPacks
 from ..model.transformer import parameter_names
+from ..parallel.alive import at_work
 from ..parallel.comm import Axis
 from ..parallel.mesh import Mesh
 from ..parallel.placement import Placement
@@ -160,7 +161,8 @@ def _save_together(folder: str | Path, tensors: Mapping[str, Chunk | list[Chunk]
         met = False
 
     try:
-        return save_state(folder, tensors, about, overwrite=overwrite, rank=world.coord, ranks=world.size, barrier=come)
+        with at_work(world, what):  # writing may take longer than a collective's timeout
+            return save_state(folder, tensors, about, overwrite=overwrite, rank=world.coord, ranks=world.size, barrier=come)
     except Exception as e:
         if not met:
             meet(e, world, what)
