@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import __version__
+from .. import __version__
 from ..checkpoint.durable import CheckpointError
 from ..checkpoint.logical import Source, gather_state, load_into, save_state
 from ..checkpoint.reader import Checkpoint
