@@ -223,7 +223,7 @@ def test_a_full_disk(tmp_path):
         with pytest.raises(CheckpointError, match="No space left on device"):
             save_state(disk / "200", tensors(2, 50_000), {"step": 200})
         assert [p.name for p in disk.iterdir()] == ["100"] and content(disk / "100") == 1
-        with pytest.raises(CheckpointError, match="needs 600 kB and .* has .* kB free"):
+        with pytest.raises(CheckpointError, match=r"needs 600 kB and .* has .* kB free"):
             require_space(disk / "200", 600_000)
         with pytest.raises(CheckpointError, match=r"best.json: cannot be written \(No space"):
             write_file(disk / "best.json", b"x" * 300_000)

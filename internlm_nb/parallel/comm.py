@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, library
 
-from .axis import Axis, CollectiveTimeout, Progress, begin, find_axis, finish, launch  # noqa: F401, what callers catch and name is found here too
+from .axis import Axis, CollectiveTimeout, Progress, begin, check_messages, find_axis, finish, launch  # noqa: F401, what callers catch and name is found here too
 from .record import Call, Recorder  # noqa: F401
 
 # %% ../../nbs/parallel/04_comm.ipynb #1d4cde82
@@ -70,6 +70,11 @@ def _rows(x: Tensor, axis: Axis, dim: int = 0) -> int:
     return x.shape[dim] // axis.size
 
 
+def _facts(axis: Axis, x: Tensor, more: str = "") -> str:
+    "What must be equal on all ranks, for check mode alone"
+    return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}{f', {more}' if more else ''}" if axis.check else ""
+
+
 def start_all_reduce(
     x: Tensor,  # contiguous; reduced in place
     axis: Axis,  # over which
@@ -79,7 +84,7 @@ def start_all_reduce(
     "Launch an all-reduce in place"
     if axis.size == 1:
         return Handle([], x, axis, None)
-    call = begin(axis, "all_reduce", purpose, x.numel() * x.element_size())
+    call = begin(axis, "all_reduce", purpose, x.numel() * x.element_size(), facts=_facts(axis, x, op))
     return Handle(launch(dist.all_reduce, axis, call, x, _reduce_op(op), group=axis.group, async_op=True), x, axis, call)
 
 
@@ -93,7 +98,7 @@ def start_all_gather(
     if axis.size == 1:
         return Handle([], _into(x, out), axis, None)
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:])) if out is None else out
-    call = begin(axis, "all_gather", purpose, out.numel() * out.element_size())
+    call = begin(axis, "all_gather", purpose, out.numel() * out.element_size(), facts=_facts(axis, x))
     return Handle(launch(_gather, axis, call, out, x, group=axis.group, async_op=True), out, axis, call, x)
 
 
@@ -108,7 +113,7 @@ def start_reduce_scatter(
     if axis.size == 1:
         return Handle([], _into(x, out), axis, None)
     out = x.new_empty((_rows(x, axis), *x.shape[1:])) if out is None else out
-    call = begin(axis, "reduce_scatter", purpose, x.numel() * x.element_size())
+    call = begin(axis, "reduce_scatter", purpose, x.numel() * x.element_size(), facts=_facts(axis, x, op))
     return Handle(launch(_scatter, axis, call, out, x, _reduce_op(op), group=axis.group, async_op=True), out, axis, call, x)
 
 
@@ -132,7 +137,9 @@ def start_all_to_all(
     kept = _rows(x, axis) if send is None else send[axis.coord]
     out = x.new_empty((rows, *x.shape[1:]))
     row_bytes = (x.numel() // x.shape[0] if x.shape[0] else 0) * x.element_size()
-    call = begin(axis, "all_to_all", purpose, x.numel() * x.element_size(), (x.shape[0] - kept) * row_bytes)
+    pairs = None if send is None or receive is None else (send, receive)
+    facts = _facts(axis, x) if pairs is None else _facts(axis, x[:0], "with rows for each")
+    call = begin(axis, "all_to_all", purpose, x.numel() * x.element_size(), (x.shape[0] - kept) * row_bytes, facts, pairs)
     splits = (None, None) if send is None or receive is None else (list(receive), list(send))
     return Handle(launch(dist.all_to_all_single, axis, call, out, x, *splits, group=axis.group, async_op=True), out, axis, call, x)
 
@@ -150,6 +157,7 @@ def start_send_receive(
     if axis.size == 1:
         raise ValueError(f"the {axis.name} axis has one rank, and nobody to send to: skip the message where axis.size == 1")
     payload = sum(x.numel() * x.element_size() for x, _ in sends)
+    check_messages(axis, purpose, sends, receives)
     call = begin(axis, "send", purpose, payload)
     batch = [dist.P2POp(dist.isend, x, axis.ranks[to], axis.group) for x, to in sends] + [dist.P2POp(dist.irecv, x, axis.ranks[of], axis.group) for x, of in receives]
     return Handle(launch(dist.batch_isend_irecv, axis, call, batch), buffers, axis, call, [x for x, _ in sends])
@@ -341,7 +349,7 @@ def broadcast(
 ) -> Tensor:  # `x`
     "Copy one rank's tensor into everybody's, in place; for starting up, not for a compiled step"
     if axis.size > 1:
-        call = begin(axis, "broadcast", purpose, x.numel() * x.element_size())
+        call = begin(axis, "broadcast", purpose, x.numel() * x.element_size(), facts=_facts(axis, x, f"from {source}"))
         finish(launch(dist.broadcast, axis, call, x, axis.ranks[source], group=axis.group, async_op=True), axis, call)
     return x
 

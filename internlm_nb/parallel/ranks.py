@@ -13,13 +13,14 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cloudpickle
 import torch
@@ -29,25 +30,57 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from .layout import Layout
 
 # %% ../../nbs/parallel/02_ranks.ipynb #5495be24
-def _life(rank: int, layout: Layout, wants_mesh: bool, port: int, backend: str, timeout: float, payload: bytes, trace: Path, conn: Any) -> None:
-    "What the process of one rank does; a result is (time, is it one, printed text, pickled result or traceback)"
+class _Order(NamedTuple):
+    "What all ranks of a call are told"
+
+    layout: Layout
+    wants_mesh: bool
+    port: int  # of the store
+    backend: str
+    timeout: float
+    payload: bytes  # function, arguments, recorder
+    check: bool
+    folder: Path  # for stacks and standard errors
+
+
+def _loopback() -> str:
+    "Name of the loopback device; empty where none is found"
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "")
+
+
+def _prepare(rank: int, order: _Order) -> None:
+    "Before the process talks to anybody: one thread, loopback alone, stacks and last words into files"
     torch.set_num_threads(1)
-    faulthandler.register(signal.SIGUSR1, trace.open("w"), all_threads=False)  # asked where it hangs, a rank answers even from inside a collective
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(layout.world), LOCAL_WORLD_SIZE=str(layout.world))
-    out = io.StringIO()
+    errors = os.open(order.folder / f"{rank}.err", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(errors, 2)
+    os.close(errors)
+    faulthandler.enable(2, all_threads=False)
+    trace = (order.folder / str(rank)).open("w")
+    faulthandler.register(signal.SIGUSR1, trace, all_threads=False)  # asked where it hangs, a rank answers even from inside a collective
+    world = str(order.layout.world)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
+    if name := _loopback():
+        os.environ.update(GLOO_SOCKET_IFNAME=name, NCCL_SOCKET_IFNAME=name)
+
+
+def _life(rank: int, order: _Order, conn: Any) -> None:
+    "What the process of one rank does; a result is (time, is it one, printed text, pickled result or traceback)"
+    _prepare(rank, order)
+    layout, backend, timeout, out = order.layout, order.backend, order.timeout, io.StringIO()
     try:
         patience = max(0.4 * timeout, timeout - 4)  # of a collective: less than the whole call's, so that it names who is missing before all are killed
         limit = timedelta(seconds=patience)
         if backend == "nccl":
             torch.cuda.set_device(rank)
-        store = TCPStore("127.0.0.1", port, None, False, timeout=limit)
+        store = TCPStore("127.0.0.1", order.port, None, False, timeout=limit)
         dist.init_process_group(backend, store=store, rank=rank, world_size=layout.world, timeout=limit)
-        fn, args, kwargs = cloudpickle.loads(payload)
+        fn, args, kwargs, recorder = cloudpickle.loads(order.payload)
         with contextlib.redirect_stdout(out):
-            if wants_mesh:
+            if order.wants_mesh:
                 from internlm_nb.parallel.mesh import make_mesh
 
-                args = (make_mesh(layout, device=f"cuda:{rank}" if backend == "nccl" else "cpu", timeout=patience), *args)
+                device = f"cuda:{rank}" if backend == "nccl" else "cpu"
+                args = (make_mesh(layout, device, patience, recorder, order.check), *args)
             result = fn(*args, **kwargs)
         conn.send((time.time(), True, out.getvalue(), cloudpickle.dumps(result)))
         dist.barrier()  # nobody leaves while another still talks to him
@@ -62,7 +95,18 @@ class RankError(RuntimeError):
     "A rank failed, died or hung; the message holds what it printed and its traceback"
 
 
-def _collect(ends: list, procs: list, deadline: float) -> tuple[dict[int, tuple], list[int]]:
+def _last_words(rank: int, code: int | None, folder: Path) -> str:
+    "How a process ended that sent no result, and the end of what it wrote to its standard error"
+    how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+    path = folder / f"{rank}.err"
+    lines = path.read_text(errors="replace").strip().splitlines()[-20:] if path.exists() else []
+    hint = "; SIGKILL comes from somebody, or from a machine that is out of memory" if code == -signal.SIGKILL else ""
+    if not lines:
+        return f"rank {rank} died without a word ({how}{hint})"
+    return f"rank {rank} died ({how}{hint}); the end of its standard error:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _collect(ends: list, procs: list, deadline: float, folder: Path) -> tuple[dict[int, tuple], list[int]]:
     "Results by rank, and who gave none; after a first failure the others get two seconds to say what they saw"
     got: dict[int, tuple] = {}
     waiting = {end: rank for rank, end in enumerate(ends)}
@@ -73,7 +117,7 @@ def _collect(ends: list, procs: list, deadline: float) -> tuple[dict[int, tuple]
                 got[rank] = end.recv()  # type: ignore[union-attr]
             except EOFError:
                 procs[rank].join(1)
-                got[rank] = (0.0, False, "", f"rank {rank} died without a word (exit code {procs[rank].exitcode})")
+                got[rank] = (0.0, False, "", _last_words(rank, procs[rank].exitcode, folder))
         if any(not g[1] for g in got.values()):
             deadline = min(deadline, time.time() + 2.0)
     return got, sorted(waiting.values())
@@ -88,6 +132,13 @@ def _where(procs: list, silent: list[int], traces: Path) -> str:
     return "".join(f"\nrank {rank}: {(traces / str(rank)).read_text() if (traces / str(rank)).exists() else 'never began'}" for rank in silent)
 
 
+def _local_store() -> TCPStore:
+    "A store that listens on this machine alone: left to itself it would listen on every device"
+    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    port = listener.getsockname()[1]
+    return TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
 def run_ranks(
     fn: Callable,  # called on every rank; may be defined in a notebook
     world: int | Layout,  # how many ranks: `fn(*args)`; or a layout: `fn(mesh, *args)`
@@ -95,26 +146,29 @@ def run_ranks(
     backend: str = "gloo",  # gloo on CPU, nccl with one GPU a rank
     timeout: float = 60.0,  # seconds for the whole call; a collective fails some seconds before
     show: bool = True,  # print what the ranks printed, in rank order?
+    recorder: Any = None,  # with a layout: each rank's mesh tells a copy of this `Recorder` of every collective
+    check: bool = True,  # with a layout: name collectives in which ranks differ, before they run; False where time is measured
     **kwargs: Any,  # passed to `fn`
 ) -> list:  # what `fn` returned on each rank
     "Run a function on every rank of a fresh process group. Raises RankError with the first failure's traceback, or with names and stacks of ranks that hang"
     layout = world if isinstance(world, Layout) else Layout(world)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed", "internlm_nb.parallel.mesh"])
-    store = TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    payload = cloudpickle.dumps((fn, args, kwargs))
+    store = _local_store()
+    payload = cloudpickle.dumps((fn, args, kwargs, recorder))
     folder, ends, procs = tempfile.TemporaryDirectory(), [], []
     traces = Path(folder.name)
+    order = _Order(layout, isinstance(world, Layout), store.port, backend, timeout, payload, check, traces)
     for rank in range(layout.world):
         receive, send = context.Pipe(duplex=False)
-        proc = context.Process(target=_life, args=(rank, layout, isinstance(world, Layout), store.port, backend, timeout, payload, traces / str(rank), send), daemon=True)
+        proc = context.Process(target=_life, args=(rank, order, send), daemon=True)
         proc.start()
         send.close()
         ends.append(receive)
         procs.append(proc)
     deadline = time.time() + timeout
     try:
-        got, silent = _collect(ends, procs, deadline)
+        got, silent = _collect(ends, procs, deadline, traces)
         failed = sorted((g[0], rank) for rank, g in got.items() if not g[1])
         if failed:
             rank = failed[0][1]
@@ -129,6 +183,9 @@ def run_ranks(
             if proc.is_alive():
                 proc.kill()
             proc.join()
+        for rank in range(layout.world):  # where it would have gone
+            with contextlib.suppress(OSError):
+                os.write(2, (traces / f"{rank}.err").read_bytes())
         folder.cleanup()
     if show:
         for rank in range(layout.world):

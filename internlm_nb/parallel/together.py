@@ -6,11 +6,13 @@
 __all__ = ['T', 'gather_texts', 'share', 'RankFailed', 'meet', 'together']
 
 # %% ../../nbs/parallel/12_together.ipynb #16d59209
+import contextlib
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 
+from .alive import at_work, wait_for_all
 from .comm import Axis, agree, all_gather
 
 # %% ../../nbs/parallel/12_together.ipynb #0a2c7ed6
@@ -48,8 +50,11 @@ def meet(
     error: BaseException | None,  # this rank's; None: all is well
     axis: Axis,  # over which
     purpose: str,  # what was tried, in words that fit after 'while'
+    quick: bool = False,  # do all come within a collective's timeout? Otherwise those who come late must have been `at_work`
 ) -> None:
     "Come back when all ranks are well. Otherwise raise: this rank's error, or RankFailed with those of others"
+    if not quick:
+        wait_for_all(axis, purpose)
     if not agree(int(error is not None), axis, purpose):
         return
     own = "" if error is None else f"{type(error).__name__}: {error}"
@@ -72,15 +77,17 @@ def together(
     axis: Axis,  # ranks that all call this
     purpose: str,  # what it does, in words that fit after 'while'
     only_first: bool = False,  # call it on the first rank alone? The others get None
+    quick: bool = False,  # is it over within a collective's timeout, always? Then it costs one collective and nothing more
 ) -> T:  # what it returned here
     "Call a function on all ranks, and go on only if it worked on all. Raises its error here, or RankFailed where it failed elsewhere"
     error, result = None, None
     try:
         if axis.coord == 0 or not only_first:
-            result = fn()
+            with contextlib.nullcontext() if quick else at_work(axis, purpose):
+                result = fn()
     except Exception as e:
         if axis.size == 1:
             raise
         error = e
-    meet(error, axis, purpose)
+    meet(error, axis, purpose, quick)
     return result  # type: ignore[return-value]

@@ -6,7 +6,7 @@
 __all__ = ['Say', 'find_checkpoint', 'load_start', 'open_folder', 'fast_paths', 'expert_remarks', 'summary']
 
 # %% ../../nbs/run/06_start.ipynb #2a6b5c62
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +38,7 @@ def find_checkpoint(
     run: RunConfig,  # Says how to resume
     run_dir: Path,  # The run's folder
     say: Say,  # Takes remarks
+    damaged: Mapping[Path, str] | None = None,  # Checkpoints known to be damaged, and why: the caller compares checksums; None: compare them here
 ) -> Path | None:
     "The checkpoint to resume from, its checksums compared: a damaged one is passed over, with a word. Raises CheckpointError when another process is at work there"
     checkpoints = run_dir / CHECKPOINTS
@@ -46,7 +47,7 @@ def find_checkpoint(
             pass  # before anything is swept that another process is writing
     for line in sweep(checkpoints):
         say(line)
-    return resolve(run.checkpoint.resume, run_dir, verify=True, say=say)
+    return resolve(run.checkpoint.resume, run_dir, verify=damaged is None, say=say, damaged=damaged)
 
 # %% ../../nbs/run/06_start.ipynb #66abef0e
 def load_start(

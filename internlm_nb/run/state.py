@@ -24,6 +24,7 @@ from ..checkpoint.regions import Chunk
 from ..data.loader import Loader, parse_folders
 from ..data.order import ShuffledPacks
 from ..model.transformer import parameter_names
+from ..parallel.alive import at_work
 from ..parallel.comm import Axis
 from ..parallel.mesh import Mesh
 from ..parallel.together import meet
@@ -134,7 +135,8 @@ def _save_together(folder: str | Path, tensors: Mapping[str, Chunk], about: Mapp
         met = False
 
     try:
-        return save_state(folder, tensors, about, overwrite=overwrite, rank=world.coord, ranks=world.size, barrier=come)
+        with at_work(world, what):  # writing may take longer than a collective's timeout
+            return save_state(folder, tensors, about, overwrite=overwrite, rank=world.coord, ranks=world.size, barrier=come)
     except Exception as e:
         if not met:
             meet(e, world, what)

@@ -30,7 +30,7 @@ from ..parallel.together import share, together
 from ..train.config import RunConfig
 from .folder import CHECKPOINTS, held, rank_file
 from .host import keep_freed_memory
-from .launch import agree_on, check_disk, describe_links, measure_links
+from .launch import agree_on, check_disk, choose_together, describe_links, measure_links
 from ..observe.metrics import StepRecord, Throughput, TypeMeter, flop_rates, peak_tflops
 from ..observe.monitor import LivePlot, in_notebook, progress_bar
 from ..train.parallelize import build, choose_device
@@ -73,9 +73,7 @@ class Trainer:
         if self.world.size > 1:
             agree_on(run, self.mesh)
         self._together(self._look, "looking at data and memory")
-        found = self._together(partial(find_checkpoint, run, self.run_dir, self.say), "looking for a checkpoint", only_first=True)
-        found = share(str(found or ""), self.world, "checkpoint")
-        resume = Path(found) if found else None
+        resume = choose_together(partial(find_checkpoint, run, self.run_dir, self.say), self.world)
         self._together(self._build, "building the model")
         self.state = self._together(partial(load_start, run, resume, self.model, self.optimizer, self.loader, self.say), "loading weights")
         self._together(partial(open_folder, run, self.run_dir, self.state, resume, checkpoint_bytes(run), command, self.say), f"opening {self.run_dir}", only_first=True)
