@@ -26,8 +26,8 @@ from internlm_nb.observe.metrics import LOG_KEYS, StepRecord, Throughput, TypeMe
 from internlm_nb.observe.monitor import LivePlot, progress_bar, thin
 from internlm_nb.observe.plots import compare_runs, plot_run, save_plots, series, smooth
 from internlm_nb.observe.profile import StepProfiler, parse_steps
-from internlm_nb.train.schedules import ScheduleConfig, acts, beta2_at, lr_at
 from internlm_nb.observe.sinks import ConsoleSink, JsonlSink, Sink, Sinks, open_sinks, read_metrics, to_json
+from internlm_nb.train.schedules import ScheduleConfig, acts, beta2_at, lr_at
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60)
 

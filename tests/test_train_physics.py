@@ -15,10 +15,10 @@ from internlm_nb.data.packing import pack
 from internlm_nb.model.config import ModelConfig
 from internlm_nb.model.transformer import Transformer, recompute
 from internlm_nb.observe.metrics import LOG_KEYS, TypeMeter, log_line
+from internlm_nb.run.state import TrainState
 from internlm_nb.train.optim import OptimConfig, Optimizer
 from internlm_nb.train.precision import PRECISIONS, LossScale, LossScaleConfig
 from internlm_nb.train.schedules import ScheduleConfig, lr_at
-from internlm_nb.run.state import TrainState
 from internlm_nb.train.step import Batch, evaluate, train_step
 
 pytestmark = pytest.mark.usefixtures("no_plots")

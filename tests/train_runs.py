@@ -14,14 +14,14 @@ from internlm_nb.checkpoint.reader import Checkpoint
 from internlm_nb.data.loader import DataConfig
 from internlm_nb.data.tokenfiles import write_tokens
 from internlm_nb.model.config import ModelConfig
+from internlm_nb.observe.sinks import read_metrics
+from internlm_nb.run.trainer import Trainer
 from internlm_nb.train.config import CheckpointConfig, LogConfig, RunConfig, TrainConfig
 from internlm_nb.train.optim import OptimConfig
 from internlm_nb.train.schedules import ScheduleConfig
-from internlm_nb.observe.sinks import read_metrics
-from internlm_nb.run.trainer import Trainer
 
 TINY = ModelConfig(family="internlm2", vocab_size=97, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16)
-TIMES = {"tgs", "tgs_10", "tgs_50", "tgs_mean", "tflops", "mfu", "mfu_causal", "hfu", "fwd_bwd_time"}
+TIMES = {"data_wait_s", "tgs", "tgs_10", "tgs_50", "tgs_mean", "tflops", "mfu", "mfu_causal", "hfu", "fwd_bwd_time"}
 SECTIONS = {"data": DataConfig, "optim": OptimConfig, "train": TrainConfig, "checkpoint": CheckpointConfig, "log": LogConfig}
 
 

@@ -102,6 +102,16 @@ def _prepare(module: ModuleType, run: RunConfig, mesh: Mesh) -> RunConfig:
         return together(lambda: module.prepare(run), world, "preparing the run")
 
 
+def _finish(module: ModuleType, trainer: Trainer) -> None:
+    "The run file's own ending, on rank 0, with the whole model at hand"
+    try:
+        with trainer.whole_model():
+            if trainer.leads:
+                module.finish(trainer)
+    except NotImplementedError as e:
+        trainer.say(f"the run file's finish() is left out: {e}")
+
+
 def main(
     args: Sequence[str] | None = None,  # Command line without the program's name; None: of this process
     runs: Path = Path("scripts/configs"),  # Folder of the shipped runs
@@ -139,20 +149,18 @@ def main(
                 _leave("these options cannot be; rank 0 says more, unless it was given others", 2, place)
             raise
         try:
-            mesh = open_mesh(run, place)
+            mesh = open_mesh(run, place, final=not hasattr(module, "prepare"))
             run = _prepare(module, run, mesh)
-            trainer = Trainer(run, own.run_dir, command=shlex.join(["train.py", *argv]), mesh=mesh)
+            hooks = {name: getattr(module, name)(run) for name in ("callbacks", "sinks") if hasattr(module, name)}
+            trainer = Trainer(run, own.run_dir, command=shlex.join(["train.py", *argv]), mesh=mesh, **hooks)
         except (ValueError, OSError, CheckpointError) as e:
             raise UsageError(str(e)) from e
         try:
             trainer.fit()
         except (TokenFileError, OSError, CheckpointError, FloatingPointError) as e:
             _leave(f"stopped after step {trainer.state.step}: {e}", 1, place)
-        if trainer.done and hasattr(module, "finish") and mesh.rank == 0:
-            if mesh.layout.data < mesh.layout.world or mesh.layout.expert > 1 or (mesh.layout.world > 1 and trainer.optimizer.zero is not None):
-                print("the run file's finish() is left out: it needs a whole model on one rank; load the checkpoint in one process instead")
-            else:
-                module.finish(trainer)
+        if trainer.done and hasattr(module, "finish"):
+            _finish(module, trainer)
     except UsageError as e:
         _leave(e, 2, place)
     except RankFailed as e:

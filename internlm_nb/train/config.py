@@ -144,11 +144,14 @@ class LogConfig:
     sinks: tuple[SinkName, ...] = ("console", "tensorboard")  # metrics.jsonl is always written; tensorboard only where its package is installed
     plots_every: int = 0  # Draw plots/ after every n steps (they are always drawn at the end)
     progress: bool = True  # Progress bar
+    flush_every: int = 1  # Steps whose figures are read, added up over ranks and written together; between, the host does not wait for the device. Wishes to stop are heard as often
     peak_tflops: float = 0.0  # Peak of the device, for MFU; 0: from its datasheet, measured by a matrix product on CPU
 
     def __post_init__(self):
         if unknown := set(self.sinks) - set(typing.get_args(SinkName)):
             raise ValueError(f"--log.sinks: no sink is called {', '.join(map(repr, sorted(unknown)))}: choose from {', '.join(typing.get_args(SinkName))}")
+        if self.flush_every < 1:
+            raise ValueError(f"--log.flush-every is {self.flush_every}: give 1 (after each step) or more")
         if not (self.plots_every >= 0 and self.peak_tflops >= 0):
             raise ValueError("--log.plots-every and --log.peak-tflops are 0 (off) or positive")
 
