@@ -21,4 +21,4 @@ tqdm.monitor_interval = 0
 @pytest.fixture
 def no_plots(monkeypatch):
     "Training tests are about numbers: drawing at the end of each of their runs would take most of their time"
-    monkeypatch.setattr("internlm_nb.run.trainer.save_plots", lambda run_dir: [run_dir / "plots" / "none"])
+    monkeypatch.setattr("internlm_nb.run.callbacks.save_plots", lambda run_dir: [run_dir / "plots" / "none"])

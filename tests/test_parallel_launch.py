@@ -18,13 +18,13 @@ from train_runs import TINY, facts, tensors, tiny_run, trainer
 
 from internlm_nb.checkpoint.durable import CheckpointError
 from internlm_nb.checkpoint.keep import steps
-from internlm_nb.observe.sinks import Sink
 from internlm_nb.parallel.comm import CollectiveTimeout
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.mesh import Mesh
 from internlm_nb.parallel.ranks import RankError
 from internlm_nb.parallel.ranks import run_ranks as run_ranks_for
 from internlm_nb.parallel.together import RankFailed
+from internlm_nb.run.callbacks import Callback
 from internlm_nb.run.stopping import Stopped
 from internlm_nb.train.config import ParallelConfig, RunConfig, changes, from_dict, to_dict
 from internlm_nb.train.parallelize import layout_of
@@ -63,7 +63,7 @@ def wide_run(**fields) -> RunConfig:
 
 def fit(mesh: Mesh | None, run: RunConfig, folder: Path, count: int | None = None, said: list[str] | None = None) -> Stopped:
     "What each rank does"
-    import internlm_nb.run.trainer as module
+    import internlm_nb.run.callbacks as module
 
     module.save_plots = lambda run_dir: [run_dir / "plots" / "none"]
     return trainer(run, folder, said, mesh=mesh).fit(count)
@@ -199,32 +199,40 @@ def _fit_and_tell(mesh, run, folder):
     return fit(mesh, run, folder, None, said).value, said
 
 
-def _stopping(mesh, run, folder):
-    "Rank 1 is asked to stop at step 3"
+class _Ask(Callback):
+    "Rank 1 is asked to stop while it makes step 3, by a callback, or by what its record says"
 
-    class Ask(Sink):
-        def write(self, record):
-            pass
+    def __init__(self, moment, rank):
+        self.moment, self.rank = moment, rank
 
-    import internlm_nb.run.trainer as module
+    def start(self, trainer):
+        self.trainer = trainer
+
+    def before_step(self, state):
+        if (self.moment, self.rank, state.step) == ("before", 1, 3):
+            self.trainer.stop()
+
+    def after_step(self, record):
+        if (self.moment, self.rank, record.step) == ("after", 1, 3):
+            self.trainer.stop()
+
+    def wants_stop(self, step):
+        return Stopped.WISH if (self.moment, self.rank, step) == ("wish", 1, 4) else None
+
+
+def _stopping(mesh, run, folder, moment):
+    import internlm_nb.run.callbacks as module
 
     module.save_plots = lambda run_dir: [run_dir / "plots" / "none"]
-    t = trainer(run, folder, mesh=mesh)
-    step = t.step
-
-    def asked(packs):
-        record = step(packs)
-        if mesh.rank == 1 and record.step == 3:
-            t.stop()
-        return record
-
-    t.step = asked
+    t = trainer(run, folder / moment, mesh=mesh, callbacks=[_Ask(moment, mesh.rank)])
     return t.fit(), t.state.step
 
 
 def test_all_stop_at_the_same_step(tmp_path):
-    assert run_ranks(_stopping, Layout(2), wide_run(), tmp_path) == [(Stopped.INTERRUPTED, 4)] * 2
-    assert [f.step for f in steps(tmp_path / "checkpoints")] == [4]
+    "A wish travels with the figures of the step that is being made; one that a record gives, with those of the next"
+    for moment, want in (("before", (Stopped.INTERRUPTED, 4)), ("wish", (Stopped.WISH, 4)), ("after", (Stopped.INTERRUPTED, 5))):
+        assert run_ranks(_stopping, Layout(2), wide_run(), tmp_path, moment) == [want] * 2
+        assert [f.step for f in steps(tmp_path / moment / "checkpoints")] == [want[1]]
 
 
 def _full_disk(mesh, run, folder):
@@ -259,7 +267,7 @@ def test_a_save_that_fails_on_one_rank_leaves_nothing(tmp_path):
 
 def _unreadable(mesh, run, folder):
     "Rank 1's data breaks at step 3"
-    import internlm_nb.run.trainer as module
+    import internlm_nb.run.callbacks as module
 
     module.save_plots = lambda run_dir: [run_dir / "plots" / "none"]
     t = trainer(run, folder, mesh=mesh)
@@ -284,7 +292,7 @@ def test_data_that_one_rank_cannot_read_costs_no_step(tmp_path):
     assert [f.step for f in steps(tmp_path / "checkpoints")] == [3]
 
 
-def test_nothing_is_saved_when_a_rank_is_gone(tmp_path, no_plots):
+def test_nothing_is_saved_when_a_rank_is_gone(tmp_path, no_plots, monkeypatch):
     "A save is the work of all ranks: without one of them it would only hide why"
     t = trainer(tiny_run(train_steps=4), tmp_path)
     t.fit(2)
@@ -293,12 +301,14 @@ def test_nothing_is_saved_when_a_rank_is_gone(tmp_path, no_plots):
     def lost(*args, **kwargs):
         raise CollectiveTimeout("rank 1 has not arrived")
 
-    t._together, t.save = lost, lambda *args: saves.append(1)  # type: ignore
+    t.saver.save = lambda *args: saves.append(1)  # type: ignore
+    t.trouble = ("data", OSError("gone"))
+    with pytest.raises(OSError, match="gone"):
+        t._raise_trouble("reading")
+    assert saves == [1]
+    monkeypatch.setattr("internlm_nb.run.trainer.meet", lost)
     with pytest.raises(CollectiveTimeout, match="rank 1 has not arrived"):
-        t._next(iter([]))
-    t._together = lambda fn, purpose: fn()  # type: ignore
-    with pytest.raises(StopIteration):
-        t._next(iter([]))
+        t._raise_trouble("reading")
     assert saves == [1]
 
 

@@ -246,7 +246,7 @@ def test_without_tensorboard(place, monkeypatch, tmp_path):
     "The run works without the package, and says so"
     import importlib.util
 
-    import internlm_nb.run.trainer as module
+    import internlm_nb.observe.outputs as module
 
     real = importlib.util.find_spec
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name, *a: None if name == "tensorboard" else real(name, *a))
@@ -287,7 +287,7 @@ def test_script_signals_and_resume(place, tmp_path):
         assert p.returncode == 0, err
         assert "interrupted at step" in out and "the same command goes on from there" in out
     with pytest.MonkeyPatch.context() as m:
-        m.setattr("internlm_nb.run.trainer.save_plots", lambda d: [d / "plots" / "none"])
+        m.setattr("internlm_nb.run.callbacks.save_plots", lambda d: [d / "plots" / "none"])
         assert call(place, shlex.join([*options, "--run-dir", str(tmp_path / "b")]), m)[0] == 0
         assert call(place, shlex.join([*options, "--run-dir", str(tmp_path / "a")]), m)[0] == 0
     same(tmp_path / "a", tmp_path / "b", 60)

@@ -89,8 +89,9 @@ import torch; torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import test_train_resume
-import internlm_nb.run.trainer as module
-module.save_plots = lambda d: [d / "plots" / "none"]
+import internlm_nb.run.callbacks as callbacks
+import internlm_nb.run.saver as saver
+callbacks.save_plots = lambda d: [d / "plots" / "none"]
 root = Path(sys.argv[2])
 test_train_resume.trainer(test_train_resume.everything(root, "float32", write=False), root / "warm").step  # what is imported late is imported here, once
 kill_soon = lambda rng, most: threading.Timer(rng.uniform(0, most), lambda: os.kill(os.getpid(), 9)).start()
@@ -98,19 +99,20 @@ kill_soon = lambda rng, most: threading.Timer(rng.uniform(0, most), lambda: os.k
 
 def life(precision, where, rng):                                     # until death, or the end of the run
     t = test_train_resume.trainer(test_train_resume.everything(root, precision, write=False), root / precision)
-    victim, step, save = t.state.step + rng.randrange(3), t.step, module.save_run
+    victim, save = t.state.step + rng.randrange(3), saver.save_run
 
-    def dying_step(packs):
-        if where == "anywhere" and t.state.step == victim:
-            kill_soon(rng, 0.08)
-        return step(packs)
+    class Dying(callbacks.Callback):
+        def before_step(self, state):
+            if where == "anywhere" and state.step == victim:
+                kill_soon(rng, 0.08)
 
     def dying_save(*a, **k):
         if where == "saving" and t.state.step > victim:
             kill_soon(rng, 0.03)
         return save(*a, **k)
 
-    t.step, module.save_run = dying_step, dying_save
+    t.callbacks.append(Dying())
+    saver.save_run = dying_save
     t.fit()
 
 
@@ -149,11 +151,11 @@ def test_died_between_saving_the_best_and_saying_so(tmp_path, monkeypatch):
     "The mark is set by the next start"
     run = tiny_run(train_steps=4, train_valid_every=2, checkpoint_every=0)
     trainer(run, tmp_path / "a").fit()
-    monkeypatch.setattr("internlm_nb.run.trainer.mark_best", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("internlm_nb.run.saver.mark_best", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         trainer(run, tmp_path / "b").fit()
     monkeypatch.undo()
-    monkeypatch.setattr("internlm_nb.run.trainer.save_plots", lambda run_dir: [run_dir / "plots" / "none"])
+    monkeypatch.setattr("internlm_nb.run.callbacks.save_plots", lambda run_dir: [run_dir / "plots" / "none"])
     trainer(run, tmp_path / "b")
     assert read_best(tmp_path / "b" / "checkpoints")["step"] == 2
     trainer(run, tmp_path / "b").fit()
@@ -227,7 +229,7 @@ def test_interrupted_at_the_last_step_is_done(tmp_path):
 
 def test_a_signal_during_the_first_validation(tmp_path, monkeypatch):
     "Ctrl-C while step 0 is validated is heard: one step, saved, and a clean end"
-    import internlm_nb.run.trainer as module
+    import internlm_nb.run.callbacks as module
 
     real = module.evaluate
     monkeypatch.setattr(module, "evaluate", lambda *a: (os.kill(os.getpid(), signal.SIGINT), real(*a))[1])

@@ -116,7 +116,7 @@ def leave(
 ) -> NoReturn:
     "Say why, and end the process"
     recorded = code != 130 and record_error(text)  # whoever reads it knows the rank
-    if aloud or not recorded and (place.rank == 0 or not repeated):
+    if aloud or (not recorded and (place.rank == 0 or not repeated)):
         who = f"rank {place.rank}: " if place.world > 1 else ""
         print(text if bare else f"{program()}: {who}{text}", file=sys.stderr, flush=True)
     if place.world == 1:
@@ -179,12 +179,12 @@ def make_trainer(
     "All that comes before the first step. Raises UsageError for what cannot be started"
     try:
         run, noise = with_noise(run)
-        mesh = open_mesh(run, place)
+        mesh = open_mesh(run, place, final=find_hook(module, "prepare") is None)
         run = prepare(module, run, mesh)
         require_data(run, module, noise)
         world = mesh.axis("world")
-        sinks = together(lambda: listed(module, "sinks"), world, "opening the run file's sinks", only_first=True) or []
-        callbacks = together(lambda: listed(module, "callbacks"), world, "making the run file's callbacks")
+        sinks = together(lambda: listed(module, "sinks", run), world, "opening the run file's sinks", only_first=True) or []
+        callbacks = together(lambda: listed(module, "callbacks", run), world, "making the run file's callbacks")
         more = {"callbacks": callbacks} if callbacks else {}
         return Trainer(run, run_dir, command=command, sinks=sinks, mesh=mesh, **more)
     except (ValueError, OSError, CheckpointError, RankFailed) as e:

@@ -166,10 +166,12 @@ def find_hook(
 def listed(
     module: ModuleType,  # a run file
     name: str,  # sinks or callbacks
+    run: RunConfig | None = None,  # for a function that wants to see it
 ) -> list[Any]:  # empty where the file has none
     "What a function of a run file returns, as a list. Raises UsageError when it is none"
     hook = find_hook(module, name)
-    found = hook() if hook else []
+    wanted = (run,) if hook and run is not None and inspect.signature(getattr(module, name)).parameters else ()
+    found = hook(*wanted) if hook else []
     if not isinstance(found, (list, tuple)):
         raise UsageError(f"{module.__file__}: {name}() returned {type(found).__name__}, not a list")
     return list(found)

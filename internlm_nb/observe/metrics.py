@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'DATASHEET', 'TGS_NAME', 'LOG_KEYS', 'Throughput', 'flop_rates', 'datasheet_tflops', 'measured_tflops',
-           'peak_tflops', 'TypeMeter', 'StepRecord', 'log_line']
+           'peak_tflops', 'figures_by_type', 'TypeMeter', 'StepRecord', 'log_line']
 
 # %% ../../nbs/observe/01_metrics.ipynb #0b2a6173
 import math
@@ -134,6 +134,23 @@ def peak_tflops(
     return None
 
 # %% ../../nbs/observe/01_metrics.ipynb #edba60b0
+def figures_by_type(
+    names: Sequence[str],  # type names
+    sums: Tensor,  # (3, types) float64: loss, right answers, targets
+    prefix: str = "",  # put before every name, "valid_" for instance
+) -> dict[str, float]:
+    "Means of sums by type, and over all types. Waits for the device that the sums are on"
+    sums = torch.cat([sums.sum(1, keepdim=True), sums], 1)
+    mean_loss, accuracy = sums[0] / sums[2], sums[1] / sums[2]
+    rows = torch.stack([mean_loss, accuracy, mean_loss.exp(), sums[2]]).tolist()
+    out: dict[str, float] = {}
+    for i, suffix in enumerate(["", *(f"/{name}" for name in names)]):
+        if rows[3][i]:
+            out |= {f"{prefix}{key}{suffix}": row[i] for key, row in zip(("loss", "accuracy", "perplexity"), rows)}
+            out[f"{prefix}tokens{suffix}"] = int(rows[3][i])
+    return out
+
+
 class TypeMeter:
     "Sums of loss, right answers and targets by data type, kept on the device until they are read"
 
@@ -164,16 +181,7 @@ class TypeMeter:
     ) -> dict[str, float]:
         "Figures with keys as `loss/en`, `accuracy/en`, `perplexity/en`, `tokens/en` (targets), and `loss`, … over all types. Waits for the device"
         mine = self.sums if axis is None else all_reduce(self.sums, axis, "figures by type")
-        sums = torch.cat([mine.sum(1, keepdim=True), mine], 1)
-        mean_loss, accuracy = sums[0] / sums[2], sums[1] / sums[2]
-        rows = torch.stack([mean_loss, accuracy, mean_loss.exp(), sums[2]]).tolist()
-
-        out: dict[str, float] = {}
-        for i, suffix in enumerate(["", *(f"/{name}" for name in self.names)]):
-            if rows[3][i]:
-                out |= {f"{prefix}{key}{suffix}": row[i] for key, row in zip(("loss", "accuracy", "perplexity"), rows)}
-                out[f"{prefix}tokens{suffix}"] = int(rows[3][i])
-        return out
+        return figures_by_type(self.names, mine, prefix)
 
 # %% ../../nbs/observe/01_metrics.ipynb #0b5a3a62
 @dataclass(frozen=True)

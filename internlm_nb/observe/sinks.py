@@ -125,8 +125,10 @@ def _append(path: Path, data: bytes) -> None:
             done = 0
             while done < len(data):
                 done += f.write(data[done:]) or 0
-        except BaseException:
+        except BaseException as e:
             f.truncate(before)
+            if isinstance(e, OSError) and e.filename is None:
+                e.filename = str(path)
             raise
 
 # %% ../../nbs/observe/02_sinks.ipynb #0ee869ca
@@ -145,7 +147,14 @@ class JsonlSink(Sink):
 
     def write(self, record: Record) -> None:
         "Append one record. OSError when the disk is full; the file then ends with the record before"
-        _append(self.path, to_json(record).encode() + b"\n")
+        self.extend([record])
+
+    def extend(
+        self,
+        records: Iterable[Record],  # in the order of their steps
+    ) -> None:
+        "Append several records, all or none. OSError likewise"
+        _append(self.path, b"".join(to_json(record).encode() + b"\n" for record in records))
 
 # %% ../../nbs/observe/02_sinks.ipynb #40b331e7
 class ConsoleSink(Sink):

@@ -25,22 +25,25 @@ from ..parallel.comm import Axis, all_gather, start_all_reduce, start_send_recei
 from ..parallel.mesh import Mesh, Place, find_place, init_distributed, make_mesh, single
 from ..parallel.together import gather_texts, share, together
 from ..train.config import RunConfig, flatten
-from ..train.parallelize import choose_device, layout_of
+from .resolved import resolve
 from .state import versions
 
 # %% ../../nbs/run/05_launch.ipynb #f88bbf8a
 def open_mesh(
     run: RunConfig,  # Device, layout, timeout
     place: Place | None = None,  # This process among the others; None: from the environment
+    final: bool = True,  # Is it the run as it will be trained? A run file's prepare() may still make it smaller
 ) -> Mesh:
-    "Join the other ranks and make the mesh of a run. Raises ValueError when the layout does not fit the ranks that were started, or the device is not there"
+    """Join the other ranks and make the mesh of a run.
+
+    Raises ValueError for whatever the run's fields, the number of ranks and this device exclude, before ranks meet.
+    """
     place = find_place() if place is None else place
-    device = choose_device(run.train.device, place.local_rank if place.world > 1 else None)
-    layout = layout_of(run, place.world)
+    found = resolve(run, place.world, place.local_rank if place.world > 1 else None, final=final)
     if place.world == 1:
-        return single(device)
-    init_distributed("nccl" if device.type == "cuda" else "gloo", run.parallel.timeout, place)
-    return make_mesh(layout, device, run.parallel.timeout)
+        return single(found.device)
+    init_distributed("nccl" if found.device.type == "cuda" else "gloo", run.parallel.timeout, place)
+    return make_mesh(found.layout, found.device, run.parallel.timeout)
 
 # %% ../../nbs/run/05_launch.ipynb #48a8eb61
 def fingerprint(

@@ -162,12 +162,14 @@ class LogConfig:
     sinks: tuple[SinkName, ...] = ("console", "tensorboard")  # metrics.jsonl is always written; tensorboard only where its package is installed
     plots_every: int = 0  # Draw plots/ after every n steps (they are always drawn at the end)
     progress: bool = True  # Progress bar
+    flush_every: int = 1  # Steps whose figures are read, added up over ranks and written together; between, the host does not wait for the device. Wishes to stop are heard as often
     peak_tflops: float = 0.0  # Peak of the device, for MFU; 0: from its datasheet, measured by a matrix product on CPU
 
     def __post_init__(self):
         if isinstance(self.sinks, (tuple, list)) and (unknown := {s for s in self.sinks if isinstance(s, str)} - set(typing.get_args(SinkName))):
             raise ValueError(f"--log.sinks: no sink is called {', '.join(map(repr, sorted(unknown)))}: choose from {', '.join(typing.get_args(SinkName))}")
         check_fields(self, "--log.", {"peak_tflops": "0 means the device's own"})
+        check_range(self, "--log.", ["flush_every"], 1, what="1 (after each step) or more")
         check_range(self, "--log.", ["plots_every", "peak_tflops"], 0, what="0 (off) or a positive number")
 
 
