@@ -259,7 +259,8 @@ def run_build(
         documents = sum(built.documents for built in made.values())
         print(f"none of {documents:,} documents was held out at a share of {args.valid_share}: take a larger share")
     if len(made) > 1:
-        total = Built(*(sum(getattr(built, name) for built in made.values()) for name in ("documents", "tokens", "targets", "text_bytes")))
+        sums = [sum(getattr(built, name) for built in made.values()) for name in ("documents", "tokens", "targets", "text_bytes")]
+        total = Built(sums[0], sums[1], sums[2], sums[3])
         print(f"together: {_figures(total)}")
     return 0
 

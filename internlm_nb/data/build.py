@@ -152,12 +152,13 @@ def _check_tokenizer(jobs: Sequence[Job], recipe: Recipe, one_file: bool, overwr
                 raise
             say(f"no copy of the tokenizer is kept: {error}")
             kept = False
-    above = root.absolute().parent
-    for beside in sorted(above.iterdir()) if not one_file and above.is_dir() else ():
-        others = read_record(beside) if beside.is_dir() and beside.name != root.name else {}
-        other = next((e for e in others.values() if e.get("fingerprint") not in (None, tokenizer_fingerprint(tokenizer))), None)
-        if other:
-            say(f"{beside / other['file']} was made with another tokenizer: a run cannot train on both")
+    here = root.absolute()
+    types = sorted(here.parent.iterdir()) if not one_file and here.parent.is_dir() else []
+    for near in [*types, *here.parents[:2]]:
+        others = read_record(near) if near.is_dir() and near != here else {}
+        found = (near / e["file"] for e in others.values() if e.get("fingerprint") not in (None, tokenizer_fingerprint(tokenizer)))
+        if other := next((path for path in found if path.exists()), None):
+            say(f"{other} was made with another tokenizer: a run cannot train on both")
     return kept
 
 # %% ../../nbs/data/22_build.ipynb #a38a02d5

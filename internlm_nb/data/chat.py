@@ -232,6 +232,11 @@ def alpaca_ids(
     for key in ("instruction", "output"):
         if not isinstance(record.get(key), str):
             raise ValueError(f'an Alpaca record needs a text under "{key}"')
+    for key in ("system", "history"):
+        if record.get(key):
+            raise ValueError(f'an Alpaca record of instruction, input and output has no place for "{key}": data.records.record_ids makes a conversation of it')
+    if not isinstance(record.get("input"), str | None):
+        raise ValueError(f'"input" must be a text, not {type(record["input"]).__name__}')
     question = record["instruction"] + (f"\n{record['input']}" if record.get("input") else "")
     if compat == "":
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]

@@ -22,7 +22,7 @@ __all__ = ['TOKENIZERS', 'RECORD', 'tokenizer_file', 'tokenizer_fingerprint', 'r
            'find_tokenizer', 'refuse_others']
 
 # %% ../../nbs/data/18_provenance.ipynb #251ccad8
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # as transformers prefers them
 _COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt")
 
 
@@ -50,13 +50,13 @@ def tokenizer_fingerprint(
         return hashlib.sha256(path.read_bytes()).hexdigest()
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        config_path = path.with_name("tokenizer_config.json")
-        config = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
         kept = {key: value for key, value in content.items() if key not in ("truncation", "padding", "post_processor")}
-        ends = [config.get(name) for name in ("bos_token", "eos_token")]
+        beside = [path.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+        configs = [json.loads(file.read_text(encoding="utf-8")) for file in beside if file.is_file()]
+        ends = [config.get(name) for config in configs for name in ("bos_token", "eos_token", "added_tokens_decoder")]
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no readable tokenizer.json ({error})") from None
-    ends = [end.get("content") if isinstance(end, dict) else end for end in ends]
+    ends = [end["content"] if isinstance(end, dict) and "content" in end else end for end in ends]
     return hashlib.sha256(json.dumps([kept, ends], sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/data/18_provenance.ipynb #f6702f9e
@@ -116,7 +116,7 @@ def keep_tokenizer(
     if source.parent.resolve() == folder.resolve():
         return source.name
     is_json = source.suffix.lower() == ".json"
-    target = folder / TOKENIZERS[is_json]
+    target = folder / ("tokenizer.json" if is_json else "tokenizer.model")
     files = {target: source} | {folder / n: source.with_name(n) for n in _COMPANIONS if is_json and source.with_name(n).is_file()}
     if target.is_file() and tokenizer_fingerprint(target) == tokenizer_fingerprint(source):
         return target.name
@@ -188,7 +188,7 @@ def find_tokenizer(
         if fingerprint and (fingerprint not in seen or seen[fingerprint][1] is None):
             seen[fingerprint] = file, path or seen.get(fingerprint, (file, None))[1]
     if len(seen) > 1:
-        (a, by_a), (b, by_b) = list(seen.values())[:2]
+        a, b = [file for file, _ in seen.values()][:2]
         names = [str(path) if path else f"one with the fingerprint {print_[:12]}" for print_, (_, path) in seen.items()][:2]
         raise ValueError(f"two tokenizers in {root}: {a} was made with {names[0]}, {b} with {names[1]}; train on them apart, or build one of them anew")
     for fingerprint, (_, path) in seen.items():

@@ -131,7 +131,7 @@ def open_source(
             yield _unpacked(path, file)
 
 
-def _unpacked(path: Path, file: io.BufferedReader) -> BinaryIO:
+def _unpacked(path: Path, file: io.BufferedReader[Any]) -> BinaryIO:
     packing, head = kind_of(path)[1], file.peek(10)[:10]
     found = _packing_of(head)
     if packing is None and found:
