@@ -116,7 +116,7 @@ def leave(
 ) -> NoReturn:
     "Say why, and end the process"
     recorded = code != 130 and record_error(text)  # whoever reads it knows the rank
-    if aloud or (not recorded and (place.rank == 0 or not repeated)):
+    if aloud or not recorded and (place.rank == 0 or not repeated):
         who = f"rank {place.rank}: " if place.world > 1 else ""
         print(text if bare else f"{program()}: {who}{text}", file=sys.stderr, flush=True)
     if place.world == 1:

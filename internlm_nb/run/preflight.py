@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..data.loader import Loader, Validation
+from ..data.facts import look_at
 from ..data.order import ShuffledPacks
 from ..model.config import num_params
 from ..train.config import RunConfig
@@ -116,9 +117,10 @@ def check_data(
         say(f"{run.data.valid_folder} is not used: --train.valid-every is 0")
     if run.data.seq_len > run.model.max_position_embeddings and run.model.rope_scaling == "none":
         say(f"sequences of {run.data.seq_len} are longer than --model.max-position-embeddings {run.model.max_position_embeddings}: raise it, or choose --model.rope-scaling")
+    for line in [*loader.remarks, *(validation.remarks if validation else [])]:
+        say(line)
     for stream in [*loader.streams, *([validation.stream] if validation else [])]:
         if isinstance(stream, ShuffledPacks):
-            count = len(stream.documents)
-            for i in sorted({*(k * count // LOOK for k in range(coord, LOOK, ranks)), count - 1}):  # the last shows most cheaply that a file and its index disagree
-                stream.documents[i]
+            for line in look_at(stream.documents, coord, ranks).remarks:
+                say(f"{stream.documents.root}: {line}")
     loader.batch(0, coord, ranks)

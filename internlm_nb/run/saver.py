@@ -14,7 +14,7 @@ from torch import nn
 
 from ..base.check import Say
 from ..checkpoint.keep import Found, mark_best, prune, snapshot_folder, steps
-from ..data.loader import Loader
+from ..data.loader import Loader, Validation
 from ..parallel.comm import agree
 from ..parallel.mesh import Mesh
 from ..parallel.together import share, together
@@ -30,13 +30,13 @@ class Saver:
         self,
         run: RunConfig,  # says what to keep, and travels along
         checkpoints: Path,  # the run's folder of checkpoints
-        parts: tuple[nn.Module, Optimizer, Loader],  # what is saved, and whose data are recorded
+        parts: tuple[nn.Module, Optimizer, Loader, Validation | None],  # what is saved, and whose data are recorded
         mesh: Mesh,  # ranks that save together
         say: Say,  # takes remarks
     ):
         self.run = run
         self.checkpoints = checkpoints
-        self.model, self.optimizer, self.loader = parts
+        self.model, self.optimizer, self.loader, self.validation = parts
         self.mesh = mesh
         self.world = mesh.axis("world")
         self.say = say
@@ -57,8 +57,8 @@ class Saver:
         folder = Path(share(chosen or "", self.world, "where to save"))
         missing = snapshot or step not in {f.step for f in steps(self.checkpoints)}
         if agree(int(missing and self.world.coord == 0), self.world, "is it to be saved?"):
-            facts = data_facts(self.loader)
-            save_run(folder, self.model, self.optimizer, state, self.run, snapshot, facts, self.mesh)
+            facts, valid = data_facts(self.loader), data_facts(self.validation)
+            save_run(folder, self.model, self.optimizer, state, self.run, snapshot, facts, valid, self.mesh)
         if self.run.checkpoint.keep_last:
             tidy = partial(self._tidy, state)
             together(tidy, self.world, "deleting old checkpoints", only_first=True)

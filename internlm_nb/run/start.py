@@ -15,7 +15,8 @@ from torch import nn
 from ..checkpoint.durable import require_space, sweep
 from ..checkpoint.keep import mark_best, resolve, set_aside, steps
 from ..checkpoint.reader import Checkpoint
-from ..data.loader import Loader
+from ..data.loader import Loader, Validation, parse_folders
+from ..data.provenance import find_tokenizer, keep_tokenizer
 from ..hub.source import open_weights
 from ..model.attention import describe_backend
 from ..model.config import num_params
@@ -56,12 +57,13 @@ def load_start(
     model: nn.Module,  # Filled in place
     optimizer: Optimizer,  # Filled in place
     loader: Loader,  # Of the run's data, to be compared with the checkpoint's
+    validation: Validation | None,  # Likewise
     say: Say,  # Takes remarks
 ) -> TrainState:
     "Resume, take weights only, or leave the seed's. Raises ValueError or CheckpointError that says why it cannot be"
     if resume is not None:
         checkpoint = Checkpoint(resume)
-        found = check_resume(checkpoint, run, data_facts(loader))
+        found = check_resume(checkpoint, run, data_facts(loader), data_facts(validation))
         if (made := checkpoint.state["train"]["step"]) > run.train.steps:
             raise ValueError(f"--train.steps is {run.train.steps}, but {resume} has made {made} steps: ask for at least as many, or go on from an earlier checkpoint with --checkpoint.resume PATH")
         for change in found:

@@ -21,8 +21,8 @@ from ..checkpoint.durable import CheckpointError
 from ..checkpoint.logical import Source, load_into, save_state
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.regions import Chunk
-from ..data.loader import Loader, parse_folders
-from ..data.order import ShuffledPacks
+from ..data.facts import differences
+from ..data.loader import Loader, Validation, parse_folders
 from ..model.transformer import parameter_names
 from ..parallel.alive import at_work
 from ..parallel.comm import Axis
@@ -72,10 +72,10 @@ def versions() -> dict[str, str]:
 
 
 def data_facts(
-    loader: Loader,  # Of the run
-) -> list[dict[str, int]]:  # One a folder; empty for synthetic data
-    "What the order of the data depends on beside the configuration: a folder that has grown gives other batches"
-    return [{"documents": len(s.documents), "tokens": s.documents.num_tokens} for s in loader.streams if isinstance(s, ShuffledPacks)]
+    loader: Loader | Validation | None,  # of the run; None: there is no validation
+) -> list[dict[str, Any]]:  # one a folder, from `data.facts`; empty for synthetic data
+    "What the order of the data depends on beside the configuration: a folder that holds something else gives other batches"
+    return [] if loader is None else loader.facts()
 
 
 def state_chunks(
@@ -110,14 +110,15 @@ def save_run(
     state: TrainState,  # The integers
     run: RunConfig,  # Travels along, so that a checkpoint explains itself
     overwrite: bool = False,  # For snapshots, which alternate between two folders
-    data: Sequence[Mapping[str, int]] = (),  # From `data_facts`: a resume compares it
+    data: Sequence[Mapping[str, Any]] = (),  # From `data_facts`: a resume compares it
+    valid: Sequence[Mapping[str, Any]] = (),  # The same of the validation set
     mesh: Mesh | None = None,  # Ranks that save together, all of them; None: one process alone
 ) -> Path:
     "Write everything that a resume needs; complete or absent. Raises CheckpointError where it failed, RankFailed on the other ranks"
     if lost := sorted(dict(model.named_parameters()).keys() - optimizer.engine.params.keys()):
         raise CheckpointError(f"{folder}: the optimizer knows nothing of {some(lost)}, which would not be saved: give its engine all parameters of the model")
     chunks = state_chunks(optimizer, saving=True)
-    about = {"step": state.step, "train": asdict(state), "run": to_dict(run), "data": list(data), "versions": versions()}
+    about = {"step": state.step, "train": asdict(state), "run": to_dict(run), "data": list(data), "valid_data": list(valid), "versions": versions()}
     if mesh is None or mesh.layout.world == 1:
         return save_state(folder, chunks, about, overwrite=overwrite)
     return _save_together(folder, chunks, about, overwrite, mesh.axis("world"))
@@ -191,17 +192,19 @@ def init_run(
 # %% ../../nbs/run/01_state.ipynb #95b695a7
 def _judge_data(found: list[Change], old: RunConfig, new: RunConfig, was: list, now: list) -> list[Change]:
     "Folders under other names are harmless when they hold what they held; folders that hold something else are not"
-    weights = [[weight for _, weight in parse_folders(r.data.train_folder)] for r in (old, new)]
-    if was != now and old.data.train_folder == new.data.train_folder:
-        return [*found, Change("data.train_folder (content)", was, now, True)]
-    moved = was == now and weights[0] == weights[1]
+    folders = [parse_folders(r.data.train_folder) for r in (old, new)]
+    differ = differences(was, now, [str(folder) for folder, _ in folders[1]])
+    if differ and old.data.train_folder == new.data.train_folder:
+        return [*found, *(Change("data.train_folder (content)", was, now, True, line) for line in differ)]
+    moved = not differ and [weight for _, weight in folders[0]] == [weight for _, weight in folders[1]]
     return [replace(c, breaks=False) if moved and c.name == "data.train_folder" else c for c in found]
 
 
 def check_resume(
     checkpoint: Checkpoint,  # To go on from
     run: RunConfig,  # As asked for now
-    data: Sequence[Mapping[str, int]] | None = None,  # From `data_facts` now; None: not looked at
+    data: Sequence[Mapping[str, Any]] | None = None,  # From `data_facts` now; None: not looked at
+    valid: Sequence[Mapping[str, Any]] | None = None,  # The same of the validation set
 ) -> list[Change]:  # Harmless changes, to be said
     "What changed since the checkpoint. Raises ValueError listing every change that would break the run"
     saved: Mapping[str, Any] = checkpoint.state
@@ -211,6 +214,9 @@ def check_resume(
     found = changes(old, run, saved["train"]["step"])
     if data is not None and "data" in saved:
         found = _judge_data(found, old, run, saved["data"], list(data))
+    if valid is not None and "valid_data" in saved and old.data.valid_folder == run.data.valid_folder:
+        differ = differences(saved["valid_data"], valid, [run.data.valid_folder])
+        found += [Change("data.valid_folder (content)", None, None, False, line) for line in differ]
     if any(c.breaks for c in found):
         listed = "\n  ".join(str(c) for c in found if c.breaks)
         harmless = ", ".join(str(c) for c in found if not c.breaks)

@@ -267,9 +267,10 @@ class Change:
     old: Any  # As saved
     new: Any  # As given now
     breaks: bool  # Would the run no longer be the same computation?
+    text: str = ""  # In words, where old and new are too long to show
 
     def __str__(self) -> str:
-        return f"--{self.name.replace('_', '-')}: {self.old!r} -> {self.new!r}"
+        return self.text or f"--{self.name.replace('_', '-')}: {self.old!r} -> {self.new!r}"
 
 
 # Fields under these that may change in the middle of a run. All others of model and data, and the seed, may not.
