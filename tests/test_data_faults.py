@@ -30,8 +30,8 @@ from internlm_nb.data.provenance import find_tokenizer, tokenizer_fingerprint
 from internlm_nb.data.sources import TextError
 from internlm_nb.data.text import read_documents, read_records
 from internlm_nb.data.tokenfiles import TokenFile, TokenWriter, read_tokens, write_tokens
-from internlm_nb.data.tokenline import TokenFileError
 from internlm_nb.data.tokenizer import MARKS, train_tokenizer
+from internlm_nb.data.tokenline import TokenFileError
 from internlm_nb.data.verify import survey, verify
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 40, "pack my box with five dozen liquor jugs\n" * 40]
@@ -359,7 +359,7 @@ def test_json_and_jsonl_mixed_up(tmp_path):
 @pytest.mark.parametrize("content", ["", " \n\t\n", '{"text": ""}\n', "[]", '{"text": " "}\n{"text": ""}\n'])
 @pytest.mark.parametrize("name", ["b.txt", "b.jsonl", "b.json"])
 def test_files_without_a_document(tmp_path, tok, capsys, content, name):
-    if name == "b.txt" and content.strip() or name == "b.json" and "text" in content or name == "b.jsonl" and content == "[]":
+    if (name == "b.txt" and content.strip()) or (name == "b.json" and "text" in content) or (name == "b.jsonl" and content == "[]"):
         return  # a document, or a fault
     make(tmp_path / "e/a.txt", "one\n")
     make(tmp_path / f"e/{name}", content)

@@ -108,26 +108,64 @@ def test_torchrun_is_the_same_run(tmp_path, no_plots):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("--data.micro-num 3", r"rank 0: micro_num 3 is not a multiple of data 2: .* so write 4 \(fields: --data.micro-num 3\)"),
-        ("--train.stepz 3", r"Perhaps you meant.*--train.steps"),
+        ("--data.micro-num 3", r"traceback : micro_num 3 is not a multiple of data 2: [^\n]* so write 4 \(fields: --data.micro-num 3\)"),
+        ("--train.stepz 3", r"traceback : [^\n]*Unrecognized options.*Perhaps you meant.*--train.steps"),
+        ("--train.precision bfloat16 --optim.frozen nothing.*", r"traceback : --optim.frozen: no parameter matches 'nothing\.\*'"),
     ],
 )
 def test_the_reason_of_a_wrong_option_is_heard(tmp_path, options, words):
-    "Twice, since it is a matter of which process ends first"
+    "Once, in torchrun's closing box, whichever rank ends first"
     (tmp_path / "mine.py").write_text(OWN)
-    for _ in range(2):
-        process = torchrun(str(tmp_path / "mine.py"), "--run-dir", "out", *options.split(), cwd=tmp_path)
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode and re.search(words, out, re.S), out
+    process = torchrun(str(tmp_path / "mine.py"), "--run-dir", "out", *options.split(), cwd=tmp_path)
+    out, _ = process.communicate(timeout=120)
+    found = re.findall(words, out, re.S)
+    assert process.returncode and found and out.rindex("Root Cause") < out.rindex("traceback : "), out
+    assert len(found) == 1 and out.count("rank 0: ") == 0, out
+
+
+def nproc(*args: str, cwd: Path, ranks: int = 2) -> subprocess.Popen:
+    command = [sys.executable, "-m", "internlm_nb.apps.pretrain", "--nproc", str(ranks), str(cwd / "mine.py"), "--run-dir", "out", *args]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+
+
+def test_ranks_of_one_machine(tmp_path):
+    "--nproc starts them itself: a wrong option is said once and alone, Ctrl-C saves, the same command goes on, a killed rank is named"
+    (tmp_path / "mine.py").write_text(OWN)
+    process = nproc("--data.micro-num", "3", cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and out.strip() == ""
+    assert re.fullmatch(r"internlm-train: micro_num 3 is not a multiple of data 2: [^\n]*\n", err), err
+    assert not (tmp_path / "out").exists()
+    process = nproc("--train.steps", "100000", cwd=tmp_path)
+    wait_for_steps(tmp_path / "out" / "metrics.jsonl", 3, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "interrupted at step" in out, out + err
+    made = len(facts(tmp_path / "out"))
+    process = nproc("--train.steps", "100000", "--parallel.timeout", "30", cwd=tmp_path)
+    wait_for_steps(tmp_path / "out" / "metrics.jsonl", made + 3, process)
+    children = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _environ(p).get("RANK") == "1" and str(tmp_path) in _cmdline(p)]
+    assert len(children) == 1
+    os.kill(children[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert err.endswith("internlm-train: rank 1 was ended by SIGKILL and left no message\n"), err
+
+
+def wait_for_steps(metrics: Path, lines: int, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
+        assert process.poll() is None and time.monotonic() < until, "the run did not start"
+        time.sleep(0.1)
 
 
 def test_a_killed_rank_ends_the_job_and_is_named(tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
     process = torchrun(str(tmp_path / "mine.py"), "--run-dir", "out", "--train.steps", "100000", "--parallel.timeout", "30", cwd=tmp_path)
-    metrics, until = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") > 2):
-        assert process.poll() is None and time.monotonic() < until, "the run did not start"
-        time.sleep(0.1)
+    wait_for_steps(tmp_path / "out" / "metrics.jsonl", 3, process)
     children = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _environ(p).get("RANK") == "1" and str(tmp_path) in _cmdline(p)]
     assert len(children) == 1
     os.kill(children[0], signal.SIGKILL)

@@ -309,3 +309,90 @@ def test_script_second_interrupt(place, tmp_path):
     assert p.returncode in (0, 130) and "Traceback" not in err, err  # 0: the step was over before the second one came
     assert p.returncode == 0 or "stopped at once" in err
     assert steps(tmp_path / "b" / "checkpoints")
+
+
+# the other functions of a run file
+
+HOOKED = """
+from dataclasses import replace
+from pathlib import Path
+
+from mine import run as mine
+
+from internlm_nb.observe.sinks import Sink
+
+
+class Count(Sink):
+    def write(self, record):
+        with open("heard", "a") as f:
+            f.write(f"{record['step']}\\n")
+
+
+def run():
+    return replace(mine(), train=replace(mine().train, steps=3))
+
+
+def sinks():
+    return [Count()]
+
+
+def finish(trainer):
+    Path("finished").write_text(str(trainer.state.step))
+"""
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_run_file_may_have_sinks_and_an_end(place, monkeypatch, tmp_path):
+    (tmp_path / "hooked.py").write_text(HOOKED)
+    monkeypatch.syspath_prepend(str(place))
+    code, _, err = call(tmp_path, f"hooked.py --run-dir {tmp_path}/r", monkeypatch)
+    assert code == 0, err
+    assert (tmp_path / "heard").read_text().split() == ["0", "1", "2"] and (tmp_path / "finished").read_text() == "3"
+    (tmp_path / "bad.py").write_text(HOOKED.replace("Path(", "Pth("))
+    code, _, err = call(tmp_path, f"bad.py --run-dir {tmp_path}/s", monkeypatch)
+    assert code == 1 and "the run is complete, but its finish() failed" in err and "bad.py, line 25, in finish()" in err and "Did you mean Path?" in err
+    assert [f.step for f in steps(tmp_path / "s" / "checkpoints")] == [3]
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_callbacks_and_ends_that_are_none(place, monkeypatch, tmp_path):
+    "callbacks() reach the trainer; an end that is no good one has exit code 1"
+    import internlm_nb.apps.pretrain as module
+
+    class Ending:
+        name, value = "BROKEN", "the weights are not finite"
+
+    class Broken(module.Trainer):
+        def __init__(self, *args, callbacks=(), **kwargs):
+            super().__init__(*args, **kwargs)
+            self.given = callbacks
+
+        def fit(self, steps=None):
+            assert self.given == ["one"]
+            super().fit(steps)
+            return Ending
+
+    (tmp_path / "called.py").write_text(HOOKED + "\n\ndef callbacks():\n    return ['one']\n")
+    monkeypatch.syspath_prepend(str(place))
+    monkeypatch.setattr(module, "Trainer", Broken)
+    code, _, err = call(tmp_path, f"called.py --run-dir {tmp_path}/r", monkeypatch)
+    assert code == 1 and "the weights are not finite at step 3 of 3" in err and not (tmp_path / "finished").exists()
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_a_whole_model_is_made_for_the_end(place, monkeypatch, tmp_path):
+    "Where the trainer can gather the weights, finish() is called inside of it"
+    import internlm_nb.apps.pretrain as module
+
+    class Gathers(module.Trainer):
+        @contextlib.contextmanager
+        def whole_model(self):
+            (tmp_path / "gathered").write_text("")
+            yield
+            assert (tmp_path / "finished").exists()
+
+    (tmp_path / "hooked.py").write_text(HOOKED)
+    monkeypatch.syspath_prepend(str(place))
+    monkeypatch.setattr(module, "Trainer", Gathers)
+    assert call(tmp_path, f"hooked.py --run-dir {tmp_path}/r", monkeypatch)[0] == 0
+    assert (tmp_path / "gathered").exists()

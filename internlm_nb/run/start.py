@@ -101,6 +101,10 @@ def open_folder(
         say(f"{found.path} is later than step {state.step}; it was moved to {checkpoints / 'superseded'}")
     if run.checkpoint.best and state.best_step == state.step and state.step in {f.step for f in steps(checkpoints)}:
         mark_best(checkpoints, state.step, state.best_loss or 0.0)  # again: the run may have died between saving it and saying so
+    for folder, _ in parse_folders(run.data.train_folder) if run.data.train_folder else ():
+        if tokenizer := find_tokenizer(folder):  # an export and a chat look for it here
+            keep_tokenizer(tokenizer, run_dir, replace=True)
+            break
     record_start(run_dir, run, state.step, resume, command)
 
 # %% ../../nbs/run/06_start.ipynb #0212865f
