@@ -14,16 +14,21 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from train_runs import TINY, facts, tensors, tiny_run, trainer
 
 from internlm_nb.checkpoint.durable import CheckpointError
+from internlm_nb.checkpoint.find import newest
 from internlm_nb.checkpoint.keep import steps
+from internlm_nb.checkpoint.reader import Checkpoint
+from internlm_nb.checkpoint.writer import Writer
 from internlm_nb.parallel.comm import CollectiveTimeout
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.mesh import Mesh
 from internlm_nb.parallel.ranks import RankError
 from internlm_nb.parallel.ranks import run_ranks as run_ranks_for
 from internlm_nb.parallel.together import RankFailed
+from internlm_nb.run import launch
 from internlm_nb.run.callbacks import Callback
 from internlm_nb.run.stopping import Stopped
 from internlm_nb.train.config import ParallelConfig, RunConfig, changes, from_dict, to_dict
@@ -400,3 +405,85 @@ def test_older_runs_have_one_rank(tmp_path):
     assert old.parallel == ParallelConfig()
     found = changes(old, replace(old, parallel=ParallelConfig(tensor=2, mode="msp")))
     assert [c.name for c in found] == ["parallel.tensor", "parallel.mode"] and not any(c.breaks for c in found)
+
+
+# what ranks agree on before the first step
+
+
+def _elsewhere(mesh, root):
+    "Rank 1 has another folder under the run's name"
+    launch.SEEN_S = 0.3
+    os.chdir(Path(root) / ("a" if mesh.rank != 1 else "b"))
+    launch.check_disk(Path("run"), mesh)
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_folder_that_is_another_one_for_a_rank_is_named(made, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        if made:
+            (tmp_path / name / "run").mkdir()
+    what = "has another folder under this name" if made else "has no such folder"
+    with pytest.raises(RankError, match=rf"rank 1 failed while looking for the folder of rank 0: OSError: \S+ {what}: .*give an absolute --run-dir"):
+        run_ranks(_elsewhere, Layout(3), tmp_path)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def _one_folder(mesh, folder):
+    launch.check_disk(folder, mesh)
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_one_and_the_same_folder_is_left_as_it_was(tmp_path):
+    (tmp_path / "other").symlink_to(tmp_path)
+    folders = [tmp_path, tmp_path / "other"]  # under two names
+    got = run_ranks(lambda mesh: _one_folder(mesh, folders[mesh.rank]), Layout(2), check=False)
+    assert got == [["other"], ["other"]]
+
+
+def _other_facts(mesh, run):
+    launch.agree_on(run, mesh, {"what data/tok holds": "400 documents" if mesh.rank != 2 else "300 documents", "same": "x"})
+
+
+def test_what_data_folders_hold_is_compared():
+    with pytest.raises(RankError, match="rank 2: what data/tok holds is 300 documents, on rank 0 400 documents"):
+        run_ranks(_other_facts, Layout(3), wide_run())
+
+
+def _resuming(mesh, root, seen):
+    said, shares = [], []
+    real = Checkpoint.verify
+
+    def verify(self, rank, ranks, progress=False):
+        shares.append((self.folder.name, rank, ranks))
+        return real(self, rank, ranks, progress)
+
+    Checkpoint.verify = verify  # type: ignore[method-assign]
+    try:
+        found = launch.choose_together(lambda damaged: newest(root, say=said.append, damaged=damaged), mesh.axis("world"))
+    except (CheckpointError, RankFailed) as e:
+        return type(e).__name__, str(e), shares
+    return (found and found.name), said, shares
+
+
+def test_checksums_are_shared_and_damage_that_one_rank_sees_counts_for_all(tmp_path):
+    run = lambda: run_ranks(_resuming, Layout(3), tmp_path, None)  # noqa: E731
+    assert [r[0] for r in run()] == [None] * 3
+    for step in (10, 20):
+        with Writer(tmp_path / str(step), shard_bytes=64) as writer:
+            for n in range(5):
+                writer.add(f"w{n}", torch.full((16,), float(step)))
+            writer.write()
+            writer.commit({"step": step})
+    for rank, (name, said, shares) in enumerate(run()):
+        assert name == "20" and said == [] and shares == [("20", rank, 3)]  # every file by one rank
+    shard = tmp_path / "20" / "rank-00000-00004.safetensors"  # rank 1's
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    got = run()
+    assert [r[0] for r in got] == ["10"] * 3 and "rank-00000-00004" in got[0][1][0] and got[1][1] == []
+    assert got[2][2] == [("20", 2, 3), ("10", 2, 3)]
+    shard = tmp_path / "10" / "rank-00000-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"x")
+    got = run()
+    assert got[0][0] == "CheckpointError" and "none can be used" in got[0][1]
+    assert got[1][0] == "RankFailed" and "rank 0 failed while looking for a checkpoint: CheckpointError" in got[1][1]
