@@ -18,16 +18,16 @@ from train_runs import TINY, facts, tensors, tiny_run, trainer
 
 from internlm_nb.checkpoint.durable import CheckpointError
 from internlm_nb.checkpoint.keep import steps
+from internlm_nb.observe.sinks import Sink
 from internlm_nb.parallel.comm import CollectiveTimeout
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.mesh import Mesh
 from internlm_nb.parallel.ranks import RankError
 from internlm_nb.parallel.ranks import run_ranks as run_ranks_for
 from internlm_nb.parallel.together import RankFailed
+from internlm_nb.run.stopping import Stopped
 from internlm_nb.train.config import ParallelConfig, RunConfig, changes, from_dict, to_dict
 from internlm_nb.train.parallelize import layout_of
-from internlm_nb.observe.sinks import Sink
-from internlm_nb.run.stopping import Stopped
 
 ROOT = Path(__file__).parents[1]
 run_ranks = partial(run_ranks_for, timeout=180)  # a busy machine may take its time

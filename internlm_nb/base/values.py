@@ -114,7 +114,7 @@ def check_range(
     "Raise `ValueError` that names the first field which lies outside"
     for name in names:
         value = getattr(config, name)
-        if value is None or (low < value if above else low <= value) and value <= high:
+        if value is None or ((low < value if above else low <= value) and value <= high):
             continue
         floor = f"{'more than' if above else 'at least'} {low:g}"
         limits = floor if value < low or (above and value == low) else f"at most {high:g}" if high < 1e6 else f"at most {int(high):,}"
