@@ -175,7 +175,7 @@ def test_only_regular_files_are_opened(tmp_path, tok):
     with pytest.raises(TokenFileError, match="this is a pipe"):
         TokenFile(tmp_path / "r/en/a.bin")
     os.mkfifo(tmp_path / "p.txt")
-    with pytest.raises(FileNotFoundError, match="p.txt is a pipe"):
+    with pytest.raises(FileNotFoundError, match=r"p\.txt is a pipe"):
         plan_files([tmp_path / "p.txt"], tmp_path / "o")
     with pytest.raises(TextError, match="a pipe, not a regular file"):
         list(read_documents(tmp_path / "p.txt"))

@@ -1,11 +1,13 @@
-"Run every lesson cell against the exported module, so a missing `#| export` or import is caught and coverage counts"
+"Run every lesson cell against the exported module, so a missing `#| export` or import is caught and coverage counts; and every notebook in the kernel that its readers use"
 
 import os
 from pathlib import Path
 
+import nbformat
 import pytest
 from execnb.shell import CaptureShell
 from fastcore.xtras import working_directory
+from nbclient import NotebookClient
 from nbdev.config import get_config
 from nbdev.process import NBProcessor
 
@@ -36,3 +38,32 @@ def test_lessons_against_module(path, monkeypatch):
     if sh.exc:
         raise sh.exc
     assert os.environ.get("IN_TEST") == "1"
+
+
+# what is not the same in a kernel: display, bars, signals, processes, the main thread
+TOUCHY = {"observe/04_monitor", "parallel/02_ranks", "run/04_stopping", "apps/03_pretrain"}
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(CFG.nbs_path).with_suffix("").as_posix()
+
+
+def left_out(cell) -> bool:
+    "Cells that nbdev-test leaves out too: for a GPU, for hours, for show"
+    directives = {word for line in cell.source.splitlines() if line.startswith("#|") for word in line[2:].replace(":", " ").split()[:1]}
+    return cell.cell_type == "code" and bool(directives & set(CFG.tst_flags.split()) or "#| eval: false" in cell.source)
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, marks=() if name_of(p) in TOUCHY else pytest.mark.slow, id=name_of(p)) for p in NBS])
+def test_in_a_kernel(path, monkeypatch):
+    "From top to bottom in Jupyter's own kernel, as a reader does who runs all cells"
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own
+    monkeypatch.setenv("PYTHONPATH", f"{CFG.config_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setenv("IN_TEST", "1")
+    nb = nbformat.read(path, as_version=4)
+    nb.cells = [c for c in nb.cells if not left_out(c)]
+    NotebookClient(nb, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}).execute()
+
+
+def test_the_kernel_is_asked_of_notebooks_that_exist():
+    assert {name_of(p) for p in NBS} >= TOUCHY

@@ -104,7 +104,7 @@ class Pair:
 
 def test_limits_belong_to_what_they_limit():
     assert Pair(10).least == 10 and Pair(0).least == 0 and Pair(names=["a"]).names == ("a",)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"--pair.least is 10.5: give at most 10"):
+    with pytest.raises(ValueError, match=r"--pair\.least is 10\.5: give at most 10"):
         Pair(10.5)
-    with pytest.raises(ValueError, match=r"--pair.least is -0.1: give at least 0"):
+    with pytest.raises(ValueError, match=r"--pair\.least is -0\.1: give at least 0"):
         Pair(-0.1)

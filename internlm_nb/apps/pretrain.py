@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType, ModuleType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -188,7 +188,7 @@ def make_trainer(
         world = mesh.axis("world")
         sinks = together(lambda: listed(module, "sinks", run), world, "opening the run file's sinks", only_first=True) or []
         callbacks = together(lambda: listed(module, "callbacks", run), world, "making the run file's callbacks")
-        more = {"callbacks": callbacks} if callbacks else {}
+        more: dict[str, Any] = {"callbacks": callbacks} if callbacks else {}
         return Trainer(run, run_dir, command=command, sinks=sinks, mesh=mesh, **more)
     except (ValueError, OSError, CheckpointError, RankFailed) as e:
         raise UsageError(str(e)) from e

@@ -82,6 +82,8 @@ def describe(
     where = f"{path}{f', line {line}' if line else ''}{f', in {doing}' if doing else ''}"
     text = str(error).partition("\n")[0] if not isinstance(error, SyntaxError) else f"{error.msg}: {(error.text or '').strip()}"
     name, known = _known_names(error, module)
+    if isinstance(error, ImportError):
+        text = re.sub(r" \([^()]*\.py\)$", "", text)  # where the module lies says nothing about the wrong name
     near = nearest(name, known, n=1) if name and "Did you mean" not in text else []
     return f"{where}: {type(error).__name__}: {text}{f'. Did you mean {near[0]}?' if near else ''}"
 
