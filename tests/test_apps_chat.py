@@ -242,7 +242,10 @@ def test_prompt(home, loaded, capsys):
         (["{home}/run", "--prompt", "x", "--template", "none", "--system", "y"], "needs a chat template"),
         (["{home}/run", "--prompt", "x", "--template", "v1", "--system", "y"], "no role 'system'"),
         (["{home}/run", "--prompt", "x " * 400], "the model's context 256"),
-        (["{home}/bare/1", "--prompt", "x"], "no tokenizer beside it, in its run or beside its data: name a SentencePiece .model or a tokenizer.json with --tokenizer FILE"),
+        (
+            ["{home}/bare/1", "--prompt", "x"],
+            "no tokenizer beside it, in its run or beside its data: name a SentencePiece .model or a tokenizer.json with --tokenizer FILE",
+        ),
     ],
 )
 def test_refusals(home, loaded, capsys, args, message):

@@ -363,5 +363,5 @@ def test_import_refuses_a_tokenizer_of_another_model(place, tmp_path):
     with pytest.raises(ValueError, match="another model's tokenizer"):
         to_hf(Transformer(replace(CFG, vocab_size=100)), Tokenizer(place / "b.model"), tmp_path / "x")
     assert not (tmp_path / "x").exists()
-    with pytest.raises(ValueError, match="config.json: not there"):
+    with pytest.raises(ValueError, match=r"config\.json: not there"):
         hf_to_native(tmp_path / "nowhere", tmp_path / "y")

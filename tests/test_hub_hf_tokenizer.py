@@ -152,7 +152,9 @@ def test_model_folders_carry_their_tokenizer(tokenizers, tmp_path):
         assert special_ids(tokenizer).items() <= json.loads((tmp_path / "hf" / file).read_text()).items()
     assert special_ids(tokenizer)["eos_token_id"] == [2, tokenizer.marks["<|im_end|>"]]
     back = from_hf(tmp_path / "hf")[1]
-    assert isinstance(back, JsonTokenizer) and back.marks == tokenizer.marks and (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+    assert (
+        isinstance(back, JsonTokenizer) and back.marks == tokenizer.marks and (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+    )
     hf_to_native(tmp_path / "hf", tmp_path / "native")
     native_to_hf(tmp_path / "native", tmp_path / "again")
     assert {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()}
