@@ -166,7 +166,6 @@ def rewrite(folder: Path, change) -> None:
         (lambda t: t.update({K: t[K].T.contiguous()}), rf"{K}: has shape \(32, 16\), and \(16, 32\) is needed"),
         (lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:36].clone()}), r"lm_head.weight: has shape \(36, 32\)"),
         (lambda t: t.update({K: t[K].to(torch.int8)}), f"{K}: is torch.int8"),
-        (lambda t: t.update({K: t[K].bfloat16()}), f"{K}: is torch.bfloat16, and other tensors are torch.float32"),
         (lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.zeros(32)}), "too much: model.layers.0.self_attn.o_proj.bias"),
         (  # the feed-forward's down projection under the name of the gate: the older order of names
             lambda t: t.update({"model.layers.0.mlp.gate_proj.weight": t["model.layers.0.mlp.down_proj.weight"].clone()}),
@@ -297,6 +296,23 @@ def test_casts_are_asked_for(tmp_path):
     model.head.weight.data = model.head.weight.data.half()
     with pytest.raises(ValueError, match=r"head.weight is torch.float16 and embedding.weight torch.float32"):
         to_hf(model, None, tmp_path / "mixed")
+
+
+def test_mixed_types(tmp_path):
+    "Norms in float32 beside bfloat16: as transformers reads them, and with every bit when a wide type is asked for; through the converters too"
+    model = noisy(BASE)
+    to_hf(model, None, tmp_path / "hf", dtype=torch.bfloat16)
+    norms = {n: 1 + t * 1e-3 for n, t in load_file(to_hf(model, None, tmp_path / "wide") / "model.safetensors").items() if n.endswith("norm.weight")}
+    rewrite(tmp_path / "hf", lambda t: t.update(norms))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    for dtype in (None, torch.float32, torch.float64):
+        back, _ = from_hf(tmp_path / "hf", dtype=dtype)
+        assert {p.dtype for p in back.parameters()} == {dtype or torch.bfloat16}
+        assert torch.equal(back.head.norm.weight, norms["model.norm.weight"].to(dtype or torch.bfloat16))
+        assert dtype or torch.equal(back.head.norm.weight, theirs["model.norm.weight"])
+        hf_to_native(tmp_path / "hf", tmp_path / str(dtype), dtype)
+        native_to_hf(tmp_path / str(dtype), tmp_path / f"{dtype}-again")
+        assert same(from_hf(tmp_path / f"{dtype}-again")[0], back)
 
 
 def test_an_existing_folder_is_safe_and_a_failed_write_leaves_nothing(tmp_path, monkeypatch):

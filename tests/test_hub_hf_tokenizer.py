@@ -106,9 +106,9 @@ def test_marks(kind, tokenizers, fast, tmp_path):
     theirs, wrapped = AutoTokenizer.from_pretrained(tmp_path), JsonTokenizer(tmp_path)
     assert wrapped.marks == tokenizer.marks and len(wrapped) == len(tokenizer) == len(theirs)
     for mark, id in {**tokenizer.marks, "<s>": 1, "</s>": 2}.items():
-        assert fast[kind].encode(mark).ids == theirs(mark)["input_ids"] == wrapped.encode(mark) == [id]
+        assert fast[kind].encode(mark).ids == theirs(mark, add_special_tokens=False)["input_ids"] == wrapped.encode(mark) == [id]
         between = [*tokenizer.sp.encode("so "), id, *tokenizer.sp.encode(" on")]
-        assert fast[kind].encode(f"so {mark} on").ids == theirs(f"so {mark} on")["input_ids"] == between
+        assert fast[kind].encode(f"so {mark} on").ids == theirs(f"so {mark} on", add_special_tokens=False)["input_ids"] == between
     assert (wrapped.bos_id, wrapped.eos_id, wrapped.unk_id) == (1, 2, 0) and (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 2)
     assert not set(tokenizer.marks.values()) & set(wrapped.encode("".join(tokenizer.marks), marks=False))
 
@@ -129,12 +129,19 @@ def test_chat_templates(kind, style, tokenizers, tmp_path):
         theirs.apply_chat_template([{"role": "nobody", "content": "x"}])
 
 
-def test_bos_in_front_when_asked(tokenizers, tmp_path):
-    "add_bos: in tokenizers and transformers; never without"
-    write_tokenizer(tokenizers["own"], tmp_path, add_bos=True)
-    ids = tokenizers["own"].encode("Hello", bos=True)
-    assert AutoTokenizer.from_pretrained(tmp_path)("Hello")["input_ids"] == FastTokenizer.from_file(str(tmp_path / "tokenizer.json")).encode("Hello").ids == ids
-    assert load_tokenizer(tmp_path).encode("Hello") == JsonTokenizer(tmp_path).encode("Hello") == ids[1:]
+def test_bos_in_front(tokenizers, tmp_path):
+    "As the model was trained: in front of plain text, in tokenizers and transformers, unless asked otherwise; once in a chat"
+    own = tokenizers["own"]
+    for add_bos in (None, True, False):
+        folder = tmp_path / str(add_bos)
+        folder.mkdir()
+        write_tokenizer(own, folder, add_bos)
+        ids, theirs = own.encode("Hello", bos=add_bos is not False), AutoTokenizer.from_pretrained(folder)
+        assert theirs("Hello")["input_ids"] == FastTokenizer.from_file(str(folder / "tokenizer.json")).encode("Hello").ids == ids
+        assert load_tokenizer(folder).encode("Hello") == JsonTokenizer(folder).encode("Hello") == own.encode("Hello")
+        assert JsonTokenizer(folder).adds_bos == (add_bos is not False)
+        chat = theirs.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=False)
+        assert chat == chat_ids(own, [("user", "Hello")]) and chat.count(own.bos_id) == 1
 
 
 def test_model_folders_carry_their_tokenizer(tokenizers, tmp_path):
@@ -145,7 +152,9 @@ def test_model_folders_carry_their_tokenizer(tokenizers, tmp_path):
         assert special_ids(tokenizer).items() <= json.loads((tmp_path / "hf" / file).read_text()).items()
     assert special_ids(tokenizer)["eos_token_id"] == [2, tokenizer.marks["<|im_end|>"]]
     back = from_hf(tmp_path / "hf")[1]
-    assert isinstance(back, Tokenizer) and back.marks == tokenizer.marks and (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+    assert (
+        isinstance(back, JsonTokenizer) and back.marks == tokenizer.marks and (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+    )
     hf_to_native(tmp_path / "hf", tmp_path / "native")
     native_to_hf(tmp_path / "native", tmp_path / "again")
     assert {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()}

@@ -12,8 +12,8 @@ from typing import Protocol, Self
 
 
 # %% auto #0
-__all__ = ['TEMPLATES', 'Message', 'Template', 'template', 'AnyTokenizer', 'said', 'chat_text', 'turn_ids', 'first_ids',
-           'chat_ids', 'stop_ids', 'guess_style', 'Conversation', 'conversation_ids', 'alpaca_ids']
+__all__ = ['TEMPLATES', 'Message', 'Template', 'template', 'AnyTokenizer', 'encode_behind', 'said', 'chat_text', 'turn_ids',
+           'first_ids', 'chat_ids', 'stop_ids', 'guess_style', 'Conversation', 'conversation_ids', 'alpaca_ids']
 
 # %% ../../nbs/data/02_chat.ipynb #0e7b7013
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class AnyTokenizer(Protocol):
     pad_id: int  # likewise
     marks: dict[str, int]  # signs that are one id
 
-    def encode(self, text: str, bos: bool = False, eos: bool = False, marks: bool = True, start: bool = True) -> list[int]:
-        "Text to ids; with `marks=False` signs in it are spelled out; with `start=False` something stands before it"
+    def encode(self, text: str, bos: bool = False, eos: bool = False, marks: bool = True) -> list[int]:
+        "Text to ids; with `marks=False` signs in it are spelled out"
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -83,6 +83,16 @@ class AnyTokenizer(Protocol):
     def for_model(self, vocab_size: int) -> Self:
         "The same tokenizer for a model with more ids than pieces"
         ...
+
+
+def encode_behind(
+    tokenizer: AnyTokenizer,  # any; one with a method of this name puts no blank before a text that goes on
+    text: str,  # that stands behind something
+    marks: bool = True,  # read signs as the one id they name
+) -> list[int]:
+    "Ids of a text in the middle of a conversation"
+    behind = getattr(tokenizer, "encode_behind", None)
+    return tokenizer.encode(text, marks=marks) if behind is None else behind(text, marks)
 
 
 Message = tuple[str, str] | Mapping[str, str]
@@ -123,13 +133,15 @@ def turn_ids(
         raise ValueError(
             f"chat template {form.name} needs the mark {mark}, which {tokenizer.path} does not have: choose the template of this tokenizer"
         )
-    end = [tokenizer.marks[mark], *tokenizer.encode(newline, start=False)]
+    end = [tokenizer.marks[mark], *encode_behind(tokenizer, newline)]
     opening = next((m for m in tokenizer.marks if before.startswith(m)), "")
     head, sign = [tokenizer.marks[opening]] if opening else [], before[len(opening) :]
-    start = start and not head
     if role == "assistant":
-        return head + tokenizer.encode(sign, start=start), tokenizer.encode(words, marks=False, start=False) + end
-    return head + tokenizer.encode(sign + words, marks=False, start=start) + end, []
+        opened = tokenizer.encode(sign) if start and not head else encode_behind(tokenizer, sign)
+        return head + opened, encode_behind(tokenizer, words, marks=False) + end
+    said_so = sign + words
+    asked = tokenizer.encode(said_so, marks=False) if start and not head else encode_behind(tokenizer, said_so, marks=False)
+    return head + asked + end, []
 
 
 def first_ids(

@@ -222,6 +222,14 @@ class JsonTokenizer(JsonVocabulary):
     def _sign_ids(self) -> set[int]:
         return {self._vocab[sign] for sign in self._signs.signs if len(sign) > 1} - {self.unk_id}
 
+    def encode_behind(
+        self,
+        text: str,  # that stands behind something, as in the middle of a conversation
+        marks: bool = True,  # read signs as the one id they name
+    ) -> list[int]:
+        "Ids of a text that goes on"
+        return self.encode(text, marks=marks, start=False)
+
     def encode_batch(
         self,
         texts: Sequence[str],  # documents

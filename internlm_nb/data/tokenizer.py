@@ -241,6 +241,14 @@ class Tokenizer(Vocabulary):
             ids.append(self.eos_id)
         return ids
 
+    def encode_behind(
+        self,
+        text: str,  # that stands behind something, as in the middle of a conversation
+        marks: bool = True,  # read signs as the one id they name
+    ) -> list[int]:
+        "Ids of a text that goes on"
+        return self.encode(text, marks=marks, start=False)
+
     def encode_batch(
         self,
         texts: Sequence[str],  # documents

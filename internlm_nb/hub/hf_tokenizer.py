@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['merges', 'bos_processor', 'fast_tokenizer', 'chat_template', 'chat_style', 'special_ids', 'generation_config',
-           'write_tokenizer', 'copy_tokenizer']
+           'write_tokenizer', 'copy_tokenizer', 'JsonTokenizer', 'load_tokenizer', 'Model', 'Piece', 'read_model']
 
 # %% ../../nbs/hub/05_hf_tokenizer.ipynb #7c7852b4
 import json
@@ -13,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ..base.jsonfile import read_object
-from ..base.piecefile import Piece, read_model
+from ..base.piecefile import Model, Piece, read_model
 from ..checkpoint.durable import write_file
 from ..data.chat import TEMPLATES, first_ids
-from ..data.json_tokenizer import JsonTokenizer, tokenizer_files
+from ..data.json_tokenizer import JsonTokenizer, load_tokenizer, tokenizer_files
 from ..data.tokenizer import MARKS, OLDER_MARKS, Tokenizer
+
+# %% ../../nbs/hub/05_hf_tokenizer.ipynb #ae6b6b45
+_all_ = ["JsonTokenizer", "load_tokenizer", "Model", "Piece", "read_model"]  # that tokenizers of folders need, in one place
 
 # %% ../../nbs/hub/05_hf_tokenizer.ipynb #0ed81278
 def merges(
