@@ -30,8 +30,8 @@ from internlm_nb.data.provenance import find_tokenizer, tokenizer_fingerprint
 from internlm_nb.data.sources import TextError
 from internlm_nb.data.text import read_documents, read_records
 from internlm_nb.data.tokenfiles import TokenFile, TokenWriter, read_tokens, write_tokens
-from internlm_nb.data.tokenline import TokenFileError
 from internlm_nb.data.tokenizer import MARKS, train_tokenizer
+from internlm_nb.data.tokenline import TokenFileError
 from internlm_nb.data.verify import survey, verify
 
 TEXTS = ["the quick brown fox jumps over the lazy dog " * 40, "pack my box with five dozen liquor jugs\n" * 40]
