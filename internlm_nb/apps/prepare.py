@@ -101,7 +101,10 @@ def show(
     out = []
     for i in range(first, min(first + count, len(documents))):
         ids = documents[i]
-        out.append(f"--- document {i}, type {documents.types[int(documents.type_of(np.array([i]))[0])]}, {len(ids)} tokens, {int((ids[1:] >= 0).sum())} targets")
+        out.append(
+            f"--- document {i}, type {documents.types[int(documents.type_of(np.array([i]))[0])]}, {len(ids)} "
+            f"tokens, {int((ids[1:] >= 0).sum())} targets"
+        )
         text, at = "", 0
         while at < len(ids):
             end = at + 1
@@ -119,7 +122,12 @@ _TOKENIZER = "SentencePiece .model, tokenizer.json, or a folder with one of them
 
 def _add_reading(p: argparse.ArgumentParser) -> None:
     "Options that say how sources are read"
-    p.add_argument("--format", choices=("auto", "text", "alpaca", "chat"), default="auto", help="alpaca, chat: records of conversations; auto, text: documents of text")
+    p.add_argument(
+        "--format",
+        choices=("auto", "text", "alpaca", "chat"),
+        default="auto",
+        help="alpaca, chat: records of conversations; auto, text: documents of text",
+    )
     p.add_argument("--document", choices=DOCUMENTS, default="line", help="what one document of a text file is")
     p.add_argument("--key", default="text", help="where the text of a record stands")
     p.add_argument("--encoding", default="utf-8", help="of the source files")
@@ -127,47 +135,91 @@ def _add_reading(p: argparse.ArgumentParser) -> None:
 
 def _add_build(p: argparse.ArgumentParser) -> None:
     p.add_argument("sources", nargs="+", metavar="SRC", help="files, or folders to walk")
-    p.add_argument("dst", metavar="DST", help="a folder ROOT/TYPE (one .bin for each source), or one file that ends in .bin")
+    p.add_argument(
+        "dst", metavar="DST", help="a folder ROOT/TYPE (one .bin for each source), or one file that ends in .bin"
+    )
     p.add_argument("--tokenizer", required=True, metavar="MODEL", help=_TOKENIZER)
     _add_reading(p)
     p.add_argument("--no-bos", action="store_true", help="no begin-of-sentence id in front of a document")
     p.add_argument("--no-eos", action="store_true", help="no end-of-sentence id behind a document")
-    p.add_argument("--marks", action="store_true", help="read chat marks in a text as the one id they name (otherwise they are spelled out)")
+    p.add_argument(
+        "--marks",
+        action="store_true",
+        help="read chat marks in a text as the one id they name (otherwise they are spelled out)",
+    )
     p.add_argument("--template", choices=sorted(TEMPLATES), default="v1", help="chat format of records")
     p.add_argument("--max-length", type=int, help="records: cut them to so many tokens")
     p.add_argument("--compat", choices=("", "internevo"), default="", help="Alpaca: the older tool's ids and cut")
-    p.add_argument("--valid-share", type=float, default=0.0, help="share of the documents that is held out, into token files of their own; the same text always falls on the same side")
-    p.add_argument("--valid-dst", metavar="DST", help="where held-out documents go (default: ROOT-valid/TYPE, or valid beside train)")
-    p.add_argument("--processes", type=int, help="that tokenise; the files do not depend on it (default: one a core, fewer for small sources)")
+    p.add_argument(
+        "--valid-share",
+        type=float,
+        default=0.0,
+        help="share of the documents that is held out, into token files of their own; the same text always "
+        "falls on the same side",
+    )
+    p.add_argument(
+        "--valid-dst",
+        metavar="DST",
+        help="where held-out documents go (default: ROOT-valid/TYPE, or valid beside train)",
+    )
+    p.add_argument(
+        "--processes",
+        type=int,
+        help="that tokenise; the files do not depend on it (default: one a core, fewer for small sources)",
+    )
     p.add_argument("--overwrite", action="store_true", help="replace existing token files")
 
 
+# %% ../../nbs/apps/01_prepare.ipynb #3a3a2e3c
 def _add_tokenizer(p: argparse.ArgumentParser) -> None:
     p.add_argument("sources", nargs="+", metavar="SRC", help="files, or folders to walk")
     p.add_argument("dst", metavar="DST", help="the .model file to write, or a folder that gets a tokenizer.model")
     p.add_argument("--vocab-size", type=int, default=8192, help="pieces, the 256 bytes and the marks included")
     p.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help="how pieces are found")
-    p.add_argument("--character-coverage", type=float, default=0.9995, help="share of the characters seen that get a piece; the rest is spelled in bytes")
-    p.add_argument("--template", choices=("v1", "v2", "both"), default="v2", help="chat format whose marks become pieces")
-    p.add_argument("--share", type=float, default=1.0, help="share of the documents to learn from; all of them are held in memory")
+    p.add_argument(
+        "--character-coverage",
+        type=float,
+        default=0.9995,
+        help="share of the characters seen that get a piece; the rest is spelled in bytes",
+    )
+    p.add_argument(
+        "--template", choices=("v1", "v2", "both"), default="v2", help="chat format whose marks become pieces"
+    )
+    p.add_argument(
+        "--share", type=float, default=1.0, help="share of the documents to learn from; all of them are held in memory"
+    )
     _add_reading(p)
     p.add_argument("--overwrite", action="store_true", help="replace an existing file")
 
-
+# %% ../../nbs/apps/01_prepare.ipynb #1963d1c8
 def parser() -> argparse.ArgumentParser:
-    "The command line of internlm-data"
-    top = argparse.ArgumentParser(prog=program("prepare_data.py", "internlm-data"), description="Text to token files (.bin and .bin.meta) and back.")
+    "The command line of prepare_data.py"
+    top = argparse.ArgumentParser(
+        prog=program("prepare_data.py", "internlm-data"), description="Text to token files (.bin and .bin.meta) and back."
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
-        return commands.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        return commands.add_parser(
+            name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
 
     _add_tokenizer(command("tokenizer", "train a SentencePiece tokenizer on files"))
-    _add_build(command("build", "make token files from .txt, .md, .json, .jsonl or .parquet, compressed or not, or from records of conversations"))
+    _add_build(
+        command(
+            "build",
+            "make token files from .txt, .md, .json, .jsonl or .parquet, compressed or not, or from records of "
+            "conversations",
+        )
+    )
 
     p = command("verify", "check every line of a folder of token files; exit code 1 when there are faults")
     p.add_argument("folder", metavar="FOLDER", help="a folder, or one .bin file")
-    p.add_argument("--tokenizer", metavar="MODEL", help="ids must be in its vocabulary (default: the one beside the files, if there is one)")
+    p.add_argument(
+        "--tokenizer",
+        metavar="MODEL",
+        help="ids must be in its vocabulary (default: the one beside the files, if there is one)",
+    )
     p.add_argument("--vocab-size", type=int, help="ids must be below this")
     p.add_argument("--processes", type=int, help="that read (default: one a core)")
 
@@ -183,7 +235,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--first", type=int, default=0, help="number of the first document, from 0")
     p.add_argument("--count", type=int, default=3, help="how many documents")
 
-    p = command("corpus", "make token files of the embedded corpus: DST/train and DST/valid by type, and DST/tokenizer.model if none is given")
+    p = command(
+        "corpus",
+        "make token files of the embedded corpus: DST/train and DST/valid by type, and DST/tokenizer.model "
+        "if none is given",
+    )
     p.add_argument("dst", metavar="DST", help="a folder")
     p.add_argument("--tokenizer", metavar="MODEL", help=f"use this instead of training one: {_TOKENIZER}")
     p.add_argument("--vocab-size", type=int, default=8192, help="pieces of the tokenizer to train")
@@ -223,12 +279,20 @@ def run_tokenizer(
         raise ValueError(f"--share must be above 0 and at most 1, not {args.share}")
     marks = {"v1": OLDER_MARKS, "v2": MARKS, "both": (*MARKS, *OLDER_MARKS)}[args.template]
     sources = [source for source, _ in find_sources(args.sources, print)]
-    with tqdm(total=sum(source.stat().st_size for source in sources), unit="B", unit_scale=True, desc="reading", disable=None) as bar:
+    with tqdm(
+        total=sum(source.stat().st_size for source in sources), unit="B", unit_scale=True, desc="reading", disable=None
+    ) as bar:
         texts = _texts_to_learn(args, sources, bar)
-        made = train_tokenizer(texts, dst, args.vocab_size, marks=marks, character_coverage=args.character_coverage, model_type=args.model_type)
+        made = train_tokenizer(
+            texts,
+            dst,
+            args.vocab_size,
+            marks=marks,
+            character_coverage=args.character_coverage,
+            model_type=args.model_type,
+        )
     print(f"{dst}: {made.vocab_size:,} pieces")
     return 0
-
 
 # %% ../../nbs/apps/01_prepare.ipynb #9721121a
 def _figures(built: Built) -> str:
@@ -246,9 +310,20 @@ def run_build(
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
     recipe = Recipe(
-        str(tokenizer_file(args.tokenizer).resolve()), args.format, args.document, args.key, args.encoding, not args.no_bos, not args.no_eos,
-        args.marks, args.template, args.max_length, args.compat, args.valid_share, open_tokenizer,
-    )  # fmt: skip
+        tokenizer=str(tokenizer_file(args.tokenizer).resolve()),
+        format=args.format,
+        document=args.document,
+        key=args.key,
+        encoding=args.encoding,
+        bos=not args.no_bos,
+        eos=not args.no_eos,
+        marks=args.marks,
+        template=args.template,
+        max_length=args.max_length,
+        compat=args.compat,
+        valid_share=args.valid_share,
+        opener=open_tokenizer,
+    )
     made = build(args.sources, args.dst, recipe, args.processes, args.overwrite, valid_dst=args.valid_dst)
     for path, built in made.items():
         before = "; made before, and left as it is" if built.before else ""
@@ -259,12 +334,16 @@ def run_build(
         documents = sum(built.documents for built in made.values())
         print(f"none of {documents:,} documents was held out at a share of {args.valid_share}: take a larger share")
     if len(made) > 1:
-        sums = [sum(getattr(built, name) for built in made.values()) for name in ("documents", "tokens", "targets", "text_bytes")]
+        sums = [
+            sum(getattr(built, name) for built in made.values())
+            for name in ("documents", "tokens", "targets", "text_bytes")
+        ]
         total = Built(sums[0], sums[1], sums[2], sums[3])
         print(f"together: {_figures(total)}")
     return 0
 
 
+# %% ../../nbs/apps/01_prepare.ipynb #03a6250f
 def run_verify(
     args: argparse.Namespace,  # options of the command
 ) -> int:  # exit code
@@ -280,7 +359,10 @@ def run_verify(
     for line in [*found.remarks, *found.faults]:
         print(line)
     if found.untaught:
-        print(f"{found.untaught:,} documents have no target, so nothing in them is learned; the first is {found.first_untaught}")
+        print(
+            f"{found.untaught:,} documents have no target, so nothing in them is learned; the first is "
+            f"{found.first_untaught}"
+        )
     if found.faults:
         print(f"{len(found.faults)} fault{'s' * (len(found.faults) > 1)} in {args.folder}", file=sys.stderr)
         return 1
@@ -289,7 +371,10 @@ def run_verify(
         return 1
     types = ", ".join(read_tokens(args.folder).types)
     vocabulary = f"; ids checked against {beside}" if beside else ""
-    print(f"{args.folder}: sound; {found.documents:,} documents, {found.tokens:,} tokens, {found.targets:,} targets, types {types}{vocabulary}")
+    print(
+        f"{args.folder}: sound; {found.documents:,} documents, {found.tokens:,} tokens, {found.targets:,} "
+        f"targets, types {types}{vocabulary}"
+    )
     return 0
 
 
@@ -305,17 +390,19 @@ def run_corpus(
         path = root / "tokenizer.model"
         if path.exists() and not args.overwrite:
             raise FileExistsError(f"{path} exists: give it as --tokenizer, or ask for it to be overwritten")
-        tokenizer = train_tokenizer((text for texts in splits["train"].values() for text in texts), path, args.vocab_size)
+        tokenizer = train_tokenizer(
+            (text for texts in splits["train"].values() for text in texts), path, args.vocab_size
+        )
     for split, texts in splits.items():
         counts = build_token_folder(texts, tokenizer, root / split, args.overwrite)
         print(f"{root / split}: " + ", ".join(f"{kind} {count:,} tokens" for kind, count in counts.items()))
     return 0
 
-
+# %% ../../nbs/apps/01_prepare.ipynb #94451a37
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:
-    "What internlm-data does; the exit code: 0 well, 1 faults found, 2 could not be done, 130 interrupted"
+    "The main of scripts/prepare_data.py; the exit code: 0 well, 1 faults found, 2 could not be done, 130 interrupted"
     args, name = parser().parse_args(argv), program("prepare_data.py", "internlm-data")
     try:
         if args.command == "build":
@@ -333,7 +420,11 @@ def main(
             print(show(args.src, tokenizer, args.first, args.count))
         return 0
     except KeyboardInterrupt:
-        print(f"{name} {args.command}: stopped; the file in work was not written. The same command goes on from there", file=sys.stderr)
+        print(
+            f"{name} {args.command}: stopped; the file in work was not written. The same command goes on "
+            "from there",
+            file=sys.stderr,
+        )
         return 130
     except (OSError, ValueError, LookupError, RuntimeError) as error:
         print(f"{name} {args.command}: {error}", file=sys.stderr)

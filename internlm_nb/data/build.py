@@ -99,9 +99,14 @@ def make_file(
                 for name in ("cut", "single", "mended", "zeros"):
                     setattr(said, name, getattr(said, name) + getattr(part, name))
         if not writer.documents and job.target.exists():
-            raise ValueError(f"{some([str(s) for s in job.sources])}: there is no document in it any more, but {job.target} is there from before: take that away first")
+            raise ValueError(
+                f"{some([str(s) for s in job.sources])}: there is no document in it any more, but {job.target} is "
+                "there from before: take that away first"
+            )
     held_out = valid.documents if valid is not None else 0
-    return Built(writer.documents, writer.tokens, targets, text_bytes, False, job.valid if held_out else None, held_out), said
+    return Built(
+        writer.documents, writer.tokens, targets, text_bytes, False, job.valid if held_out else None, held_out
+    ), said
 
 # %% ../../nbs/data/22_build.ipynb #76858dff
 def _remarks_on(job: Job, built: Built, said: Encoded, recipe: Recipe) -> list[str]:
@@ -111,7 +116,10 @@ def _remarks_on(job: Job, built: Built, said: Encoded, recipe: Recipe) -> list[s
     if said.cut:
         within = f" within --max-length {recipe.max_length}" if recipe.max_length else ""
         one = said.cut == 1
-        lines.append(f"{said.cut} record{'' if one else 's'} left out, which keep{'s' if one else ''} no target{within}: {some(said.untaught) if one or said.cut == len(said.untaught) else said.untaught[0] + ' is the first'}")
+        lines.append(
+            f"{said.cut} record{'' if one else 's'} left out, which keep{'s' if one else ''} no target{within}: "
+            f"{some(said.untaught) if one or said.cut == len(said.untaught) else said.untaught[0] + ' is the first'}"
+        )
     if not built.documents and not built.held_out:
         lines.append(f"left out, since there is no document in it: {sources}")
     if said.single:
@@ -119,11 +127,16 @@ def _remarks_on(job: Job, built: Built, said: Encoded, recipe: Recipe) -> list[s
     if said.mended:
         lines.append(f"{sources}: {said.mended:,} documents with half of a surrogate pair, which is U+FFFD now")
     if said.zeros:
-        lines.append(f"{job.target}: the id 0 stands {said.zeros:,} times in what is read only; it has no sign to mark that, so it is learned there")
+        lines.append(
+            f"{job.target}: the id 0 stands {said.zeros:,} times in what is read only; it has no sign to mark "
+            "that, so it is learned there"
+        )
     return lines
 
 
-def _jobs(plan: Mapping[Path, list[Path]], dst: Path, recipe: Recipe, valid_dst: Path | None, fingerprint: str) -> list[Job]:
+def _jobs(
+    plan: Mapping[Path, list[Path]], dst: Path, recipe: Recipe, valid_dst: Path | None, fingerprint: str
+) -> list[Job]:
     one_file = dst.suffix.lower() == ".bin"
     root = dst.parent if one_file else dst
     jobs = []
@@ -137,7 +150,7 @@ def _place_of_work(folder: Path, sources: Iterable[Path], tokenizer: Path) -> bo
     "Is this where somebody works, not a folder of token files alone? A source or the tokenizer lies in it"
     return any(path.parent.resolve() == folder.resolve() for path in (*sources, tokenizer))
 
-
+# %% ../../nbs/data/22_build.ipynb #b928e53b
 def _check_tokenizer(jobs: Sequence[Job], recipe: Recipe, one_file: bool, overwrite: bool, say: Say) -> bool:
     "Can a copy of the tokenizer be kept beside the files? ValueError where there are files of another one"
     tokenizer, root, kept = Path(recipe.tokenizer), jobs[0].root, True
@@ -156,7 +169,11 @@ def _check_tokenizer(jobs: Sequence[Job], recipe: Recipe, one_file: bool, overwr
     types = sorted(here.parent.iterdir()) if not one_file and here.parent.is_dir() else []
     for near in [*types, *here.parents[:2]]:
         others = read_record(near) if near.is_dir() and near != here else {}
-        found = (near / e["file"] for e in others.values() if e.get("fingerprint") not in (None, tokenizer_fingerprint(tokenizer)))
+        found = (
+            near / e["file"]
+            for e in others.values()
+            if e.get("fingerprint") not in (None, tokenizer_fingerprint(tokenizer))
+        )
         if other := next((path for path in found if path.exists()), None):
             say(f"{other} was made with another tokenizer: a run cannot train on both")
     return kept
@@ -208,7 +225,9 @@ class _Progress:
 
     def __init__(self, jobs: Iterable[Job], progress: bool | None):
         total = sum(source.stat().st_size for job in jobs for source in job.sources)
-        self.bar = tqdm(total=total, unit="B", unit_scale=True, desc="build", disable=None if progress is None else not progress)
+        self.bar = tqdm(
+            total=total, unit="B", unit_scale=True, desc="build", disable=None if progress is None else not progress
+        )
 
     def __enter__(self) -> tqdm:
         return self.bar
@@ -227,10 +246,16 @@ def build(
     valid_dst: str | Path | None = None,  # where held-out documents go; None: beside, see `held_out_beside`
     say: Say = tqdm.write,  # takes remarks
 ) -> dict[Path, Built]:
-    "Make token files; what is in each. TextError names file and line of a bad source; FileExistsError before anything is written."
+    """Make token files; what is in each.
+
+    TextError names file and line of a bad source; FileExistsError before anything is written.
+    """
     if not 0 <= recipe.valid_share < 1:
         raise ValueError(f"the share of held-out documents must be from 0 up to 1, not {recipe.valid_share}")
-    dst, tokenizer = Path(dst), load_tokenizer(recipe.tokenizer, recipe.opener)  # a bad model stops here, not in a worker
+    dst, tokenizer = (
+        Path(dst),
+        load_tokenizer(recipe.tokenizer, recipe.opener),
+    )  # a bad model stops here, not in a worker
     fingerprint = tokenizer_fingerprint(recipe.tokenizer)
     beside = Path(valid_dst or held_out_beside(dst)) if recipe.valid_share else None
     jobs = _jobs(plan_files(sources, dst, say), dst, recipe, beside, fingerprint)

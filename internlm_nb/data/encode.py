@@ -25,7 +25,9 @@ class Recipe:
     "How source files become token ids"
 
     tokenizer: str  # path of the model
-    format: str = "auto"  # "text"; "alpaca" or "chat": records of conversations; "auto": text (of .txt, .json and .jsonl alike)
+    format: str = (
+        "auto"  # "text"; "alpaca" or "chat": records of conversations; "auto": text (of .txt, .json and .jsonl alike)
+    )
     document: str = "line"  # what a document of a text file is: line, paragraph, file
     key: str = "text"  # where a record's text stands
     encoding: str = "utf-8"  # of the source files
@@ -107,10 +109,12 @@ def _mend(items: Sequence[Any]) -> tuple[list[Any], int]:
             (item if isinstance(item, str) else json.dumps(item[1], ensure_ascii=False, default=str)).encode()
         return list(items), 0
     except UnicodeEncodeError:
-        mended = [whole_characters(item) if isinstance(item, str) else (item[0], whole_characters(item[1])) for item in items]
+        mended = [
+            whole_characters(item) if isinstance(item, str) else (item[0], whole_characters(item[1])) for item in items
+        ]
         return mended, sum(new != old for new, old in zip(mended, items))
 
-
+# %% ../../nbs/data/20_encode.ipynb #ebffe959
 def _encode_texts(recipe: Recipe, tokenizer: Any, texts: Sequence[str], out: Encoded, into: Lines) -> None:
     rows = tokenizer.encode_batch(texts, marks=recipe.marks)
     before = [tokenizer.bos_id] * (recipe.bos and tokenizer.bos_id >= 0)
@@ -123,7 +127,9 @@ def _encode_texts(recipe: Recipe, tokenizer: Any, texts: Sequence[str], out: Enc
     out.single += into.counts.count(1)
 
 
-def _encode_records(recipe: Recipe, tokenizer: Any, records: Sequence[tuple[str, Any]], out: Encoded, into: Lines) -> None:
+def _encode_records(
+    recipe: Recipe, tokenizer: Any, records: Sequence[tuple[str, Any]], out: Encoded, into: Lines
+) -> None:
     lines = []
     for place, record in records:
         try:
@@ -165,10 +171,23 @@ def tokenizer_remarks(
     "What a tokenizer does not have or does not keep, a line each"
     lines = []
     if not recipe.of_records:
-        lacking = [name for name, asked, id in (("begin", recipe.bos, tokenizer.bos_id), ("end", recipe.eos, tokenizer.eos_id)) if asked and id < 0]
+        lacking = [
+            name
+            for name, asked, id in (("begin", recipe.bos, tokenizer.bos_id), ("end", recipe.eos, tokenizer.eos_id))
+            if asked and id < 0
+        ]
         lines += [f"{tokenizer.path} has no {name} sign: documents have none" for name in lacking]
-    probes = {"line breaks": "a\nb", "tabs": "a\tb", "several spaces": "a  b", "fractions and ligatures": "\u00bd \ufb01", "full-width signs": "\uff21\uff0c", "capitals": "aB"}
+    probes = {
+        "line breaks": "a\nb",
+        "tabs": "a\tb",
+        "several spaces": "a  b",
+        "fractions and ligatures": "\u00bd \ufb01",
+        "full-width signs": "\uff21\uff0c",
+        "capitals": "aB",
+    }
     changed = [name for name, probe in probes.items() if tokenizer.decode(tokenizer.encode(probe)) != probe]
     if changed:
-        lines.append(f"{tokenizer.path} does not keep {', '.join(changed)}: it normalises texts, so the data holds them changed")
+        lines.append(
+            f"{tokenizer.path} does not keep {', '.join(changed)}: it normalises texts, so the data holds them changed"
+        )
     return lines

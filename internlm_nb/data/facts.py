@@ -56,8 +56,17 @@ def folder_facts(
         by_folder: dict[str, list[tuple[str, str]]] = {}
         for name, part in parts.items():
             by_folder.setdefault(name.rpartition("/")[0], []).append((name, part))
-        parts = {f"{name}/": hashlib.blake2b(repr(inside).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest() for name, inside in by_folder.items()}
-    return {"documents": len(opened), "tokens": opened.num_tokens, "files": len(names), "digest": digest, "parts": parts}
+        parts = {
+            f"{name}/": hashlib.blake2b(repr(inside).encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
+            for name, inside in by_folder.items()
+        }
+    return {
+        "documents": len(opened),
+        "tokens": opened.num_tokens,
+        "files": len(names),
+        "digest": digest,
+        "parts": parts,
+    }
 
 # %% ../../nbs/data/16_facts.ipynb #885dc691
 def _first_difference(was: Mapping[str, str], now: Mapping[str, str], when: str) -> str:
@@ -78,7 +87,8 @@ def differences(
     folders: Sequence[str] = (),  # what the folders are called here
     when: str = "when the checkpoint was made",  # which `was` is meant
 ) -> list[str]:  # empty: the same data
-    "What differs between two sets of folders: a line for each folder that is not the same, with the first file that differs"
+    "What differs between two sets of folders: a line for each folder that is not the same, with the "
+    "first file that differs"
     if len(was) != len(now):
         return [f"there are {len(now)} folders of data, but {len(was)} {when}"]
     lines = []
@@ -123,15 +133,21 @@ def look_at(
     ranks: int = 1,  # size of the data axis
     look: int = LOOK,  # documents, over all ranks
 ) -> Look:
-    "Read documents spread over a folder. TokenFileError for a broken one, and when not one of all ranks' documents has a target"
+    """Read documents spread over a folder.
+
+    TokenFileError for a broken one, and when not one of all ranks' documents has a target
+    """
     count = len(documents)
-    everyone = sorted({*(k * count // look for k in range(look)), count - 1})  # the last shows most cheaply that a file and its index disagree
+    everyone = sorted(
+        {*(k * count // look for k in range(look)), count - 1}
+    )  # the last shows most cheaply that a file and its index disagree
     mine = sorted({*(k * count // look for k in range(coord, look, ranks)), count - 1})
     targets = [num_targets(documents[i]) for i in mine]
     if not any(targets) and not any(num_targets(documents[i]) for i in everyone):
         raise TokenFileError(
             documents.root, None,
-            f"not one of the {len(everyone)} documents looked at has a target, so nothing can be learned: all of their tokens are read only, or they have one token each "
+            f"not one of the {len(everyone)} documents looked at has a target, so nothing can be learned: all of "
+            "their tokens are read only, or they have one token each "
             f"(were answers cut away by --max-length when they were built?)",
         )  # fmt: skip
     return Look(len(mine), sum(targets), targets.count(0))

@@ -26,7 +26,8 @@ def find_sources(
     sources: Sequence[str | Path],  # files, or folders to walk
     say: Say | None = None,  # takes remarks on what is left out
 ) -> list[tuple[Path, Path]]:  # (source, its name under a destination)
-    "All source files, in order. FileNotFoundError for one that is missing, PermissionError for one that may not be read"
+    "All source files, in order. FileNotFoundError for one that is missing, PermissionError for one that "
+    "may not be read"
     found: list[tuple[Path, Path]] = []
     for source in map(Path, sources):
         if source.is_dir():
@@ -54,7 +55,10 @@ def plan_files(
     dst: str | Path,  # a folder, or one `.bin` file
     say: Say | None = None,  # takes remarks on what is left out
 ) -> dict[Path, list[Path]]:
-    "Token file -> its source files. FileNotFoundError for a missing source, ValueError when two sources would become one file by accident."
+    """Token file -> its source files.
+
+    FileNotFoundError for a missing source, ValueError when two sources would become one file by accident.
+    """
     found, dst = find_sources(sources, say), Path(dst)
     if dst.suffix.lower() == ".bin":
         return {dst: [source for source, _ in found]}
@@ -62,11 +66,14 @@ def plan_files(
     for source, name in found:
         target = Path(f"{dst / bare_name(name)}.bin")
         if target in plan:
-            raise ValueError(f"{plan[target][0]} and {source} would both become {target}: give them one .bin file as destination, or build them apart")
+            raise ValueError(
+                f"{plan[target][0]} and {source} would both become {target}: give them one .bin file as destination, "
+                "or build them apart"
+            )
         plan[target] = [source]
     return plan
 
-
+# %% ../../nbs/data/21_plan.ipynb #b84659dc
 def held_out_beside(
     dst: str | Path,  # ROOT/TYPE, or a `.bin` file in it
 ) -> Path:
@@ -75,7 +82,9 @@ def held_out_beside(
     file = Path(dst.name) if dst.suffix.lower() == ".bin" else Path()
     folder = dst.parent if file.name else dst
     named = folder.parent if folder.parent.name else folder  # ROOT, or the only folder there is
-    beside = named.with_name("valid" if named.name == "train" else f"{named.name}-valid") if named.name else Path("valid")
+    beside = (
+        named.with_name("valid" if named.name == "train" else f"{named.name}-valid") if named.name else Path("valid")
+    )
     return beside / (folder.name if named != folder else "") / file
 
 # %% ../../nbs/data/21_plan.ipynb #a812e6fe
@@ -136,16 +145,25 @@ def job_key(
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
     return hashlib.sha256(json.dumps([how, fingerprint, files, str(valid)], sort_keys=True).encode()).hexdigest()[:32]
 
-
+# %% ../../nbs/data/21_plan.ipynb #346b6620
 def _made_before(job: Job, entry: Mapping[str, Any]) -> Built | None:
     "What an earlier build made of this job, if it is all there"
     if entry.get("key") != job.key or "documents" not in entry:
         return None
-    for path, count, size in ((job.target, entry["documents"], entry["bytes"]), (job.valid, entry["held_out"], entry["valid_bytes"])):
-        if path is not None and count and not (path.is_file() and path.stat().st_size == size and Path(f"{path}.meta").is_file()):
+    for path, count, size in (
+        (job.target, entry["documents"], entry["bytes"]),
+        (job.valid, entry["held_out"], entry["valid_bytes"]),
+    ):
+        if (
+            path is not None
+            and count
+            and not (path.is_file() and path.stat().st_size == size and Path(f"{path}.meta").is_file())
+        ):
             return None
     valid = job.valid if entry["held_out"] else None
-    return Built(entry["documents"], entry["tokens"], entry["targets"], entry["text_bytes"], True, valid, entry["held_out"])
+    return Built(
+        entry["documents"], entry["tokens"], entry["targets"], entry["text_bytes"], True, valid, entry["held_out"]
+    )
 
 
 def settle(

@@ -23,7 +23,14 @@ __all__ = ['TOKENIZERS', 'RECORD', 'tokenizer_file', 'tokenizer_fingerprint', 'r
 
 # %% ../../nbs/data/18_provenance.ipynb #251ccad8
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # as transformers prefers them
-_COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt")
+_COMPANIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 def tokenizer_file(
@@ -37,7 +44,10 @@ def tokenizer_file(
             raise FileNotFoundError(f"{path} has neither {' nor '.join(TOKENIZERS)}")
         return found
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer model at {path}: give the path of a SentencePiece .model or a tokenizer.json, or train one with the command `tokenizer`")
+        raise FileNotFoundError(
+            f"no tokenizer model at {path}: give the path of a SentencePiece .model or a tokenizer.json, or train "
+            "one with the command `tokenizer`"
+        )
     return path
 
 
@@ -111,19 +121,27 @@ def keep_tokenizer(
     replace: bool = False,  # another tokenizer's copy that an earlier build put there
     only_look: bool = False,  # do nothing but say whether it could be done
 ) -> str:  # its name in the folder
-    "Put a copy beside token files, unless it is there. ValueError when another tokenizer is there, which is left as it is"
+    "Put a copy beside token files, unless it is there. ValueError when another tokenizer is there, "
+    "which is left as it is"
     source, folder = tokenizer_file(tokenizer), Path(folder)
     if source.parent.resolve() == folder.resolve():
         return source.name
     is_json = source.suffix.lower() == ".json"
     target = folder / ("tokenizer.json" if is_json else "tokenizer.model")
-    files = {target: source} | {folder / n: source.with_name(n) for n in _COMPANIONS if is_json and source.with_name(n).is_file()}
+    files = {target: source} | {
+        folder / n: source.with_name(n) for n in _COMPANIONS if is_json and source.with_name(n).is_file()
+    }
     if target.is_file() and tokenizer_fingerprint(target) == tokenizer_fingerprint(source):
         return target.name
     ours = replace and any(entry.get("tokenizer") == target.name for entry in read_record(folder).values())
-    there = next((path for path in files if path.exists() and not ours and path.read_bytes() != files[path].read_bytes()), None)
+    there = next(
+        (path for path in files if path.exists() and not ours and path.read_bytes() != files[path].read_bytes()), None
+    )
     if there is not None:
-        raise ValueError(f"{there} is of another tokenizer than {source}: the token files of one folder are made by one tokenizer, so choose another folder")
+        raise ValueError(
+            f"{there} is of another tokenizer than {source}: the token files of one folder are made by one "
+            "tokenizer, so choose another folder"
+        )
     for path, original in reversed(files.items()) if not only_look else ():  # the tokenizer itself last
         path.parent.mkdir(parents=True, exist_ok=True)
         _put(original, path)
@@ -171,11 +189,12 @@ def _top(root: Path) -> Path:
     "The folder above a token folder; for one file, above the folder that its type lies in"
     return root.parent.parent.parent if root.is_file() else root.parent
 
-
+# %% ../../nbs/data/18_provenance.ipynb #6e4196e0
 def find_tokenizer(
     root: str | Path,  # a token folder or one token file
 ) -> Path | None:  # a tokenizer.model or tokenizer.json; None: none is known
-    "The tokenizer that made the ids of a folder: beside them, or in the folder above. ValueError naming both when there are two"
+    "The tokenizer that made the ids of a folder: beside them, or in the folder above. ValueError naming "
+    "both when there are two"
     root = Path(os.path.abspath(root))
     origins = _Origins(_top(root))
     seen: dict[str, tuple[Path, Path | None]] = {}  # fingerprint -> (a file of it, its tokenizer)
@@ -189,8 +208,13 @@ def find_tokenizer(
             seen[fingerprint] = file, path or seen.get(fingerprint, (file, None))[1]
     if len(seen) > 1:
         a, b = [file for file, _ in seen.values()][:2]
-        names = [str(path) if path else f"one with the fingerprint {print_[:12]}" for print_, (_, path) in seen.items()][:2]
-        raise ValueError(f"two tokenizers in {root}: {a} was made with {names[0]}, {b} with {names[1]}; train on them apart, or build one of them anew")
+        names = [
+            str(path) if path else f"one with the fingerprint {print_[:12]}" for print_, (_, path) in seen.items()
+        ][:2]
+        raise ValueError(
+            f"two tokenizers in {root}: {a} was made with {names[0]}, {b} with {names[1]}; train on them apart, "
+            "or build one of them anew"
+        )
     for fingerprint, (_, path) in seen.items():
         near = (folder / name for folder in (root, root.parent) for name in TOKENIZERS)
         return path or next((p for p in near if origins.print_of(p) == fingerprint), None)
@@ -212,4 +236,7 @@ def refuse_others(
             fingerprint, path = origins.of(Path(os.path.abspath(file)))
             if fingerprint not in (None, wanted):
                 other = path or f"another tokenizer (fingerprint {str(fingerprint)[:12]})"
-                raise ValueError(f"{file} was made with {other}, not with {tokenizer}: the files of one folder are made by one tokenizer, so choose another folder")
+                raise ValueError(
+                    f"{file} was made with {other}, not with {tokenizer}: the files of one folder are made by one "
+                    "tokenizer, so choose another folder"
+                )

@@ -16,7 +16,15 @@ __all__ = ['Turn', 'turns_of', 'record_ids', 'zeros_read']
 # %% ../../nbs/data/06_records.ipynb #cac797c5
 Turn = tuple[str, str]  # role ("system", "user" or "assistant") and words
 
-_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "bot": "assistant", "chatgpt": "assistant", "system": "system"}
+_SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "system": "system",
+}
 
 
 def _text(value: Any, name: str, missing: bool = True) -> str:
@@ -49,7 +57,7 @@ def _content(content: Any) -> str:
         return "".join(_text(part.get("text"), "text", False) for part in content)
     return _text(content, "content", False)
 
-
+# %% ../../nbs/data/06_records.ipynb #b2034b76
 def _spoken(record: Mapping[str, Any], key: str) -> list[Turn]:
     "The turns of a list of messages, under either pair of names"
     turns: list[Turn] = []
@@ -61,10 +69,15 @@ def _spoken(record: Mapping[str, Any], key: str) -> list[Turn]:
         who, said = ("role", "content") if "role" in message else ("from", "value")
         role = message.get(who)
         if not isinstance(role, str):
-            raise ValueError(f'a message of "{key}" needs "role" and "content", or "from" and "value" (it has {", ".join(map(str, message))})')
+            raise ValueError(
+                f'a message of "{key}" needs "role" and "content", or "from" and "value" '
+                f"(it has {', '.join(map(str, message))})"
+            )
         for extra in ("tool_calls", "function_call", "weight"):
             if message.get(extra) not in (None, [], 1):
-                raise ValueError(f'a message has "{extra}", for which a document has no place: take it out of the record')
+                raise ValueError(
+                    f'a message has "{extra}", for which a document has no place: take it out of the record'
+                )
         turns.append((_SPEAKERS.get(role.lower(), role), _content(message.get(said))))
     return turns
 
@@ -99,12 +112,18 @@ def record_ids(
     max_length: int | None = None,  # tokens at most
     compat: str = "",  # "internevo": the older tool's ids and its way to cut (v1 and plain Alpaca records only)
 ) -> list[int]:
-    "One record as a training document: negative ids for what is read, positive ones for what is learned. ValueError says what the record lacks"
+    """One record as a training document: negative ids for what is read, positive ones for what is learned.
+
+    ValueError says what the record lacks
+    """
     turns = turns_of(record)
     if not compat:
         return conversation_ids(tokenizer, turns, style, max_length)
     if len(turns) != 2 or "output" not in record:
-        raise ValueError(f"compat {compat!r} knows instruction, input and output alone: it has no place for a system text, a history or messages")
+        raise ValueError(
+            f"compat {compat!r} knows instruction, input and output alone: it has no place for a system text, a "
+            "history or messages"
+        )
     return alpaca_ids(tokenizer, record, style, max_length, compat)  # type: ignore[arg-type]
 
 

@@ -93,7 +93,12 @@ def _open_zstandard(path: Path, file: BinaryIO) -> BinaryIO:
     try:
         import zstandard  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise TextError(path, None, "it is compressed (zstandard), and the package for that is not installed: pip install zstandard, or unpack it") from None
+        raise TextError(
+            path,
+            None,
+            "it is compressed (zstandard), and the package for that is not installed: pip install zstandard, or "
+            "unpack it",
+        ) from None
     return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
 
 
@@ -115,13 +120,16 @@ def packing_faults(
             raise
         raise TextError(path, None, f"the compressed file is damaged ({error})") from None
 
-
+# %% ../../nbs/data/04_sources.ipynb #4eacb0cf
 @contextmanager
 def open_source(
     path: str | Path,  # a source file, not parquet
     told: Callable[[int], object] | None = None,  # takes bytes read from the disk
 ) -> Iterator[BinaryIO]:
-    "The unpacked bytes of a file. TextError for a file that is not what its name says or is damaged, OSError when it cannot be opened"
+    """The unpacked bytes of a file.
+
+    TextError for a file that is not what its name says or is damaged, OSError when it cannot be opened
+    """
     path = Path(path)
     with packing_faults(path), _Counted(path, told) as raw:
         special = kind_of_special(os.fstat(raw.fileno()).st_mode)
@@ -135,7 +143,11 @@ def _unpacked(path: Path, file: io.BufferedReader[Any]) -> BinaryIO:
     packing, head = kind_of(path)[1], file.peek(10)[:10]
     found = _packing_of(head)
     if packing is None and found:
-        way = "unpack it first" if found == "zip" else f"name it {path.name}{next(end for end, name in PACKINGS.items() if name == found)}"
+        way = (
+            "unpack it first"
+            if found == "zip"
+            else f"name it {path.name}{next(end for end, name in PACKINGS.items() if name == found)}"
+        )
         raise TextError(path, None, f"it is compressed ({found}): {way}")
     if packing is None or not head:
         return file
@@ -157,7 +169,9 @@ def read_rows(
         import pyarrow  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise TextError(path, None, "parquet is read with pyarrow, which is not installed: pip install pyarrow") from None
+        raise TextError(
+            path, None, "parquet is read with pyarrow, which is not installed: pip install pyarrow"
+        ) from None
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names

@@ -26,7 +26,10 @@ def read_lines(
     encoding: str = "utf-8",  # how its bytes are to be read
     told: Told = None,  # takes bytes read from the disk
 ) -> Iterator[str]:
-    "Lines with their line breaks, exactly as in the file. TextError for bytes that are not of the encoding, LookupError for an unknown encoding."
+    """Lines with their line breaks, exactly as in the file.
+
+    TextError for bytes that are not of the encoding, LookupError for an unknown encoding.
+    """
     if encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
         encoding = "utf-8-sig"  # the same, and drops a byte-order mark
     codecs.lookup(encoding)
@@ -64,7 +67,10 @@ def read_records(
     encoding: str = "utf-8",  # how its bytes are to be read
     told: Told = None,  # takes bytes read from the disk
 ) -> Iterator[tuple[int | None, dict[str, Any]]]:
-    "(line number or None, record) of each. TextError names the line of bad json, or the number of a record that is no object."
+    """(line number or None, record) of each.
+
+    TextError names the line of bad json, or the number of a record that is no object.
+    """
     path, kind = Path(path), kind_of(path)[0]
     if kind == "parquet":
         yield from ((None, row) for row in read_rows(path, told=told))
@@ -121,7 +127,7 @@ DOCUMENTS = ("line", "paragraph", "file")
 
 def read_documents(
     path: str | Path,  # `.json`, `.jsonl`, `.parquet`, or text under any other name
-    document: str = "line",  # of a text file: "line" (each non-empty stripped line), "paragraph" (between blank lines), "file" (all of it)
+    document: str = "line",  # of text: "line" (stripped, not empty), "paragraph" (between blank lines), "file" (all)
     key: str = "text",  # of a record: where its text stands
     encoding: str = "utf-8",  # how the file's bytes are to be read
     told: Told = None,  # takes bytes read from the disk
@@ -131,7 +137,11 @@ def read_documents(
         raise ValueError(f"document {document!r}: choose one of {', '.join(DOCUMENTS)}")
     path, kind = Path(path), kind_of(path)[0]
     if kind == "parquet":
-        texts = (_text_of(row, key, path, None, n) for n, row in enumerate(read_rows(path, [key], told)) if row[key] is not None)
+        texts = (
+            _text_of(row, key, path, None, n)
+            for n, row in enumerate(read_rows(path, [key], told))
+            if row[key] is not None
+        )
         yield from (text for text in texts if text.strip())
     elif kind in ("json", "jsonl"):
         records = enumerate(read_records(path, encoding, told))

@@ -25,7 +25,10 @@ __all__ = ['sweep_unfinished', 'TokenWriter', 'write_tokens', 'meta_of', 'TokenF
 
 # %% ../../nbs/data/08_tokenfile.ipynb #d9300910
 def _lock(file) -> bool:
-    "Hold a file until it is closed; False when somebody else holds it. Where there are no locks, nobody is told to hold any"
+    """Hold a file until it is closed; False when somebody else holds it.
+
+    Where there are no locks, nobody is told to hold any
+    """
     try:
         import fcntl
 
@@ -136,7 +139,10 @@ def write_tokens(
     documents: Iterable[Sequence[int] | np.ndarray],  # token ids of each document; negative: input, no target
     overwrite: bool = False,  # replace an existing file
 ) -> Path:
-    "Write a token file and its meta file, whole or not at all. FileExistsError for an existing file, ValueError when there is no document."
+    """Write a token file and its meta file, whole or not at all.
+
+    FileExistsError for an existing file, ValueError when there is no document.
+    """
     with TokenWriter(path, overwrite) as writer:
         for tokens in documents:
             writer.write(tokens)
@@ -165,7 +171,9 @@ def _open_regular(path: Path) -> int:
         with open(path, "rb", buffering=0) as file:
             return os.dup(file.fileno())
     except FileNotFoundError:
-        raise TokenFileError(path, None, "the file is missing: token files come in pairs, X.bin and X.bin.meta") from None
+        raise TokenFileError(
+            path, None, "the file is missing: token files come in pairs, X.bin and X.bin.meta"
+        ) from None
     except OSError as error:
         raise TokenFileError(path, None, why_unreadable(error)) from None
 
@@ -176,10 +184,17 @@ def _map_rows(meta: Path) -> np.ndarray:
     try:
         rows = np.load(meta, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise TokenFileError(meta, None, f"not a readable .npy array ({error}): the file is broken or truncated") from None
+        raise TokenFileError(
+            meta, None, f"not a readable .npy array ({error}): the file is broken or truncated"
+        ) from None
     except OSError as error:
         raise TokenFileError(meta, None, why_unreadable(error)) from None
-    if not isinstance(rows, np.memmap) or rows.ndim != 2 or rows.shape[1] not in (2, 3) or rows.dtype not in (np.int32, np.int64):
+    if (
+        not isinstance(rows, np.memmap)
+        or rows.ndim != 2
+        or rows.shape[1] not in (2, 3)
+        or rows.dtype not in (np.int32, np.int64)
+    ):
         found = f"{getattr(rows, 'dtype', type(rows).__name__)} {getattr(rows, 'shape', '')}"
         raise TokenFileError(meta, None, f"expected int32 or int64 rows of 2 or 3 columns, found {found}")
     if len(rows) == 0:
@@ -188,7 +203,10 @@ def _map_rows(meta: Path) -> np.ndarray:
 
 # %% ../../nbs/data/08_tokenfile.ipynb #4a69078c
 class TokenFile:
-    "One `.bin` with its `.bin.meta`. `rows` is the meta array, (documents, 2 or 3), mapped. TokenFileError when the pair does not fit."
+    """One `.bin` with its `.bin.meta`.
+
+    `rows` is the meta array, (documents, 2 or 3), mapped. TokenFileError when the pair does not fit.
+    """
 
     def __init__(
         self,
@@ -207,7 +225,11 @@ class TokenFile:
             raise TokenFileError(self.meta, 1, f"the first document should start at byte 0, not {first}")
         if last >= self.bytes:
             belongs = "it is truncated, or the meta file belongs to another"
-            raise TokenFileError(path, len(self), f"the meta file puts this document at byte {last}, but the file has {self.bytes} bytes: {belongs}")
+            raise TokenFileError(
+                path,
+                len(self),
+                f"the meta file puts this document at byte {last}, but the file has {self.bytes} bytes: {belongs}",
+            )
         if self._bytes_of(self.bytes - 1, self.bytes) != b"\n":
             raise TokenFileError(path, len(self), "the last line has no line break: the file is truncated")
 
@@ -224,7 +246,11 @@ class TokenFile:
                 raise TokenFileError(self.path, None, why_unreadable(error)) from None
             if not part:
                 now = os.fstat(self._fd).st_size
-                raise TokenFileError(self.path, None, f"the file was changed while it was read: it had {self.bytes} bytes, now it has {now}")
+                raise TokenFileError(
+                    self.path,
+                    None,
+                    f"the file was changed while it was read: it had {self.bytes} bytes, now it has {now}",
+                )
             parts.append(part)
             start += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
@@ -232,8 +258,11 @@ class TokenFile:
     def _rows_are_there(self) -> None:
         "TokenFileError when the meta file was cut: touching what is gone would end the process"
         mapped = getattr(self.rows, "_mmap", None)
-        if isinstance(mapped, mmap.mmap) and mapped.size() < self.rows.offset + self.rows.nbytes:  # type: ignore[attr-defined]
-            raise TokenFileError(self.meta, None, f"the file was changed while it was read: it has {mapped.size()} bytes left")
+        needed = getattr(self.rows, "offset", 0) + self.rows.nbytes
+        if isinstance(mapped, mmap.mmap) and mapped.size() < needed:
+            raise TokenFileError(
+                self.meta, None, f"the file was changed while it was read: it has {mapped.size()} bytes left"
+            )
 
     def lengths(
         self,
@@ -258,13 +287,19 @@ class TokenFile:
         if count < 0:
             raise TokenFileError(self.meta, row + 1, f"a document cannot have {count} tokens")
         if not 0 <= start < end <= self.bytes:
-            raise TokenFileError(self.meta, row + 1, f"offsets {start} and {end} do not follow each other in a file of {self.bytes} bytes")
+            raise TokenFileError(
+                self.meta,
+                row + 1,
+                f"offsets {start} and {end} do not follow each other in a file of {self.bytes} bytes",
+            )
         ids = _ids_of(self.path, row, start, end, self._bytes_of(max(0, start - 1), end))
         if len(ids) != count:
             raise TokenFileError(self.path, row + 1, f"{len(ids)} tokens, but the meta file says {count}")
         if vocab_size is not None and count and (largest := int(abs(ids).max())) >= vocab_size:
             other = "was the file made with another tokenizer?"
-            raise TokenFileError(self.path, row + 1, f"token id {largest} is outside the vocabulary of {vocab_size}: {other}")
+            raise TokenFileError(
+                self.path, row + 1, f"token id {largest} is outside the vocabulary of {vocab_size}: {other}"
+            )
         return ids
 
     def give_back(self) -> None:
@@ -274,14 +309,18 @@ class TokenFile:
         if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
 
-
+# %% ../../nbs/data/08_tokenfile.ipynb #2a329138
 def _ids_of(path: Path, row: int, start: int, end: int, raw: bytes) -> np.ndarray:
     "The ids of the bytes `start` to `end`, before which one more byte is given unless they are the first"
     line = raw[1:] if start else raw
     if line.find(b"\n") != len(line) - 1:
-        raise TokenFileError(path, row + 1, f"bytes {start} to {end} are not one line: the meta file disagrees with the file")
+        raise TokenFileError(
+            path, row + 1, f"bytes {start} to {end} are not one line: the meta file disagrees with the file"
+        )
     if start and raw[:1] != b"\n":
-        raise TokenFileError(path, row + 1, f"byte {start} is not the start of a line: the meta file disagrees with the file")
+        raise TokenFileError(
+            path, row + 1, f"byte {start} is not the start of a line: the meta file disagrees with the file"
+        )
     try:
         return parse_line(line)
     except ValueError as error:

@@ -64,7 +64,10 @@ def is_token_file(
 def find_token_files(
     root: str | Path,  # a folder, or one `.bin` file
 ) -> Walk:
-    "The token files under a root. FileNotFoundError where there is nothing, TokenFileError for a root that cannot be read"
+    """The token files under a root.
+
+    FileNotFoundError where there is nothing, TokenFileError for a root that cannot be read
+    """
     root = Path(root)
     try:
         mode = root.stat().st_mode
@@ -78,7 +81,9 @@ def find_token_files(
         metas = [path for path in found.files if not is_token_file(path.name)]
         found.files = [path for path in found.files if is_token_file(path.name)]
         pairs = {f"{path}.meta".lower() for path in found.files}
-        found.left_out += [(path, "a meta file without its .bin file") for path in metas if str(path).lower() not in pairs]
+        found.left_out += [
+            (path, "a meta file without its .bin file") for path in metas if str(path).lower() not in pairs
+        ]
         return found
     special = kind_of_special(mode)
     if special:
@@ -134,7 +139,10 @@ class _OpenFiles:
 
 # %% ../../nbs/data/09_tokenfiles.ipynb #de9a7d68
 class TokenFolder(Sequence):
-    "All documents of a folder `root/<type>/**/*.bin` as a sequence of int64 arrays, mapped, in sorted order of the files"
+    """All documents of a folder `root/<type>/**/*.bin` as a sequence of int64 arrays, mapped, in sorted
+
+    Order of the files
+    """
 
     def __init__(
         self,
@@ -149,7 +157,9 @@ class TokenFolder(Sequence):
         self.files, self.remarks = found.files, found.remarks  # what was left out, to be said once
         if not self.files:
             left_out = f" ({self.remarks[0]})" if self.remarks else ""
-            raise TokenFileError(self.root, None, f"no .bin files in this folder: make them with prepare_data.py build{left_out}")
+            raise TokenFileError(
+                self.root, None, f"no .bin files in this folder: make them with prepare_data.py build{left_out}"
+            )
         names = [self._type_name(p) for p in self.files]
         self.types: list[str] = sorted(set(names))
         self._file_type = np.array([self.types.index(name) for name in names], dtype=np.int64)
@@ -250,5 +260,8 @@ def read_tokens(
     min_length: int = 0,  # drop documents with fewer tokens
     vocab_size: int | None = None,  # name every id outside it when it is read
 ) -> TokenFolder:
-    "Open a folder of token files as a sequence of int64 arrays with `.type_ids`, `.types`, `.lengths`. TokenFileError names what does not fit."
+    """Open a folder of token files as a sequence of int64 arrays with `.type_ids`, `.types`, `.lengths`.
+
+    TokenFileError names what does not fit.
+    """
     return TokenFolder(folder, min_length, vocab_size)

@@ -45,10 +45,14 @@ class Survey:
     ) -> None:
         "Take in what was found in more documents"
         self.faults += other.faults
-        self.documents, self.tokens, self.targets = self.documents + other.documents, self.tokens + other.tokens, self.targets + other.targets
+        self.documents, self.tokens, self.targets = (
+            self.documents + other.documents,
+            self.tokens + other.tokens,
+            self.targets + other.targets,
+        )
         self.untaught, self.first_untaught = self.untaught + other.untaught, self.first_untaught or other.first_untaught
 
-
+# %% ../../nbs/data/11_verify.ipynb #25684796
 def check_stretch(
     path: str | Path,  # a `.bin` file
     start: int,  # first row
@@ -73,7 +77,11 @@ def check_stretch(
                 break
             continue
         targets = num_targets(ids)
-        found.documents, found.tokens, found.targets = found.documents + 1, found.tokens + len(ids), found.targets + targets
+        found.documents, found.tokens, found.targets = (
+            found.documents + 1,
+            found.tokens + len(ids),
+            found.targets + targets,
+        )
         if not targets:
             found.untaught += 1
             found.first_untaught = found.first_untaught or f"{path}, line {row + 1}"
@@ -104,7 +112,11 @@ def survey(
     except TokenFileError as fault:
         return Survey([fault])
     result = Survey([TokenFileError(path, None, why) for path, why in found.faults], remarks=found.remarks)
-    result.faults += [TokenFileError(path, None, why) for path, why in found.left_out if path.name.lower().endswith(".bin.meta") and "without" in why]
+    result.faults += [
+        TokenFileError(path, None, why)
+        for path, why in found.left_out
+        if path.name.lower().endswith(".bin.meta") and "without" in why
+    ]
     if not found.files:
         none = TokenFileError(root, None, "no .bin files in this folder: make them with prepare_data.py build")
         result.faults = result.faults or [none]
@@ -112,7 +124,9 @@ def survey(
     work = list(_stretches(found.files, result.faults))
     count = min(processes or os.cpu_count() or 1, len(work))
     total = sum(stop - start for _, start, stop in work)
-    with tqdm(total=total, unit="doc", unit_scale=True, disable=None if progress is None else not progress, desc="verify") as bar:
+    with tqdm(
+        total=total, unit="doc", unit_scale=True, disable=None if progress is None else not progress, desc="verify"
+    ) as bar:
         for (_, start, stop), part in zip(work, _in_order(work, vocab_size, count)):
             result.add(part)
             bar.update(stop - start)
@@ -141,5 +155,8 @@ def verify(
     processes: int | None = None,  # that read; None: one a core, 1: this one
     progress: bool | None = None,  # a progress bar; None: on a terminal
 ) -> list[TokenFileError]:
-    "Walk every document of a folder; the faults found, by file and line. An empty list means: sound. FileNotFoundError where there is nothing."
+    """Walk every document of a folder; the faults found, by file and line.
+
+    An empty list means: sound. FileNotFoundError where there is nothing.
+    """
     return survey(folder, vocab_size, processes, progress).faults

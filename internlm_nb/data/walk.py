@@ -106,13 +106,15 @@ def _look_into(folder: Path, wanted: Callable[[str], bool], above: tuple[tuple[i
         elif wanted(entry.name):
             found.files.append(path)
 
-
+# %% ../../nbs/data/03_walk.ipynb #2063db97
 def _key(path: Path) -> tuple[int, int]:
     state = os.stat(path)
     return state.st_dev, state.st_ino
 
 
-def _kind(entry: os.DirEntry, path: Path, wanted: Callable[[str], bool], why: str | None, found: Walk) -> tuple[bool | None, str | None]:
+def _kind(
+    entry: os.DirEntry, path: Path, wanted: Callable[[str], bool], why: str | None, found: Walk
+) -> tuple[bool | None, str | None]:
     "(is it a folder, what else it is); None for what is a fault or has gone meanwhile"
     try:
         if not entry.is_symlink() and (entry.is_dir() or entry.is_file()):
@@ -123,5 +125,7 @@ def _kind(entry: os.DirEntry, path: Path, wanted: Callable[[str], bool], why: st
         matters = wanted(entry.name) or not re.search(r"\.[A-Za-z]\w*$", entry.name)
         if why is None and matters and (entry.is_symlink() or not isinstance(error, FileNotFoundError)):
             gone = isinstance(error, FileNotFoundError)
-            found.faults.append((path, f"a link that leads nowhere (to {os.readlink(path)})" if gone else why_unreadable(error)))
+            found.faults.append(
+                (path, f"a link that leads nowhere (to {os.readlink(path)})" if gone else why_unreadable(error))
+            )
         return None, None

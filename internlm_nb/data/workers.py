@@ -77,7 +77,11 @@ class Workers:
             well, value = line.recv()
         except (EOFError, ConnectionError):
             code = process.wait()
-            how = f"was ended by signal {-code}{' (often: out of memory)' if code == -9 else ''}" if code < 0 else f"ended with code {code}"
+            how = (
+                f"was ended by signal {-code}{' (often: out of memory)' if code == -9 else ''}"
+                if code < 0
+                else f"ended with code {code}"
+            )
             raise RuntimeError(f"a worker process {how}: try fewer processes") from None
         finally:
             self._idle.put((process, line))
