@@ -134,14 +134,16 @@ class CheckpointConfig:
                 raise ValueError(f"--checkpoint.{name.replace('_', '-')} is {getattr(self, name)}: give 0 (off) or a number of steps")
 
 
-SinkName = Literal["console", "tensorboard", "jsonl"]
+SinkName = Literal["console", "tensorboard", "jsonl", "trackio", "wandb"]
 
 
 @dataclass(frozen=True)
 class LogConfig:
     "Where the run's figures go"
 
-    sinks: tuple[SinkName, ...] = ("console", "tensorboard")  # metrics.jsonl is always written; tensorboard only where its package is installed
+    sinks: tuple[SinkName, ...] = ("console", "tensorboard")  # metrics.jsonl is always written; tensorboard only where its package is installed; trackio and wandb are trackers
+    every: int = 0  # Steps from one line of the terminal to the next; 0: each step up to 10, then each 10th
+    line: Literal["short", "keys"] = "short"  # The terminal's lines: for people, or key=value pairs for tools
     plots_every: int = 0  # Draw plots/ after every n steps (they are always drawn at the end)
     progress: bool = True  # Progress bar
     flush_every: int = 1  # Steps whose figures are read, added up over ranks and written together; between, the host does not wait for the device. Wishes to stop are heard as often
@@ -150,6 +152,10 @@ class LogConfig:
     def __post_init__(self):
         if unknown := set(self.sinks) - set(typing.get_args(SinkName)):
             raise ValueError(f"--log.sinks: no sink is called {', '.join(map(repr, sorted(unknown)))}: choose from {', '.join(typing.get_args(SinkName))}")
+        if self.every < 0:
+            raise ValueError(f"--log.every is {self.every}: give 0 (each step up to 10, then each 10th) or a number of steps")
+        if self.line not in ("short", "keys"):
+            raise ValueError(f"--log.line is {self.line!r}: choose short or keys")
         if self.flush_every < 1:
             raise ValueError(f"--log.flush-every is {self.flush_every}: give 1 (after each step) or more")
         if not (self.plots_every >= 0 and self.peak_tflops >= 0):
