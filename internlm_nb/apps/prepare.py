@@ -193,7 +193,7 @@ def _add_tokenizer(p: argparse.ArgumentParser) -> None:
 
 # %% ../../nbs/apps/01_prepare.ipynb #1963d1c8
 def parser() -> argparse.ArgumentParser:
-    "The command line of prepare_data.py"
+    "The command line of internlm-data"
     top = argparse.ArgumentParser(
         prog=program("prepare_data.py", "internlm-data"), description="Text to token files (.bin and .bin.meta) and back."
     )
@@ -402,7 +402,7 @@ def run_corpus(
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:
-    "The main of scripts/prepare_data.py; the exit code: 0 well, 1 faults found, 2 could not be done, 130 interrupted"
+    "What internlm-data does; the exit code: 0 well, 1 faults found, 2 could not be done, 130 interrupted"
     args, name = parser().parse_args(argv), program("prepare_data.py", "internlm-data")
     try:
         if args.command == "build":

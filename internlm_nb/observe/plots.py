@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..checkpoint.durable import write_file
-from .sinks import METRICS_FILE, VALIDATION_FILE, Record, read_metrics
+from .sinks import METRICS_FILE, VALIDATION_FILE, Record, sample_metrics
 
 # %% ../../nbs/observe/03_plots.ipynb #0ee17b5b
 class Picture(Figure):
@@ -141,12 +141,12 @@ Run = Path | str | Sequence[Record]  # a run folder, its metrics file, or the re
 def load_run(
     run: Run,  # folder, file or records
 ) -> tuple[list[Record], str]:
-    "Records of training and, for a folder, of validation, and where they come from in words; a folder without a metrics file has none yet"
+    "Records of training and, for a folder, of validation (evenly chosen ones of a long run), and where they come from in words; a folder without a metrics file has none yet"
     if not isinstance(run, (str, Path)):
         return list(run), f"{len(run)} records"
     path = Path(run) / METRICS_FILE if Path(run).is_dir() else Path(run)
     files = [path, path.with_name(VALIDATION_FILE)] if Path(run).is_dir() else [path]
-    return [r for f in files if f.exists() for r in read_metrics(f)], f"{path.parent.name}/{path.name}"
+    return [r for f in files if f.exists() for r in sample_metrics(f)], f"{path.parent.name}/{path.name}"
 
 
 def plot_run(

@@ -12,6 +12,7 @@ import torch
 
 from ..data.mixture import BatchSizes
 from ..model.transformer import parameter_names
+from ..observe.outputs import refuse_outputs
 from ..parallel.layout import Layout
 from ..parallel.schedules import Schedule, make_schedule
 from ..parallel.stages import split_layers
@@ -105,6 +106,7 @@ def resolve(
     layout = layout_of(run, world) if layout is None else layout
     sharding = sharding_of(run, layout)
     refuse(run, layout, device)
+    refuse_outputs(run.log.sinks)
     schedule = plan_steps(run, layout)
     refuse_optimizer(run, schedule)
     if final:

@@ -23,9 +23,9 @@ from ..data.packing import Pack
 from ..model.transformer import Transformer
 from ..observe.metrics import StepRecord, Throughput, TypeMeter, peak_tflops
 from ..observe.monitor import progress_bar
-from ..observe.outputs import open_outputs
+from ..observe.outputs import Wanted, open_outputs
 from ..observe.profile import StepProfiler
-from ..observe.sinks import VALIDATION_FILE, ConsoleSink, JsonlSink, Record, Sink, Sinks, read_metrics
+from ..observe.sinks import VALIDATION_FILE, JsonlSink, Record, Sink, Sinks, sample_metrics
 from ..parallel.batch import Batch
 from ..parallel.comm import CollectiveTimeout
 from ..parallel.mesh import Mesh, single
@@ -41,7 +41,7 @@ from .resolved import resolve
 from .saver import Saver
 from .start import find_checkpoint, load_start, open_folder, summary
 from .stopping import Stopped, StopRequest, signals_ask
-from ..train.config import RunConfig
+from ..train.config import RunConfig, flatten
 from ..train.parallelize import build, choose_device
 from ..train.precision import PRECISIONS, matmul_precision
 from ..train.step import StepClock, train_step
@@ -125,16 +125,18 @@ class Recorded(Ready):
         if self.leads:
             self.records = JsonlSink(self.run_dir, step)
             self.valid_sink = JsonlSink(self.run_dir, step + 1 if step else 0, name=VALIDATION_FILE)
-            earlier = partial(read_metrics, self.run_dir)
-            names, progress = run.log.sinks, run.log.progress
-            self.sinks = open_outputs(names, self.run_dir, step, run.train.steps, earlier, sinks, progress, self.say)
+            log, told = run.log, step + self.records.dropped
+            fields, ranks, keys = dict(flatten(run)), self.world.size, log.line == "keys"
+            wanted = Wanted(log.sinks, run.name, run.train.steps, ranks, log.every, keys, log.progress, fields)
+            earlier = partial(sample_metrics, self.run_dir)
+            self.sinks = open_outputs(wanted, self.run_dir, step, told, earlier, sinks, self.say)
         if self.world.size > 1:
             self.own_sink = JsonlSink(self.run_dir, step, name=rank_file(self.mesh.rank))
         lines = summary(run, self.run_dir, self.loader, self.mesh) + describe_links(measure_links(self.mesh))
         if self.kept_memory:
             lines.append("host memory: what is freed is kept for the next step")
         self.sinks.text("run", "\n".join(lines), step)
-        if run.log.progress and not any(isinstance(sink, ConsoleSink) for sink in self.sinks.sinks):
+        if run.log.progress and "console" not in run.log.sinks:
             self.say("\n".join(lines))
 
     def _try(self, kind: str, fn: Callable, *args: object) -> None:
@@ -150,7 +152,7 @@ class Recorded(Ready):
         if self.records is not None:
             self._try("records", self.records.extend, rows)
         for row in rows:
-            self._try("records", self.sinks.write, row)
+            self.sinks.write(row)
         if self.own_sink is not None:
             self._try("records", self.own_sink.extend, own)
 
@@ -161,7 +163,7 @@ class Recorded(Ready):
         "The record of a validation"
         if self.valid_sink is not None:
             self._try("records", self.valid_sink.write, record)
-        self._try("records", self.sinks.write, record)
+        self.sinks.write(record)
 
 # %% ../../nbs/run/12_trainer.ipynb #a0f4d45e
 class Stepping(Recorded):
@@ -319,6 +321,7 @@ class Careful(Due):
     ) -> Found:
         "Write a checkpoint of the current step, unless it is there already; then delete what is no longer to be kept"
         found = self.saver.save(self.state, snapshot)
+        self.sinks.event(f"saved {found.path} in {self.saver.seconds:.1f} s", self.state.step)
         self._each("after_save", found.path)
         return found
 

@@ -152,14 +152,16 @@ class CheckpointConfig:
         check_range(self, "--checkpoint.", ["every", "keep_last", "keep_every", "snapshot_every"], 0, what="0 (off) or a number of steps")
 
 
-SinkName = Literal["console", "tensorboard", "jsonl"]
+SinkName = Literal["console", "tensorboard", "jsonl", "trackio", "wandb"]
 
 
 @dataclass(frozen=True)
 class LogConfig:
     "Where the run's figures go"
 
-    sinks: tuple[SinkName, ...] = ("console", "tensorboard")  # metrics.jsonl is always written; tensorboard only where its package is installed
+    sinks: tuple[SinkName, ...] = ("console", "tensorboard")  # metrics.jsonl is always written; tensorboard only where its package is installed; trackio and wandb are trackers
+    every: int = 0  # Steps from one line of the terminal to the next; 0: each step up to 10, then each 10th
+    line: Literal["short", "keys"] = "short"  # The terminal's lines: for people, or key=value pairs for tools
     plots_every: int = 0  # Draw plots/ after every n steps (they are always drawn at the end)
     progress: bool = True  # Progress bar
     flush_every: int = 1  # Steps whose figures are read, added up over ranks and written together; between, the host does not wait for the device. Wishes to stop are heard as often
@@ -169,6 +171,7 @@ class LogConfig:
         if isinstance(self.sinks, (tuple, list)) and (unknown := {s for s in self.sinks if isinstance(s, str)} - set(typing.get_args(SinkName))):
             raise ValueError(f"--log.sinks: no sink is called {', '.join(map(repr, sorted(unknown)))}: choose from {', '.join(typing.get_args(SinkName))}")
         check_fields(self, "--log.", {"peak_tflops": "0 means the device's own"})
+        check_range(self, "--log.", ["every"], 0, what="0 (each step up to 10, then each 10th) or a number of steps")
         check_range(self, "--log.", ["flush_every"], 1, what="1 (after each step) or more")
         check_range(self, "--log.", ["plots_every", "peak_tflops"], 0, what="0 (off) or a positive number")
 
