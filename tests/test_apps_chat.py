@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm_nb.apps.chat import Chatter, answer, converse, main, room
-from internlm_nb.hub.load import load_model
 from internlm_nb.checkpoint.durable import CheckpointError
 from internlm_nb.checkpoint.logical import save_state
 from internlm_nb.data.chat import Conversation, chat_ids, stop_ids
 from internlm_nb.data.textstream import TextStream
 from internlm_nb.data.tokenizer import Tokenizer, train_tokenizer
+from internlm_nb.hub.load import load_model
 from internlm_nb.model.config import ModelConfig
 from internlm_nb.model.generate import generate
 from internlm_nb.model.sampling import GREEDY, Sampling

@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def read_header(
             raise CheckpointError(f"{path}: {name} does not fit into its place: the file was cut short or damaged, copy it again")
         places[name] = place
     in_order = sorted((place.begin, place.begin + place.size_bytes, name) for name, place in places.items() if place.size_bytes)
-    for (_, end, first), (begin, _, second) in zip(in_order, in_order[1:]):
+    for (_, end, first), (begin, _, second) in pairwise(in_order):
         if begin < end:
             raise CheckpointError(f"{path}: {first} and {second} share bytes, so the file claims to hold more than it does: do not trust it")
     return places
