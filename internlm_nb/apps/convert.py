@@ -94,7 +94,7 @@ def source_folder(
     assert found is not None  # a path that is named is a checkpoint or an error
     return found
 
-
+# %% ../../nbs/apps/04_convert.ipynb #1bfd5e8f
 def wanted_tokenizer(
     name: str | None,  # as the user gave it; None: not at all
 ) -> Tokenizer | JsonTokenizer | None:
@@ -126,7 +126,7 @@ def export(
 def _dtype(args: argparse.Namespace) -> torch.dtype | None:
     return getattr(torch, args.dtype) if "dtype" in args else None
 
-
+# %% ../../nbs/apps/04_convert.ipynb #bc295f29
 def convert(
     args: argparse.Namespace,  # from `parser`
     remark: Say = print,  # is told what the user should know besides

@@ -151,9 +151,10 @@ class JsonVocabulary:
         id: int,  # 0 <= id < vocab_size
     ) -> str:
         "The spelling of one id; IndexError where there is none"
-        if id not in self._have:
+        piece = self.fast.id_to_token(id) if id >= 0 else None
+        if piece is None:
             raise IndexError(f"{self.path} has no piece of the id {id}")
-        return self.fast.id_to_token(id)
+        return piece
 
     def missing_ids(
         self,
@@ -283,7 +284,7 @@ def _knows(tokenizer: Tokenizer, piece: str) -> bool:
     except KeyError:
         return False
 
-
+# %% ../../nbs/data/15_json_tokenizer.ipynb #7492a0da
 def open_tokenizer(
     path: str | Path,  # a SentencePiece .model, a tokenizer.json (of any name), or a folder with one of them
 ) -> Tokenizer | JsonTokenizer:
@@ -315,5 +316,6 @@ def tokenizer_files(
     of_folder = path.name == main and any((folder / name).is_file() for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"))
     if not of_folder:
         return {main: path}
-    skip = () if main == "tokenizer.json" or tokenizer.added or tokenizer.ends else TOKENIZER_FILES[1:]
+    plain = isinstance(tokenizer, Tokenizer) and not (tokenizer.added or tokenizer.ends)
+    skip = TOKENIZER_FILES[1:] if plain else ()
     return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file() and name not in skip}

@@ -64,7 +64,7 @@ def bos_processor(
         steps.append(dict(type="TemplateProcessing", single=[first, text], pair=[first, text, other], special_tokens=known))
     return {**file, "post_processor": dict(type="Sequence", processors=steps) if len(steps) > 1 else steps[0] if steps else None}
 
-
+# %% ../../nbs/hub/05_hf_tokenizer.ipynb #a474731d
 def _refuse_inexact(tokenizer: Tokenizer) -> list[Piece]:
     "The pieces of a model that a merge list can follow"
     model = read_model(tokenizer.path)
@@ -157,7 +157,7 @@ def generation_config(
     given = read_object(path) if path else {}
     return given | special_ids(tokenizer, given)
 
-
+# %% ../../nbs/hub/05_hf_tokenizer.ipynb #16852794
 def _write_config(tokenizer: Tokenizer | JsonTokenizer, folder: Path, add_bos: bool) -> None:
     "tokenizer_config.json and a chat template"
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "model_max_length": 10**30}
@@ -186,7 +186,7 @@ def write_tokenizer(
         front = add_bos is not False
         write_file(folder / "tokenizer.json", json.dumps(fast_tokenizer(tokenizer, front), ensure_ascii=False))
         _write_config(tokenizer, folder, front)
-    elif "tokenizer_config.json" not in files:
+    elif isinstance(tokenizer, JsonTokenizer) and "tokenizer_config.json" not in files:
         _write_config(tokenizer, folder, tokenizer.adds_bos if add_bos is None else add_bos)
     if add_bos is not None and files.keys() & {"tokenizer.json", "tokenizer_config.json"} and tokenizer.bos_id >= 0:
         _set_bos(folder, tokenizer, add_bos)

@@ -70,8 +70,10 @@ def default_system(
         text = jinja.read_text(encoding="utf-8", errors="replace") if jinja.stat().st_size < 1 << 20 else None
     elif config.is_file():
         text = read_object(config).get("chat_template")
+    if not isinstance(text, str):
+        return None
     at, begin, end = 0, "<|im_start|>system", "<|im_end|>"
-    for _ in range(16 if isinstance(text, str) else 0):  # a template says it once or twice
+    for _ in range(16):  # a template says it once or twice
         at = text.find(begin, at)
         stop = text.find(end, at)
         if at < 0 or stop < 0:
@@ -119,7 +121,7 @@ def fit_tokenizer(
         )
     return tokenizer.for_model(vocab_size)
 
-
+# %% ../../nbs/hub/13_load.ipynb #664c796c
 def load_model(
     folder: str | Path,  # a native checkpoint, a run (its newest checkpoint), a Hugging Face folder, or a step of the older system
     device: torch.device | str = "cpu",  # where the model runs

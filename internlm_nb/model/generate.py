@@ -26,7 +26,7 @@ def each_its_own(
         raise ValueError(f"{len(sampling)} samplings for {prompts} prompts: give one for all, or one a prompt")
     return list(sampling), [0] * prompts
 
-
+# %% ../../nbs/model/10_generate.ipynb #c6bd205e
 @torch.no_grad()
 def stream(
     model: Transformer,  # in the state it should run in
