@@ -39,7 +39,10 @@ TOGETHER_S = 0.5  # A terminal and a wrapper both send Ctrl-C: signals this clos
 def signals_ask(
     request: StopRequest,  # Is told
 ) -> Iterator[None]:
-    "SIGINT and SIGTERM ask to stop; a second SIGINT raises KeyboardInterrupt. Outside the main thread signals are left alone"
+    """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask to stop; a second SIGINT raises KeyboardInterrupt.
+
+    Outside the main thread signals are left alone, and so is a SIGHUP that is ignored (nohup).
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -55,7 +58,10 @@ def signals_ask(
             raise KeyboardInterrupt
         request.asked = True
 
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    asking = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        asking.append(signal.SIGHUP)
+    before = {s: signal.signal(s, handle) for s in asking}
     try:
         yield
     finally:
