@@ -160,7 +160,9 @@ WRONG = [  # the line, and words that the message must have: what is wrong, and 
     ("mine.py --checkpoint.resume nope", "nope no such checkpoint auto none"),
     ("mine.py --checkpoint.resume done --train.steps 1", "--train.steps is 1 has made 2 steps"),
     ("mine.py --checkpoint.keep-last -1", "--checkpoint.keep-last"),
-    ("mine.py --log.sinks wandb", "wandb console tensorboard"),
+    ("mine.py --log.sinks wandd", "wandd console tensorboard trackio wandb"),
+    ("mine.py --log.every -1", "--log.every is -1"),
+    ("mine.py --log.flush-every 0", "--log.flush-every is 0"),
     ("mine.py --log.plots-every -1", "--log.plots-every"),
     ("mine.py --name a/b --run-dir out", "--name a/b --run-dir"),
     ("mine.py --run-dir /proc/x", "/proc/x cannot be written another folder"),
@@ -207,7 +209,9 @@ def test_help_lists_every_field(place, monkeypatch):
 def test_own_file_and_overrides(place, monkeypatch, tmp_path):
     "A user's file by its path, fields overridden, everything written where asked"
     code, out, err = call(
-        place, f"mine.py --run-dir {tmp_path}/r --train.steps 3 --data.micro-num 1 --optim.lr 1e-3 --data.train-folder good --log.sinks console", monkeypatch
+        place,
+        f"mine.py --run-dir {tmp_path}/r --train.steps 3 --data.micro-num 1 --optim.lr 1e-3 --data.train-folder good --log.sinks console --log.line keys",
+        monkeypatch,
     )
     assert code == 0, err
     saved = json.loads((tmp_path / "r" / "config.json").read_text())
