@@ -284,7 +284,7 @@ def _knows(tokenizer: Tokenizer, piece: str) -> bool:
     except KeyError:
         return False
 
-# %% ../../nbs/data/15_json_tokenizer.ipynb #7492a0da
+# %% ../../nbs/data/24_json_tokenizer.ipynb #7492a0da
 def open_tokenizer(
     path: str | Path,  # a SentencePiece .model, a tokenizer.json (of any name), or a folder with one of them
 ) -> Tokenizer | JsonTokenizer:
