@@ -25,7 +25,6 @@ from internlm_nb.run.state import TrainState, load_run, save_run
 from internlm_nb.train.config import ParallelConfig, RunConfig, TrainConfig, ZeroConfig
 from internlm_nb.train.optim import OptimConfig
 from internlm_nb.train.parallelize import Built, build, layout_of
-from internlm_nb.train.precision import PRECISIONS
 from internlm_nb.train.schedules import ScheduleConfig
 from internlm_nb.train.step import train_step
 from internlm_nb.train.whole import whole_model
