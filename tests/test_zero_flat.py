@@ -8,9 +8,8 @@ from math import prod
 
 import pytest
 
-from internlm_nb.parallel.layout import Layout
 from internlm_nb.zero.flat import Spot, lay_out
-from internlm_nb.zero.sharding import shardings, slices
+from internlm_nb.zero.sharding import shardings
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -38,18 +37,3 @@ def test_slices(seed):
     for name, parts in owned.items():
         parts.sort()
         assert parts[0][0] == 0 and parts[-1][1] == prod(shapes[name]) and all(a[1] == b[0] for a, b in pairwise(parts))
-
-
-@pytest.mark.parametrize("z", [4, 8, 12])
-def test_spots_are_those_of_the_ranks(z):
-    "The coordinates that nested groups give a rank lead to the slices that `zero.sharding` gives it"
-    for sharding in shardings(z):
-        p, g, o = sharding.factors
-        layout, ranks = lay_out({"w": (z * 5, 3)}, sharding.factors, 1), Layout(z)
-        groups = ranks.nested(p, g, o)
-        for rank in range(z):
-            spot = Spot(*(next(m for m in groups[axis] if rank in m).index(rank) for axis in ("param", "grad", "optim")))
-            want = slices(sharding, rank, layout.size)
-            for level in ("param", "grad", "optim"):
-                part = getattr(want, level)
-                assert layout.slice_of(spot, level) == (part.start, part.stop)

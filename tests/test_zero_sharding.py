@@ -13,7 +13,8 @@ from internlm_nb.model.transformer import Transformer
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.zero.amsp import Links, amsp_time, best, ranked, ring_s
 from internlm_nb.zero.costs import Widths, exchanges, leaving, state_bytes
-from internlm_nb.zero.sharding import Sharding, greedy_owners, internevo_sharding, known_factors, shardings, slices
+from internlm_nb.zero.flat import Spot, lay_out
+from internlm_nb.zero.sharding import Sharding, greedy_owners, internevo_sharding, known_factors, shardings
 
 LAW = settings(deadline=None, max_examples=40, derandomize=True)
 SMALL = st.sampled_from([1, 2, 3, 4])
@@ -45,10 +46,9 @@ def test_a_chain_is_taken_and_anything_else_refused_with_a_chain_that_is_taken(p
     p, g, o = (z if x == -1 else x for x in (p, g, o))
     if g % p or o % g or z % o:
         with pytest.raises(ValueError):
-            sharding.check(z)
+            sharding.resolved(z)
     else:
         assert sharding.resolved(z).factors == (p, g, o)
-        sharding.check(z)
 
 
 @pytest.mark.parametrize("wrong", [0, -2, 1.0, True, "8"])
@@ -60,7 +60,7 @@ def test_a_factor_is_a_positive_integer_or_minus_one(name, wrong):
 
 def test_the_message_for_ranks_says_what_fits():
     with pytest.raises(ValueError, match=r"optim 16 does not divide 24; write Sharding\(param=2, grad=4, optim=8\)"):
-        Sharding(2, 4, 16).check(24)
+        Sharding(2, 4, 16).resolved(24)
 
 
 @LAW
@@ -145,11 +145,10 @@ def test_slices_are_what_the_nested_groups_exchange(case):
                 after[rank] = held[rank][i * part : (i + 1) * part]
         held = after
         levels.append(held)
-    for group in layout.groups("replica"):
-        for coord, rank in enumerate(group):
-            assert slices(s, coord, size) == tuple(level[rank] for level in levels)
-    with pytest.raises(ValueError, match="pad the buffer" if s.optim > 1 else "-1"):
-        slices(s if s.optim > 1 else Sharding(1, 1, -1), 0, size + 1)
+    flat = lay_out({"w": (size,)}, s.factors, align=1)
+    for rank in range(layout.world):
+        spot = Spot(*(next(g for g in nested[axis] if rank in g).index(rank) for axis in ("param", "grad", "optim")))
+        assert [range(*flat.slice_of(spot, level)) for level in ("param", "grad", "optim")] == [level[rank] for level in levels]
 
 
 @LAW

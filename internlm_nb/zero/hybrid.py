@@ -147,9 +147,9 @@ def _leaves(units: Sequence[FlatUnit], placements: Mapping[str, Placement]) -> l
     copies, out = units[0].axes.copies, []
     mine = shares([piece.last - piece.first if counted else 0 for _, piece, counted in pieces], copies.coord, copies.size)
     for (unit, (name, first, last, start), counted), saves in zip(pieces, mine):
-        stop = start + last - first
+        origin, size = unit.layout.slice_of(unit.spot)[0], last - first
         assert unit.master is not None
-        out.append(Leaf(unit, name, first, start, stop, unit.master[start - unit.origin : stop - unit.origin], counted, saves))
+        out.append(Leaf(unit, name, first, start, start + size, unit.master[start - origin : start - origin + size], counted, saves))
     return out
 
 
@@ -175,7 +175,7 @@ class HybridZero:
         self,
         units: Sequence[UnitSpec],  # of a model that is filled, in the order of forward; their storages are taken over
         mesh: Mesh,  # this rank's place
-        sharding: Sharding | None = None,  # p | g | o | Z; -1 is Z. None is (1, 1, 1): plain data parallelism
+        sharding: Sharding = Sharding(),  # p | g | o | Z; -1 is Z. The default is plain data parallelism
         placements: Mapping[str, Placement] | None = None,  # which part of each parameter is here; None: all of it
         master: torch.dtype = torch.float32,  # in which the optimizer keeps its slice
         grad: torch.dtype | None = None,  # in which gradients are summed; None: as masters
@@ -194,7 +194,7 @@ class HybridZero:
         self.placements = dict(placements or {n: Placement(tuple(p.shape)) for n, p in self.params.items()})
         self.pool, self.journeys = Pool(check), Journeys(overlap)
         self._last = False  # is the next backward pass the step's last?
-        cuts, summed = cuts_of(mesh, sharding or Sharding()), grad or master
+        cuts, summed = cuts_of(mesh, sharding), grad or master
         plans = plan_buffers(units, self.placements, {kind: bucket_bytes // summed.itemsize for kind, cut in cuts.items() if cut.joins})
         self.units = [_flat(plan, cuts["experts" if "experts" in plan.kind else "weights"], master, check, offload) for plan in plans]
         self.sums = {u: Accumulator(u.name, u.layout, u.axes, summed, u.full.device, self.pool) for u in self.units if u.master is not None}
@@ -237,15 +237,20 @@ class HybridZero:
         if self.reshard != "never":
             self.forget()
         self.pool.clear()
-        if lost := [unit.name for unit, sums in self.sums.items() if not sums.done]:
-            raise ZeroError(f"unit {some(lost)}: its gradient never arrived, or a buffer was not given back")
-        grads = [self.sums[x.unit].piece(x.name, x.start - x.unit.origin, x.stop - x.unit.origin).to(self.master) for x in self.leaves]
+        grads = [self.sums[x.unit].piece(x.name, x.start, x.stop, x.unit.layout.slice_of(x.unit.spot)[0]).to(self.master) for x in self.leaves]
         for names, axis, purpose, coords in self.extra_sums:
             add_up([g for leaf, g in zip(self.leaves, grads) if leaf.name in names], axis, purpose, coords)
-        for leaf, g in zip(self.leaves, grads) if self.check else ():
+        if self.check:
+            self._look(grads)
+        return grads
+
+    def _look(self, grads: Sequence[Tensor]) -> None:
+        lost = [unit.name for unit, sums in self.sums.items() if not sums.done]
+        if lost or self.pool.lent:
+            raise ZeroError(f"unit {some(lost)}: its gradient never arrived, or a buffer was not given back")
+        for leaf, g in zip(self.leaves, grads):
             if not g.isfinite().all():
                 raise ZeroError(f"unit {leaf.unit.name}: its gradient is not finite. If the loss is sound, freed memory was read")
-        return grads
 
     def squares(
         self,
@@ -292,9 +297,12 @@ def zeros_like_masters(
     engine: HybridZero,
 ) -> list[Tensor]:  # one for each leaf, where masters lie
     "Room for a moment of the optimizer"
-    flat = {u: torch.zeros_like(u.own, dtype=engine.master) for u in engine.sums}
-    made = {u: to_host(x) if engine.offload else x for u, x in flat.items()}
-    return [made[leaf.unit][leaf.start - leaf.unit.origin : leaf.stop - leaf.unit.origin] for leaf in engine.leaves]
+    made = {u: to_host(torch.zeros_like(u.own, dtype=engine.master)) if engine.offload else torch.zeros_like(u.own, dtype=engine.master) for u in engine.sums}
+    out = []
+    for leaf in engine.leaves:
+        origin = leaf.unit.layout.slice_of(leaf.unit.spot)[0]
+        out.append(made[leaf.unit][leaf.start - origin : leaf.stop - origin])
+    return out
 
 
 def trained_parts(

@@ -93,7 +93,7 @@ class Rounds:
     ) -> bool:  # is it this parameter's first gradient of the step?
         "Count a gradient. Raises RuntimeError for one too many"
         if self.left or (self.due is not None and self.counts[name] == self.due[name]):
-            raise RuntimeError(f"parameter {name!r} got more gradients than start was told to expect: unit {self.unit} has left already (does each step begin with zero_grad?)")
+            raise RuntimeError(f"parameter {name!r} got more gradients than start was told to expect: unit {self.unit} has left already")
         self.counts[name] += 1
         self.behind.discard(name)
         if last or (self.due is not None and self.counts[name] == self.due[name]):
@@ -164,11 +164,12 @@ class Accumulator:
     def piece(
         self,
         name: str,  # of a parameter
-        start: int,  # in this rank's optimizer slice
+        start: int,  # elements of the unit's buffer
         stop: int,
+        origin: int,  # where this rank's optimizer slice begins in it
     ) -> Tensor:  # (stop - start,)
         "The step's gradient of a piece of a parameter, once the journeys are over"
-        return self.held[name].reshape(-1) if self.alone else self.mine[start:stop]
+        return self.held[name].reshape(-1) if self.alone else self.mine[start - origin : stop - origin]
 
     def arrive(
         self,

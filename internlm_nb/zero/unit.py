@@ -78,7 +78,6 @@ class FlatUnit:
         self.spot = Spot(axes.param.coord, axes.grad.coord, axes.optim.coord) if master is not None else Spot(axes.param.coord)
         self.full = _laid_out(name, params, layout)
         self.full_bytes = self.full.untyped_storage().nbytes()
-        self.origin = layout.slice_of(self.spot)[0]  # where this rank's optimizer slice begins in the whole
         start, stop = layout.slice_of(self.spot, "param")
         self.comes = axes.param.size > 1  # and goes: otherwise the whole is always there
         self.slice = self.full[start:stop].clone() if self.comes else self.full
