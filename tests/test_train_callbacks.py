@@ -173,8 +173,6 @@ def _exchanges(mesh, run, folder):
     module.save_plots = lambda run_dir: []
     seen = []
 
-    real = comm.start_all_reduce
-
     t = trainer(run, folder, mesh=mesh)
     import internlm_nb.run.record as record
 

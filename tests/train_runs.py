@@ -21,7 +21,7 @@ from internlm_nb.train.optim import OptimConfig
 from internlm_nb.train.schedules import ScheduleConfig
 
 TINY = ModelConfig(family="internlm2", vocab_size=97, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16)
-TIMES = {"data_wait_s", "tgs", "tgs_10", "tgs_50", "tgs_mean", "tflops", "mfu", "mfu_causal", "hfu", "fwd_bwd_time"}
+TIMES = {"data_wait_s", "memory_bytes", "tgs", "tgs_10", "tgs_50", "tgs_mean", "tflops", "mfu", "mfu_causal", "hfu", "fwd_bwd_time"}
 SECTIONS = {"data": DataConfig, "optim": OptimConfig, "train": TrainConfig, "checkpoint": CheckpointConfig, "log": LogConfig}
 
 

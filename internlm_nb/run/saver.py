@@ -18,6 +18,7 @@ from ..data.loader import Loader, Validation
 from ..parallel.comm import agree
 from ..parallel.mesh import Mesh
 from ..parallel.together import share, together
+from .start import newest_sound, weights_are_finite
 from .state import TrainState, data_facts, save_run
 from ..train.config import RunConfig
 from ..train.optim import Optimizer
@@ -41,6 +42,7 @@ class Saver:
         self.world = mesh.axis("world")
         self.say = say
         self.seconds = 0.0  # that the last save took
+        self.lost_at: int | None = None  # the first step after which a weight was found not to be finite
 
     def save(
         self,
@@ -59,11 +61,33 @@ class Saver:
         if agree(int(missing and self.world.coord == 0), self.world, "is it to be saved?"):
             facts, valid = data_facts(self.loader), data_facts(self.validation)
             save_run(folder, self.model, self.optimizer, state, self.run, snapshot, facts, valid, self.mesh)
+        if not self.sound(step):
+            self.say(f"WARNING: weights are not finite after step {step}; what was saved before is kept")
         if self.run.checkpoint.keep_last:
             tidy = partial(self._tidy, state)
             together(tidy, self.world, "deleting old checkpoints", only_first=True)
         self.seconds = time.monotonic() - begin
         return Found(step, folder)
+
+    def sound(
+        self,
+        step: int,  # of now
+    ) -> bool:
+        "Are all weights finite, on all ranks?"
+        if agree(int(not weights_are_finite(self.optimizer)), self.world, "are the weights finite?"):
+            self.lost_at = step if self.lost_at is None else self.lost_at
+        else:
+            self.lost_at = None
+        return self.lost_at is None
+
+    def sound_before(
+        self,
+        step: int,  # of no later one
+    ) -> str:  # its path, on every rank; empty where there is none
+        "The newest checkpoint up to a step whose weights are all finite"
+        find = partial(newest_sound, self.checkpoints, step)
+        found = together(find, self.world, "looking for a sound checkpoint", only_first=True)
+        return share(str(found.path) if found else "", self.world, "the newest sound checkpoint")
 
     def mark_best(
         self,
@@ -80,8 +104,9 @@ class Saver:
         return str(folder)
 
     def _tidy(self, state: TrainState) -> None:
-        "Whatever was saved before a streak of bad steps stays while the streak lasts"
+        "Whatever was saved before a streak of bad steps, or before a weight was lost, stays while that lasts"
         keep = self.run.checkpoint
-        before = state.step - state.bad_in_a_row
-        protect = [f.step for f in steps(self.checkpoints) if f.step <= before] if state.bad_in_a_row else []
+        before = state.step - state.bad_in_a_row if self.lost_at is None else self.lost_at - 1
+        in_doubt = state.bad_in_a_row or self.lost_at is not None
+        protect = [f.step for f in steps(self.checkpoints) if f.step <= before] if in_doubt else []
         prune(self.checkpoints, keep.keep_last, keep.keep_every, protect)
