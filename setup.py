@@ -41,6 +41,8 @@ setup(
         "fp8": split(cfg["fp8_requirements"]),
         "hf": split(cfg["hf_requirements"]),
         "tensorboard": split(cfg["tensorboard_requirements"]),
+        "data": split(cfg["data_requirements"]),
+        "tracking": split(cfg["tracking_requirements"]),
         "bench": split(cfg["bench_requirements"]),
     },
     entry_points={"console_scripts": split(cfg["console_scripts"]), "nbdev": ["internlm_nb=internlm_nb._modidx:d"]},

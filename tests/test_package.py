@@ -17,8 +17,8 @@ from internlm_nb.apps.runfile import NOISE, UsageError, load_run_file, names_of,
 from internlm_nb.data.loader import Loader
 from internlm_nb.model.config import num_params
 from internlm_nb.run.preflight import check_batch, memory_needed
-from internlm_nb.run.trainer import acts
 from internlm_nb.train.parallelize import layout_of
+from internlm_nb.train.schedules import acts
 
 ROOT = Path(__file__).parents[1]
 CFG = ConfigParser(delimiters=["="])

@@ -406,7 +406,7 @@ class Going(Careful):
             self._each("close")
             self.sinks.close()  # they open again when written to, so `fit` may be called again
         if self.stopped is not Stopped.PAUSED:
-            judge_end(self)
+            judge_end(self)  # type: ignore[arg-type]  # it is a Trainer by then
             again = "" if self.stopped is Stopped.DONE else "; the same command goes on from there"
             where = self.checkpoints / str(self.state.step)
             self.say(f"{self.stopped.value} at step {self.state.step} of {run.train.steps}: checkpoint {where}{again}")
@@ -452,7 +452,7 @@ class Trainer(Going):
         """
         made, whole = self.state.step, self.run.train.steps
         if self.done:
-            judge_end(self)
+            judge_end(self)  # type: ignore[arg-type]  # it is a Trainer by then
             self.say(f"{self.run_dir} is complete: {made} of {whole} steps are made. For more, raise --train.steps")
             return Stopped.DONE
         if not self.whole:
