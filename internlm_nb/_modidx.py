@@ -2836,6 +2836,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'internlm_nb.run.folder._read_owner': ('run/folder.html#_read_owner', 'internlm_nb/run/folder.py'),
                                         'internlm_nb.run.folder._renew': ('run/folder.html#_renew', 'internlm_nb/run/folder.py'),
                                         'internlm_nb.run.folder._taken': ('run/folder.html#_taken', 'internlm_nb/run/folder.py'),
+                                        'internlm_nb.run.folder.earlier_starts': ( 'run/folder.html#earlier_starts',
+                                                                                   'internlm_nb/run/folder.py'),
                                         'internlm_nb.run.folder.held': ('run/folder.html#held', 'internlm_nb/run/folder.py'),
                                         'internlm_nb.run.folder.launch_id': ('run/folder.html#launch_id', 'internlm_nb/run/folder.py'),
                                         'internlm_nb.run.folder.lives': ('run/folder.html#lives', 'internlm_nb/run/folder.py'),

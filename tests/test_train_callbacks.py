@@ -221,7 +221,7 @@ def test_refusals_come_before_ranks_meet(monkeypatch):
     for change, words in (
         (dict(train_attention="flash"), "flash cannot run here"),
         (dict(optim_frozen=("nothing.*",)), "no parameter matches"),
-        (dict(model_num_layers=10_000_000), "make the model smaller"),
+        (dict(model_hidden_size=2**20), "make the model smaller"),
         (dict(data_rampup="1 1 1"), "cannot be shared evenly"),
         (dict(optim_schedule=ScheduleConfig(init_steps=11)), "does not fit into 10 steps"),
     ):
@@ -288,7 +288,7 @@ def test_the_exit_code_of_a_dead_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(OWN)
     with pytest.raises(SystemExit) as end:
-        main(["mine.py", "--run-dir", "out", "--optim.eps", "0", "--optim.lr", "1e3"], runs=tmp_path)
+        main(["mine.py", "--run-dir", "out", "--optim.lr", "1e30"], runs=tmp_path)
     assert end.value.code == 1 and "not finite" in capsys.readouterr().err
 
 
@@ -405,7 +405,8 @@ def test_the_end_of_a_long_file_is_enough(tmp_path):
         (tmp_path / "metrics.dropped.jsonl").unlink(missing_ok=True)
         assert keep_before(path, cut, tail=100) == 100 - cut + bool(torn)
         assert [r["step"] for r in read_metrics(path)] == list(range(cut)) and path.read_bytes()[:200] == head[: len(path.read_bytes())]
-        assert [r["step"] for r in read_metrics(tmp_path / "metrics.dropped.jsonl")][: 100 - cut] == list(range(cut, 100))
+        dropped = (tmp_path / "metrics.dropped.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in dropped if line.endswith("}")] == list(range(cut, 100))
     assert [r["step"] for r in sample_metrics(path, most=10, small=10)][-1] == 94
 
 

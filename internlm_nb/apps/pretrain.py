@@ -182,7 +182,10 @@ def make_trainer(
     "All that comes before the first step. Raises UsageError for what cannot be started"
     try:
         run, noise = with_noise(run)
-        mesh = open_mesh(run, place, final=find_hook(module, "prepare") is None)
+        final = find_hook(module, "prepare") is None
+        if final:
+            require_data(run, module, noise)
+        mesh = open_mesh(run, place, final=final)
         run = prepare(module, run, mesh)
         require_data(run, module, noise)
         world = mesh.axis("world")
@@ -194,7 +197,7 @@ def make_trainer(
         raise UsageError(str(e)) from e
 
 # %% ../../nbs/apps/03_pretrain.ipynb #d23a2fbc
-GOOD_ENDS = ("DONE", "PAUSED", "INTERRUPTED", "TIME", "STOP_FILE")  # of `Stopped`: any other end is a failure
+GOOD_ENDS = ("DONE", "PAUSED", "INTERRUPTED", "TIME", "STOP_FILE", "WISH")  # of `Stopped`: any other end is a failure
 
 
 def train(

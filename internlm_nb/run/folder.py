@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'OWN', 'RENEW_S', 'DEAD_S', 'rank_file', 'put_aside', 'owner', 'lives', 'Guard', 'held', 'launch_id',
-           'restarted', 'record_start']
+           'restarted', 'earlier_starts', 'record_start']
 
 # %% ../../nbs/run/02_folder.ipynb #d696fbd6
 import fcntl
@@ -230,6 +230,17 @@ def restarted(
         return False
 
 # %% ../../nbs/run/02_folder.ipynb #3f406658
+def earlier_starts(
+    run_dir: Path,  # The run's folder
+) -> list[dict]:  # Oldest first; none for a new folder
+    "What config.json says of earlier starts. Raises ValueError for a foreign config.json"
+    path = run_dir / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("starts", []) if path.exists() else []
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f"{path} is no run's config.json ({e}): move it away, or choose another --run-dir") from e
+
+
 def record_start(
     run_dir: Path,  # The run's folder
     run: RunConfig,  # As it starts now
@@ -238,10 +249,6 @@ def record_start(
     command: str,  # Command line
 ) -> None:
     "Write config.json: the run with its versions, and one line for each start. Raises ValueError for a foreign config.json"
-    path = run_dir / "config.json"
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8")).get("starts", []) if path.exists() else []
-    except (ValueError, AttributeError) as e:
-        raise ValueError(f"{path} is no run's config.json ({e}): move it away, or choose another --run-dir") from e
+    path, earlier = run_dir / "config.json", earlier_starts(run_dir)
     start = {"step": step, "from": str(source) if source else None, "command": command, "versions": versions(), "launch": launch_id(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_file(path, json.dumps({"run": to_dict(run), "command": command, "versions": versions(), "starts": [*earlier, start]}, indent=1))

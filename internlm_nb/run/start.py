@@ -27,7 +27,7 @@ from ..model.loss import SLAB_BYTES
 from ..model.moe import why_not_grouped
 from ..parallel.mesh import Mesh
 from ..train.config import RunConfig, flatten, from_dict
-from .folder import CHECKPOINTS, Guard, put_aside, record_start, restarted
+from .folder import CHECKPOINTS, earlier_starts, Guard, put_aside, record_start, restarted
 from ..train.optim import Optimizer
 from ..train.parallelize import sharding_of
 from ..train.precision import PRECISIONS
@@ -179,6 +179,7 @@ def open_folder(
     Raises CheckpointError when the disk has no room for a checkpoint, or another process is at work in the folder.
     """
     checkpoints = run_dir / CHECKPOINTS
+    earlier_starts(run_dir)  # a foreign folder is left as it is
     require_space(run_dir, need_bytes)
     if run.checkpoint.resume == "none" and not restarted(run_dir) and (aside := put_aside(run_dir)):
         say(f"{run_dir} held a run; it is now {aside}")
