@@ -121,7 +121,7 @@ def test_check_values():
     ],
 )
 def test_bad_schedules_are_named(bad):
-    with pytest.raises(ValueError, match=next(iter(bad)).replace("kind", "kind 'step'")):
+    with pytest.raises(ValueError, match=next(iter(bad)).replace("_", "-")):
         ScheduleConfig(**bad)
 
 

@@ -40,6 +40,7 @@ from ..train.config import RunConfig
 from ..run.launch import open_mesh
 from ..run.stopping import Stopped
 from ..run.trainer import Trainer
+from ..train.parallelize import layout_of
 
 # %% ../../nbs/apps/03_pretrain.ipynb #31dcb47b
 def program() -> str:
@@ -184,6 +185,7 @@ def make_trainer(
         run, noise = with_noise(run)
         final = find_hook(module, "prepare") is None
         if final:
+            layout_of(run, place.world)
             require_data(run, module, noise)
         mesh = open_mesh(run, place, final=final)
         run = prepare(module, run, mesh)
