@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
-from .metrics import StepRecord, log_line
+from .metrics import log_line
 from .sinks import Record, Sink
 
 # %% ../../nbs/observe/06_terminal.ipynb #80701dc8
