@@ -3218,6 +3218,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'internlm_nb/zero/hybrid.py'),
                                          'internlm_nb.zero.hybrid.HybridZero._look': ( 'zero/hybrid.html#hybridzero._look',
                                                                                        'internlm_nb/zero/hybrid.py'),
+                                         'internlm_nb.zero.hybrid.HybridZero._look_for_lost': ( 'zero/hybrid.html#hybridzero._look_for_lost',
+                                                                                                'internlm_nb/zero/hybrid.py'),
                                          'internlm_nb.zero.hybrid.HybridZero.finish': ( 'zero/hybrid.html#hybridzero.finish',
                                                                                         'internlm_nb/zero/hybrid.py'),
                                          'internlm_nb.zero.hybrid.HybridZero.forget': ( 'zero/hybrid.html#hybridzero.forget',

@@ -1,6 +1,7 @@
 "One thread a test process: two workers share two cores, and forked ranks must not inherit an OpenMP pool"
 
 import os
+import signal
 import threading
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,6 +13,12 @@ import torch
 from tqdm import tqdm
 
 torch.set_num_threads(1)
+
+# A script starts what it puts in the background with SIGINT ignored, and nohup ignores SIGHUP: children would inherit that, and could not be interrupted.
+if threading.current_thread() is threading.main_thread():
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 # tqdm shares its lock with forked children. A child that a test kills while it holds the lock would lock its parent for ever: give each process a lock of its own, and no monitor thread that could hold it during a fork.
 tqdm.set_lock(threading.RLock())

@@ -81,7 +81,8 @@ def train(
     recompute(model, 0.0 if policy == "none" else 1.0, "full" if policy == "none" else policy)  # type: ignore[arg-type]
     model.head.label_smoothing, model.head.chunk = smoothing, chunk
     whole = lambda tensors: {name: placements[name].whole(t, axis, "test") if axis else t for name, t in tensors.items()}  # noqa: E731
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1)
+    # eps: gradients are scaled to a norm of 1, and one that is rounding noise must not be blown up to a whole step
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, eps=1e-4)
     seen: dict = {}
     for step in range(3):
         optimizer.zero_grad()

@@ -17,15 +17,17 @@ from internlm_nb.zero.flat import Spot, lay_out
 from internlm_nb.zero.sharding import Sharding, greedy_owners, internevo_sharding, known_factors, shardings
 
 LAW = settings(deadline=None, max_examples=40, derandomize=True)
-SMALL = st.sampled_from([1, 2, 3, 4])
 NUMBER = st.sampled_from([-1, 1, 2, 3, 4, 6, 8, 12, 16])
 
 
 @st.composite
 def placed(draw, expert=False):
     "A layout and a chain that fits it"
-    t, s, c, n, e, copies, p, gp, og = (draw(SMALL) for _ in range(9))
-    layout = Layout(t * s * c * n * e * copies * p * gp * og, t, s, c, n, e if expert else 1)
+    sizes = [1] * 9
+    for where, factor in draw(st.lists(st.tuples(st.integers(0, 8), st.sampled_from([2, 3])), max_size=6)):  # up to 729 ranks
+        sizes[where] *= factor
+    t, s, c, n, e = sizes[:5]
+    layout = Layout(math.prod(sizes), t, s, c, n, e if expert else 1)
     z = layout.replica // layout.expert
     choices = shardings(z)
     return layout, choices[draw(st.integers(0, len(choices) - 1))]

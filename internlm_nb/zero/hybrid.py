@@ -237,6 +237,8 @@ class HybridZero:
         if self.reshard != "never":
             self.forget()
         self.pool.clear()
+        if self.check:
+            self._look_for_lost()
         grads = [self.sums[x.unit].piece(x.name, x.start, x.stop, x.unit.layout.slice_of(x.unit.spot)[0]).to(self.master) for x in self.leaves]
         for names, axis, purpose, coords in self.extra_sums:
             add_up([g for leaf, g in zip(self.leaves, grads) if leaf.name in names], axis, purpose, coords)
@@ -244,10 +246,12 @@ class HybridZero:
             self._look(grads)
         return grads
 
-    def _look(self, grads: Sequence[Tensor]) -> None:
+    def _look_for_lost(self) -> None:
         lost = [unit.name for unit, sums in self.sums.items() if not sums.done]
         if lost or self.pool.lent:
             raise ZeroError(f"unit {some(lost)}: its gradient never arrived, or a buffer was not given back")
+
+    def _look(self, grads: Sequence[Tensor]) -> None:
         for leaf, g in zip(self.leaves, grads):
             if not g.isfinite().all():
                 raise ZeroError(f"unit {leaf.unit.name}: its gradient is not finite. If the loss is sound, freed memory was read")
