@@ -345,13 +345,13 @@ def test_nothing_is_saved_when_a_rank_is_gone(tmp_path, no_plots, monkeypatch):
         raise CollectiveTimeout("rank 1 has not arrived")
 
     t.saver.save = lambda *args: saves.append(1)  # type: ignore
-    t.trouble = ("data", OSError("gone"))
+    t.troubles.keep("data", OSError("gone"))
     with pytest.raises(OSError, match="gone"):
-        t._raise_trouble("reading")
+        t.raise_trouble("data")
     assert saves == [1]
     monkeypatch.setattr("internlm_nb.run.trainer.meet", lost)
     with pytest.raises(CollectiveTimeout, match="rank 1 has not arrived"):
-        t._raise_trouble("reading")
+        t.raise_trouble("data")
     assert saves == [1]
 
 

@@ -295,15 +295,15 @@ def test_the_exit_code_of_a_dead_run(tmp_path, monkeypatch, capsys):
 def test_records_that_cannot_be_written_cost_no_step(tmp_path, monkeypatch):
     "A full disk under metrics.jsonl: saved, then stopped, with the file's name"
     t = trainer(tiny_run(checkpoint_every=0), tmp_path)
-    real, full = t.records.extend, []
+    real, full = t.recorder.records.extend, []
 
     def extend(rows):
         if t.state.step > 4:
             full.append(1)
-            raise OSError(28, "No space left on device", str(t.records.path))
+            raise OSError(28, "No space left on device", str(t.recorder.records.path))
         real(rows)
 
-    monkeypatch.setattr(t.records, "extend", extend)
+    monkeypatch.setattr(t.recorder.records, "extend", extend)
     with pytest.raises(OSError, match=r"No space left on device.*metrics.jsonl"):
         t.fit()
     assert [f.step for f in steps(tmp_path / "checkpoints")] == [5]

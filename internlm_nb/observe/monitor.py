@@ -9,12 +9,14 @@ __all__ = ['in_notebook', 'progress_bar', 'progress_line', 'notebook_display', '
 import sys
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from .plots import Picture, plot_run
 from .sinks import Record, Sink
+
+if TYPE_CHECKING:
+    from internlm_nb.observe.plots import Picture
 
 # %% ../../nbs/observe/04_monitor.ipynb #1e30f856
 def in_notebook() -> bool:
@@ -51,13 +53,13 @@ def progress_line(
     return " · ".join(parts)
 
 # %% ../../nbs/observe/04_monitor.ipynb #92ee32e4
-def notebook_display() -> Callable[[Picture, str], None]:
+def notebook_display() -> "Callable[[Picture, str], None]":
     "A function that shows a picture and a line in the running cell, and changes them in place when it is called again"
     from IPython.display import Image, Pretty, display
 
     handles: list[Any] = []
 
-    def show(picture: Picture, line: str) -> None:
+    def show(picture: "Picture", line: str) -> None:
         parts = (Image(picture.png()), Pretty(line))
         if handles:
             for handle, part in zip(handles, parts):
@@ -87,7 +89,7 @@ class LivePlot(Sink):
         every_s: float = 2.0,  # seconds between two drawings, at least
         every_steps: int = 1,  # steps between two drawings, at least
         records: Iterable[Record] = (),  # of the part of the run that is done (read_metrics of a resumed run)
-        show: Callable[[Picture, str], None] | None = None,  # None: in place, in the notebook's cell
+        show: "Callable[[Picture, str], None] | None" = None,  # None: in place, in the notebook's cell
         most: int = 4000,  # records kept for drawing
         clock: Callable[[], float] = time.monotonic,  # seconds
     ):
@@ -110,6 +112,8 @@ class LivePlot(Sink):
     def draw(self) -> None:
         "Draw now"
         self.show = self.show or notebook_display()
+        from internlm_nb.observe.plots import plot_run
+
         self.show(plot_run(self.records, source=f"this run, {len(self.records)} records"), progress_line(self.records[-1], self.total_steps))
         self.drawn_at, self.waiting = self.clock(), 0
 
