@@ -247,7 +247,7 @@ def test_a_step_begins_with_zero_grad():
         if opt.grads is None:
             out.loss_sum.backward()
             opt.update()
-    with pytest.raises(RuntimeError, match="does each step begin with zero_grad|got more gradients than start was told to expect"):
+    with pytest.raises(RuntimeError, match=r"does each step begin with zero_grad|got more gradients than start was told to expect"):
         out.loss_sum.backward()
 
 
