@@ -25,7 +25,7 @@ from internlm_nb.hub.huggingface import HFCheckpoint, from_hf, hf_to_native, nat
 from internlm_nb.hub.rows import group_stacked, groups_to_halves, groups_to_pairs, join_groups, split_groups, stack_groups, to_halves, to_pairs
 from internlm_nb.hub.source import Weights
 from internlm_nb.model.config import ModelConfig
-from internlm_nb.model.init import normal_slice
+from internlm_nb.model.init import allocate, normal_slice
 from internlm_nb.model.segments import Segments
 from internlm_nb.model.transformer import Transformer
 
@@ -387,7 +387,7 @@ def test_large_models_need_two_shards_of_memory(tmp_path):
     "Both streaming converters stay within twice a shard, however large the model"
     cfg = replace(BASE, vocab_size=4096, hidden_size=768, num_layers=8, num_heads=16, num_kv_heads=4, intermediate_size=3072)  # 290 MB in float32
     shard = 32 << 20
-    model = Transformer(cfg, device="meta").to_empty(device="cpu")
+    model = allocate(Transformer(cfg, device="meta"), "cpu")
     for p in model.parameters():
         p.data.fill_(0.5)
     to_hf(model, None, tmp_path / "hf", shard_bytes=shard)

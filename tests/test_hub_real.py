@@ -19,6 +19,7 @@ from internlm_nb.data.chat import chat_text
 from internlm_nb.data.corpus import corpus
 from internlm_nb.hub.huggingface import HFCheckpoint, from_hf, hf_to_native, native_to_hf, to_hf
 from internlm_nb.model.generate import generate
+from internlm_nb.model.init import allocate
 from internlm_nb.model.transformer import Transformer
 
 pytestmark = pytest.mark.slow
@@ -88,7 +89,7 @@ def test_same_tokens_and_perplexity_all_the_way(folder, theirs, tmp_path):
         assert ours == pytest.approx(reference, rel=1e-4)
 
     save_state(tmp_path / "native", {f"model.{n}": p.detach() for n, p in model.named_parameters()}, {"step": 0, "model": asdict(model.cfg)})
-    loaded = Transformer(model.cfg, device="meta").to_empty(device="cpu")
+    loaded = allocate(Transformer(model.cfg, device="meta"), "cpu")
     load_model(loaded, Checkpoint(tmp_path / "native"))
     to_hf(loaded, tokenizer, tmp_path / "out")
     back, again = from_hf(tmp_path / "out")

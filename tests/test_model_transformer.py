@@ -13,7 +13,7 @@ from internlm_nb.model.attention import Segments
 from internlm_nb.model.config import ModelConfig
 from internlm_nb.model.flops import step_flops
 from internlm_nb.model.generate import Sampling, generate, stream
-from internlm_nb.model.init import BLOCK, init_weights, normal_slice
+from internlm_nb.model.init import BLOCK, allocate, init_weights, normal_slice
 from internlm_nb.model.layers import RMSNorm, rms_norm
 from internlm_nb.model.segments import Inputs, KVCache, Positions
 from internlm_nb.model.transformer import Transformer, recompute
@@ -144,7 +144,7 @@ def test_initialisation_is_of_seed_name_and_index():
     a = Transformer(CFG)
     assert torch.equal(before, torch.get_rng_state())
     torch.randn(3)
-    b, c = Transformer(CFG, device="meta").to_empty(device="cpu"), Transformer(CFG, dtype=torch.bfloat16)
+    b, c = allocate(Transformer(CFG, device="meta"), "cpu"), Transformer(CFG, dtype=torch.bfloat16)
     init_weights(b, 0)
     other = Transformer(CFG)
     init_weights(other, 1)

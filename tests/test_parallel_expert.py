@@ -9,7 +9,7 @@ from torch import Tensor
 from internlm_nb.checkpoint.reader import Checkpoint
 from internlm_nb.data.loader import DataConfig
 from internlm_nb.model.config import ModelConfig
-from internlm_nb.model.init import init_weights
+from internlm_nb.model.init import allocate, init_weights
 from internlm_nb.model.loss import ExtraLosses, LossOutput
 from internlm_nb.model.moe import MixtureOfExperts
 from internlm_nb.model.segments import Inputs, Segments
@@ -55,7 +55,7 @@ def build(cfg: ModelConfig, mesh: Mesh, dtype: torch.dtype = torch.float64) -> t
     model = Transformer(cfg, device="meta", dtype=dtype)
     placements = tensor_parallel(model, mesh.axis("tensor"), mesh.layout.mode)
     placements = expert_parallel(model, mesh, placements)
-    model.to_empty(device="cpu")
+    allocate(model, "cpu")
     init_placed(model, placements, seed=3)
     return model.train(), placements  # type: ignore[return-value]
 
@@ -334,7 +334,7 @@ def test_weights_are_drawn_in_place():
             mesh._axes["expert"] = Axis("expert", (0, 1), e, 2)
             placements = expert_parallel(model, mesh, placements)
             assert list(placements) == [name for name, _ in whole.named_parameters()] == [name for name, _ in model.named_parameters()]
-            model.to_empty(device="cpu")
+            allocate(model, "cpu")
             init_placed(model, placements, seed=5, piece=100)
             for name, p in model.named_parameters():
                 assert torch.equal(p, placements[name].cut(whole.get_parameter(name))), name

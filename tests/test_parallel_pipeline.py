@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from internlm_nb.model.config import ModelConfig, family_defaults
+from internlm_nb.model.init import allocate
 from internlm_nb.model.loss import LossOutput
 from internlm_nb.model.segments import Segments
 from internlm_nb.model.transformer import Transformer, recompute
@@ -92,7 +93,7 @@ def make_part(mesh: Mesh, cfg: ModelConfig, schedule, policy: str = "none", dtyp
     axis, tensor = mesh.axis("pipeline"), mesh.axis("tensor")
     part = pipeline_cut(Transformer(cfg, device="meta", dtype=dtype), schedule, axis.coord)
     placements = tensor_parallel(part, tensor, mesh.layout.mode)
-    part.to_empty(device="cpu")
+    allocate(part, "cpu")
     fill(part, placements)
     recompute(part, 0.0 if policy == "none" else 1.0, "full" if policy == "none" else policy)  # type: ignore[arg-type]
     if queue is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from internlm_nb.model.attention import attention
 from internlm_nb.model.config import Family, ModelConfig, family_defaults
+from internlm_nb.model.init import allocate
 from internlm_nb.model.loss import LossOutput
 from internlm_nb.model.segments import Inputs, KVCache, Segments
 from internlm_nb.model.transformer import Transformer, recompute
@@ -172,7 +173,7 @@ def pack(cfg: ModelConfig, tokens: int, seed: int) -> tuple[Tensor, Tensor]:
 
 def alone(cfg: ModelConfig, lengths: Lengths, dtype: torch.dtype, seed: int):
     "One process, the whole pack"
-    model = Transformer(cfg, device="meta", dtype=dtype).to_empty(device="cpu")
+    model = allocate(Transformer(cfg, device="meta", dtype=dtype), "cpu")
     fill(model, placements_of(model))
     ids, labels = pack(cfg, sum(lengths), seed)
     out = model(ids, Segments.from_lengths(lengths), labels=labels)
@@ -196,7 +197,7 @@ def same_computation(cases: list) -> None:
         model = Transformer(cfg, device="meta", dtype=dtype)
         placements = tensor_parallel(model, mesh.axis("tensor"), layout.mode)
         sequence_parallel(model, mesh)
-        model.to_empty(device="cpu")
+        allocate(model, "cpu")
         fill(model, placements)
         recompute(model, 0.0 if policy == "none" else 1.0, "full" if policy == "none" else policy)
         ids, labels = pack(cfg, sum(lengths), seed)
@@ -294,7 +295,7 @@ def house(mesh: Mesh) -> None:
     rows, local = cut_rows(CROSSING, mesh.layout, mesh.coords)
     results = []
     for compiled in (False, True):
-        model = Transformer(cfg, device="meta", dtype=F64).to_empty(device="cpu")
+        model = allocate(Transformer(cfg, device="meta", dtype=F64), "cpu")
         sequence_parallel(model, mesh)
         fill(model, placements_of(model))
         for block in model.blocks if compiled else ():
@@ -314,7 +315,7 @@ def house(mesh: Mesh) -> None:
     with pytest.raises(ValueError, match="cut_rows"):
         Transformer.forward(_plain(cfg, mesh), ids[rows])
     # bfloat16: the sums are wide, so the ring adds no more than the rounding of one result
-    model, short = (Transformer(cfg, device="meta", dtype=torch.bfloat16).to_empty(device="cpu") for _ in range(2))
+    model, short = (allocate(Transformer(cfg, device="meta", dtype=torch.bfloat16), "cpu") for _ in range(2))
     for each in (model, short):
         fill(each, placements_of(each))
     sequence_parallel(model, mesh)

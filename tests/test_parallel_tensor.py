@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from internlm_nb.model.config import Family, ModelConfig, family_defaults
-from internlm_nb.model.init import init_weights
+from internlm_nb.model.init import allocate, init_weights
 from internlm_nb.model.loss import LossOutput
 from internlm_nb.model.segments import Inputs, KVCache, Segments
 from internlm_nb.model.transformer import Transformer, recompute
@@ -76,7 +76,7 @@ def train(
     "Three steps of AdamW with one global norm: outputs and gradients of the first, and weights after the last, whole"
     model = Transformer(cfg, device="meta", dtype=dtype)
     placements = placements_of(model) if axis is None else tensor_parallel(model, axis, mode, embedding)  # type: ignore[arg-type]
-    model.to_empty(device="cpu")
+    allocate(model, "cpu")
     fill(model, placements)
     recompute(model, 0.0 if policy == "none" else 1.0, "full" if policy == "none" else policy)  # type: ignore[arg-type]
     model.head.label_smoothing, model.head.chunk = smoothing, chunk
@@ -167,7 +167,7 @@ def cut_model(
 ) -> tuple[Transformer, dict[str, Placement]]:
     model = Transformer(cfg, device="meta", dtype=dtype)
     placements = tensor_parallel(model, axis, mode, embedding)  # type: ignore[arg-type]
-    model.to_empty(device="cpu")
+    allocate(model, "cpu")
     fill(model, placements)
     return model, placements
 
@@ -294,7 +294,7 @@ def together(mesh: Mesh) -> None:
         model = Transformer(cfg, device="meta")
         placements = tensor_parallel(model, axis, "fsp", embedding)  # type: ignore[arg-type]
         assert list(placements) == [name for name, _ in whole.named_parameters()] == [name for name, _ in model.named_parameters()]
-        model.to_empty(device="cpu")
+        allocate(model, "cpu")
         recorder.reset()
         init_placed(model, placements, seed=5)
         assert not recorder.counts
@@ -307,7 +307,7 @@ def together(mesh: Mesh) -> None:
     for mode in ("mtp", "msp", "fsp"):
         model = Transformer(cfg, device="meta")
         placements = tensor_parallel(model, axis, mode)  # type: ignore[arg-type]
-        model.to_empty(device="cpu")
+        allocate(model, "cpu")
         init_placed(model, placements, seed=5)
         have = model(ids, offsets())
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-6)

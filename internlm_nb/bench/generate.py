@@ -23,7 +23,7 @@ from .peers import Shape, llama_weights
 from ..hub.hf_config import write_config
 from ..model.config import ModelConfig
 from ..model.generate import stream
-from ..model.init import init_weights
+from ..model.init import allocate, init_weights
 from ..model.transformer import Transformer
 from ..train.config import from_dict
 from ..train.precision import PRECISIONS, PrecisionName
@@ -102,7 +102,7 @@ class OurWriter(Writer):
         if task.folder:
             self.model = load_model(task.folder, self.device, self.dtype).model
         else:
-            self.model = Transformer(task.config(), device="meta", dtype=self.dtype).to_empty(device=self.device)
+            self.model = allocate(Transformer(task.config(), device="meta", dtype=self.dtype), self.device)
             init_weights(self.model, task.seed)
         self.model.eval().requires_grad_(False)
 

@@ -25,7 +25,7 @@ from ..data.packing import Pack, pack
 from ..hub.hf_config import write_config
 from ..hub.keys import entries
 from ..model.config import ModelConfig
-from ..model.init import init_weights
+from ..model.init import allocate, init_weights
 from ..model.loss import LossOutput
 from ..model.transformer import Transformer
 from ..parallel.batch import Batch
@@ -135,7 +135,7 @@ def llama_weights(
     seed: int,
 ) -> dict[str, Tensor]:  # float32
     "The weights that `build_model` draws, under Llama's names"
-    model = Transformer(cfg, device="meta", dtype=torch.float32).to_empty(device="cpu")
+    model = allocate(Transformer(cfg, device="meta", dtype=torch.float32), "cpu")
     init_weights(model, seed)
     ours = dict(model.named_parameters())
     return {n: t.detach().clone() for e in entries(cfg, "llama") if e.name is not None for n, t in zip(e.outside, e.export(ours[e.name]))}

@@ -31,6 +31,7 @@ from .hf_tokenizer import generation_config, copy_tokenizer, write_tokenizer
 from .keys import Entry, Layout, entries
 from .native import TensorSource, find_tokenizer, native_config, trained_with_bos, write_native
 from ..model.config import ModelConfig
+from ..model.init import allocate
 from ..model.transformer import Transformer
 
 # %% ../../nbs/hub/07_huggingface.ipynb #b021ca07
@@ -143,7 +144,7 @@ def from_hf(
 ) -> tuple[Transformer, Tokenizer | JsonTokenizer | None]:  # None, with a warning, where there is no readable tokenizer
     "Model and tokenizer of a folder; CheckpointError or ValueError with the name of the tensor or field that does not fit"
     source = HFCheckpoint(folder, dtype)
-    model = Transformer(source.config, device="meta", dtype=source.dtype("model.embedding.weight")).to_empty(device=device)
+    model = allocate(Transformer(source.config, device="meta", dtype=source.dtype("model.embedding.weight")), device)
     for name, tensor in gather_state(model).items():
         source.read_into(name, tensor)
     tokenizer = load_tokenizer(folder)

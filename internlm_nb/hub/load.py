@@ -22,6 +22,7 @@ from ..data.json_tokenizer import JsonTokenizer, load_tokenizer, open_tokenizer,
 from ..data.tokenizer import Tokenizer
 from .native import find_tokenizer, has_tokenizer
 from .source import Kind, Weights, kind_of, open_weights
+from ..model.init import allocate
 from ..model.transformer import Transformer
 
 # %% ../../nbs/hub/13_load.ipynb #fc8aa417
@@ -44,7 +45,7 @@ def build_model(
         raise CheckpointError(f"{weights.folder} does not fit its own architecture: {names}; it is damaged or was changed, take another one")
     for name, p in needed.items():
         weights.require(name, p, cast=True)
-    model.to_empty(device=device)
+    allocate(model, device)
     for name, p in model.named_parameters():
         weights.read_into(f"model.{name}", p.detach(), cast=True)
     weights.release()

@@ -166,7 +166,7 @@ class Transformer(nn.Module):
     def __init__(
         self,
         cfg: ModelConfig,  # architecture
-        device: torch.device | str | None = None,  # "meta": shapes only, fill later with `to_empty` and `init_weights`
+        device: torch.device | str | None = None,  # "meta": shapes only, fill later with `allocate` and `init_weights`
         dtype: torch.dtype | None = None,  # of the parameters
     ):
         super().__init__()

@@ -14,6 +14,7 @@ import multiprocessing.connection
 import os
 import signal
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -153,7 +154,8 @@ def run_ranks(
     "Run a function on every rank of a fresh process group. Raises RankError with the first failure's traceback, or with names and stacks of ranks that hang"
     layout = world if isinstance(world, Layout) else Layout(world)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "internlm_nb.parallel.mesh"])
+    loaded = sorted(name for name in sys.modules if name.startswith("internlm_nb.") or name == "torch._dynamo")  # here: ranks need not load them each
+    context.set_forkserver_preload(["torch.distributed", "internlm_nb.parallel.mesh", *loaded])
     store = _local_store()
     payload = cloudpickle.dumps((fn, args, kwargs, recorder))
     folder, ends, procs = tempfile.TemporaryDirectory(), [], []

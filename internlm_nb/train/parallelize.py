@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..model.attention import why_not
+from ..model.init import allocate
 from ..model.transformer import Transformer, parameter_names, recompute
 from ..parallel.context import sequence_parallel
 from ..parallel.expert import expert_parallel
@@ -240,7 +241,7 @@ def build_model(
     placements = tensor_parallel(model, mesh.axis("tensor"), mesh.layout.mode)  # 3. matrices and vocabulary
     placements = mark_copies(model, expert_parallel(model, mesh, placements))  # 4. experts
     sequence_parallel(model, mesh)  # 5. Ulysses and ring attention
-    init_placed(model.to_empty(device=mesh.device), placements, run.train.seed)  # 6. each rank draws its own part, asking nobody
+    init_placed(allocate(model, mesh.device), placements, run.train.seed)  # 6. each rank draws its own part, asking nobody
     settle(model, run)
     recompute(model, run.train.recompute, run.train.recompute_policy)  # 7. inside of blocks
     fp8_linears(model, run.train.fp8, mesh.device)  # 8. products of blocks

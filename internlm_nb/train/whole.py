@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model.config import ModelConfig
+from ..model.init import allocate
 from ..model.transformer import Transformer
 from ..parallel.comm import start_send_receive
 from ..parallel.mesh import Mesh
@@ -86,7 +87,7 @@ def whole_model(
         with engine.gathered():
             yield model if mesh.rank == 0 else None
         return
-    whole = Transformer(cfg, device="meta", dtype=next(model.parameters()).dtype).to_empty(device=mesh.device) if mesh.rank == 0 else None
+    whole = allocate(Transformer(cfg, device="meta", dtype=next(model.parameters()).dtype), mesh.device) if mesh.rank == 0 else None
     params = {} if whole is None else dict(whole.named_parameters())
     for name, weight in whole_weights(cfg, model, engine, placements, mesh):
         if weight is not None:

@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 
 # %% ../../nbs/zero/11_offload.ipynb #cbe01463
 class HostAdamW:
-    "AdamW whose masters and moments lie with the host, with the attributes of PyTorch's that are used here"
+    "AdamW whose masters and moments lie with the host, as PyTorch's fused kernel computes it on the device"
 
     def __init__(
         self,
@@ -27,8 +27,7 @@ class HostAdamW:
     ):
         self.param_groups: list[dict[str, Any]] = [{"lr": lr, "betas": betas, "eps": eps, **g} for g in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
-        self.grads: dict[Tensor, Tensor] = {}  # of a master, on the device: PyTorch wants a tensor's own gradient beside it
-        self.device, self.found_inf = device, None
+        self.device = device
         self.ways = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else None  # in and out
 
     def _fetch(self, master: Tensor, after: Any) -> tuple[list[Tensor], Any]:
@@ -57,8 +56,12 @@ class HostAdamW:
             return self.ways[1].record_event()
 
     @torch.no_grad()
-    def step(self) -> None:
-        "Update all masters by their gradients, or none where `found_inf` says so"
+    def step(
+        self,
+        grads: Mapping[Tensor, Tensor],  # of each master, on the device
+        found_inf: Tensor,  # () float32, on the device: 1 where nothing is to change
+    ) -> None:
+        "Update all masters by their gradients"
         todo = [(m, g) for g in self.param_groups for m in g["params"]]
         following = self._fetch(todo[0][0], None) if todo else None
         held: list[tuple[list[Tensor], Any]] = []  # what is on its way out
@@ -71,7 +74,7 @@ class HostAdamW:
             if there is not None:
                 torch.cuda.current_stream(self.device).wait_event(there)
             adamw(
-                [here[0]], [self.grads.pop(master)], [here[1]], [here[2]], [], [self.state[master]["step"]], fused=True, found_inf=self.found_inf, amsgrad=False,
+                [here[0]], [grads[master]], [here[1]], [here[2]], [], [self.state[master]["step"]], fused=True, found_inf=found_inf, amsgrad=False,
                 beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             )  # fmt: skip
             held.append((here, self._return(master, here)))
