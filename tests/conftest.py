@@ -10,7 +10,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 import torch
-import torch._dynamo  # noqa: F401  # PyTorch's optimizers load it when they are made: once here, instead of in each rank of each test
+import torch._dynamo  # PyTorch's optimizers load it when they are made: once here, instead of in each rank of each test
 from tqdm import tqdm
 
 torch.set_num_threads(1)
