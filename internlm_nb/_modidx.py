@@ -2960,7 +2960,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'internlm_nb.run.start.find_checkpoint': ( 'run/start.html#find_checkpoint',
                                                                                   'internlm_nb/run/start.py'),
                                        'internlm_nb.run.start.load_start': ('run/start.html#load_start', 'internlm_nb/run/start.py'),
-                                       'internlm_nb.run.start.newest_sound': ('run/start.html#newest_sound', 'internlm_nb/run/start.py'),
                                        'internlm_nb.run.start.not_default': ('run/start.html#not_default', 'internlm_nb/run/start.py'),
                                        'internlm_nb.run.start.open_folder': ('run/start.html#open_folder', 'internlm_nb/run/start.py'),
                                        'internlm_nb.run.start.reheated': ('run/start.html#reheated', 'internlm_nb/run/start.py'),

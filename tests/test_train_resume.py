@@ -93,7 +93,7 @@ import internlm_nb.run.callbacks as callbacks
 import internlm_nb.run.saver as saver
 callbacks.save_plots = lambda d: [d / "plots" / "none"]
 root = Path(sys.argv[2])
-test_train_resume.trainer(test_train_resume.everything(root, "float32", write=False), root / "warm").step  # what is imported late is imported here, once
+test_train_resume.trainer(test_train_resume.everything(root, "float32", write=False), root / "warm")  # what is imported late is imported here, once
 kill_soon = lambda rng, most: threading.Timer(rng.uniform(0, most), lambda: os.kill(os.getpid(), 9)).start()
 
 

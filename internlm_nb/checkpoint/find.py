@@ -163,10 +163,13 @@ def is_sound(
 def newest_sound(
     folder: str | Path,  # run/checkpoints
     look: bool = False,  # at all weights too: are they finite?
+    until: int | None = None,  # of no later step; None: of any
     say: Say = _log,  # is told what was passed over, and why
 ) -> Path | None:  # None: there is none
     "The newest checkpoint from before any streak of bad steps that lasts, snapshots included"
     for found in _latest_first(Path(folder), say):
+        if until is not None and found.step > until:
+            continue
         try:
             checkpoint = Checkpoint(found.path)
             if not is_sound(checkpoint.state):

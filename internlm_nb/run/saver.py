@@ -13,12 +13,12 @@ from pathlib import Path
 from torch import nn
 
 from ..base.check import Say
-from ..checkpoint.keep import Found, mark_best, prune, snapshot_folder, steps
+from ..checkpoint.keep import Found, mark_best, newest_sound, prune, snapshot_folder, steps
 from ..data.loader import Loader, Validation
 from ..parallel.comm import agree
 from ..parallel.mesh import Mesh
 from ..parallel.together import share, together
-from .start import newest_sound, weights_are_finite
+from .start import weights_are_finite
 from .state import TrainState, data_facts, save_run
 from ..train.config import RunConfig
 from ..train.optim import Optimizer
@@ -85,9 +85,9 @@ class Saver:
         step: int,  # of no later one
     ) -> str:  # its path, on every rank; empty where there is none
         "The newest checkpoint up to a step whose weights are all finite"
-        find = partial(newest_sound, self.checkpoints, step)
+        find = partial(newest_sound, self.checkpoints, look=True, until=step, say=self.say)
         found = together(find, self.world, "looking for a sound checkpoint", only_first=True)
-        return share(str(found.path) if found else "", self.world, "the newest sound checkpoint")
+        return share(str(found) if found else "", self.world, "the newest sound checkpoint")
 
     def mark_best(
         self,

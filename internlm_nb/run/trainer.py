@@ -163,6 +163,7 @@ class Trainer:
         self.model, self.optimizer = self.built.model, self.built.optimizer
         self.troubles = Troubles()
         self.moments = Moments([*own_callbacks(run, self.validation), *callbacks], self.troubles)
+        self.callbacks = self.moments.callbacks
         record = partial(Recorder, run, self.run_dir, self.state.step, self.mesh, sinks, self.say, self.troubles)
         self.recorder = together(record, self.world, "opening outputs")
         lines = summary(run, self.run_dir, self.loader, self.mesh) + describe_links(measure_links(self.mesh))
