@@ -335,6 +335,39 @@ def test_data_that_one_rank_cannot_read_costs_no_step(tmp_path):
     assert [f.step for f in steps(tmp_path / "checkpoints")] == [3]
 
 
+class _Flip(Callback):
+    "Turns one bit of one weight over, on one rank"
+
+    def start(self, trainer):
+        self.trainer = trainer
+
+    def before_step(self, state):
+        if state.step == 3 and self.trainer.mesh.rank == 1:
+            self.trainer.optimizer.engine.leaves[2].master.view(torch.int64)[0] ^= 1
+
+
+def _drifting(mesh, run, folder):
+    try:
+        fit_with(mesh, run, folder, [_Flip()])
+    except (CheckpointError, RankFailed) as e:
+        return type(e).__name__, str(e)
+
+
+def fit_with(mesh, run, folder, callbacks):
+    import internlm_nb.run.callbacks as module
+
+    module.save_plots = lambda run_dir: [run_dir / "plots" / "none"]
+    return trainer(run, folder, mesh=mesh, callbacks=callbacks).fit()
+
+
+def test_copies_that_drift_are_not_saved(tmp_path):
+    "One bit of one weight on one of two ranks: the save before stays the newest, and the parameter is named"
+    got = run_ranks(_drifting, Layout(2), wide_run(train_steps=6, checkpoint_every=2), tmp_path)
+    assert [g[0] for g in got] == ["CheckpointError", "RankFailed"]
+    assert re.match(r"nothing is saved: \S+\.weight differ between ranks", got[0][1]), got
+    assert [f.step for f in steps(tmp_path / "checkpoints")] == [2]
+
+
 def test_nothing_is_saved_when_a_rank_is_gone(tmp_path, no_plots, monkeypatch):
     "A save is the work of all ranks: without one of them it would only hide why"
     t = trainer(tiny_run(train_steps=4), tmp_path)

@@ -345,6 +345,23 @@ def test_other_signals_ask_too(number, tmp_path):
     assert t.fit() is Stopped.INTERRUPTED and t.state.step == 3
 
 
+def test_room_is_asked_for_all_that_stand_at_once(tmp_path, monkeypatch):
+    "Three are kept, so four stand while the newest is written; a run that keeps all is told what it will take"
+    import internlm_nb.checkpoint.durable as durable
+
+    size = trainer(tiny_run(), tmp_path / "first")
+    one = sum(p.stat().st_size for p in Path(size.save().path).iterdir())
+    real = durable.shutil.disk_usage
+    monkeypatch.setattr(durable.shutil, "disk_usage", lambda p: real(p)._replace(free=3 * one))
+    with pytest.raises(CheckpointError, match="keep fewer"):
+        trainer(tiny_run(train_steps=100, checkpoint_every=10), tmp_path / "many")
+    said: list[str] = []
+    trainer(tiny_run(train_steps=100, checkpoint_every=10, checkpoint_keep_last=1), tmp_path / "fewer", said)
+    assert not any("move some away" in line for line in said)
+    trainer(tiny_run(train_steps=100, checkpoint_every=10, checkpoint_keep_last=0), tmp_path / "all", said)
+    assert any("move some away in time" in line for line in said)
+
+
 def test_a_folder_is_held_from_construction_on(tmp_path):
     run = tiny_run()
     t = trainer(run, tmp_path)  # not fitted

@@ -12,16 +12,18 @@ from pathlib import Path
 
 from torch import nn
 
-from ..base.check import Say
+from ..base.check import Say, some
+from ..checkpoint.durable import CheckpointError
 from ..checkpoint.keep import Found, mark_best, newest_sound, prune, snapshot_folder, steps
 from ..data.loader import Loader, Validation
 from ..parallel.comm import agree
 from ..parallel.mesh import Mesh
-from ..parallel.together import share, together
+from ..parallel.together import RankFailed, share, together
 from .start import weights_are_finite
 from .state import TrainState, data_facts, save_run
 from ..train.config import RunConfig
 from ..train.optim import Optimizer
+from ..zero.copies import drifted
 
 # %% ../../nbs/run/10_saver.ipynb #62810f68
 class Saver:
@@ -59,6 +61,7 @@ class Saver:
         folder = Path(share(chosen or "", self.world, "where to save"))
         missing = snapshot or step not in {f.step for f in steps(self.checkpoints)}
         if agree(int(missing and self.world.coord == 0), self.world, "is it to be saved?"):
+            self._refuse_drifted()
             facts, valid = data_facts(self.loader), data_facts(self.validation)
             save_run(folder, self.model, self.optimizer, state, self.run, snapshot, facts, valid, self.mesh)
         if not self.sound(step):
@@ -68,6 +71,15 @@ class Saver:
             together(tidy, self.world, "deleting old checkpoints", only_first=True)
         self.seconds = time.monotonic() - begin
         return Found(step, folder)
+
+    def _refuse_drifted(self) -> None:
+        "Raise CheckpointError where ranks that hold the same weights do not have the same numbers: nothing is saved of them"
+        if names := drifted(self.optimizer.engine):
+            message = (
+                f"nothing is saved: {some(names)} differ between ranks that hold copies of them. A memory or a link is broken, or "
+                "code changes weights on some ranks alone; go on from the newest checkpoint, on other machines"
+            )
+            raise CheckpointError(message) if self.world.coord == 0 else RankFailed(message)
 
     def sound(
         self,
