@@ -114,8 +114,12 @@ def test_torchrun_is_the_same_run(tmp_path, no_plots):
     "options, words",
     [
         ("--data.micro-num 3", r"traceback : micro_num 3 is not a multiple of data 2: [^\n]* so write 4 \(fields: --data.micro-num 3\)"),
-        ("--train.stepz 3", r"traceback : [^\n]*Unrecognized options.*Perhaps you meant.*--train.steps"),
-        ("--train.precision bfloat16 --optim.frozen nothing.*", r"traceback : --optim.frozen: no parameter matches 'nothing\.\*'"),
+        pytest.param("--train.stepz 3", r"traceback : [^\n]*Unrecognized options.*Perhaps you meant.*--train.steps", marks=pytest.mark.slow),
+        pytest.param(
+            "--train.precision bfloat16 --optim.frozen nothing.*",
+            r"traceback : --optim.frozen: no parameter matches 'nothing\.\*'",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_reason_of_a_wrong_option_is_heard(tmp_path, options, words):

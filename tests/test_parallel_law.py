@@ -181,9 +181,10 @@ EIGHT = [
 ]
 
 
-@pytest.mark.parametrize("parallel", [EIGHT[0], *(pytest.param(p, marks=pytest.mark.slow) for p in EIGHT[1:])], ids=range(len(EIGHT)))
+@pytest.mark.slow  # on two cores each takes a minute or two
+@pytest.mark.parametrize("parallel", EIGHT, ids=range(len(EIGHT)))
 def test_law_2_on_eight_ranks(parallel):
-    "Many axes at one time; in CI one of these layouts"
+    "Many axes at one time"
     run, _ = draw(0, "float64")
     experts = dict(num_experts=4, experts_per_token=2, capacity_factor=1.0, aux_loss_coef=0.05) if parallel.expert > 1 else {}
     model = replace(run.model, num_layers=8 if parallel.chunks > 1 else 4, num_kv_heads=4, tie_embeddings=True, **experts)

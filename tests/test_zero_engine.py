@@ -41,7 +41,7 @@ def go(mesh: Mesh, run: RunConfig, model, opt, steps: range):
 # ---- bits
 
 
-BITS = [Sharding(1, 2, 4), Sharding(2, 4, 4)]
+BITS = [Sharding(2, 4, 4)]
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ class Stepper:
         self,
         state: TrainState,  # before the steps that were launched
         wishes: Sequence[float] = (),  # of this rank
-    ) -> tuple[TrainState, list[StepRecord], list[Record], list[bool]]:  # state after them, their records, this rank's own, and for each wish whether any rank has it
+    ) -> tuple[TrainState, list[StepRecord], Sequence[Record], list[bool]]:  # state after them, their records, this rank's own, and for each wish whether any rank has it
         "Wait for the steps that were launched, and count them"
         launched, self.pending = self.pending, []
         got = read_steps(self.figures, launched, wishes, self.wait_s)

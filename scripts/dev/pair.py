@@ -29,9 +29,11 @@ import json, os, resource, sys, time
 from dataclasses import replace
 import torch
 
+sys.meta_path = [f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", "")]  # an installed checkout must not lend what this one lacks
+
 def load(name):
     import importlib
-    for room in ("bench", "apps", "run", "train", "parallel"):
+    for room in ("apps", "train", "parallel", "bench", "run"):  # older rooms first
         try:
             return importlib.import_module(f"internlm_nb.{room}.{name}")
         except ModuleNotFoundError:
@@ -69,9 +71,9 @@ def steps(mesh, case, factors, threads, warm, n, state={}):
     return out[warm:], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, loss
 
 def main():
-    shape, precision, ranks, factors, threads = json.loads(sys.argv[1])
+    shape, precision, ranks, factors, tokens, threads = json.loads(sys.argv[1])
     peers = load("peers")
-    case = peers.Case(peers.shapes()[shape], precision, check=False)
+    case = peers.Case(peers.shapes()[shape], precision, check=False, lengths=(tokens,))
     if ranks == 1:
         from internlm_nb.parallel.mesh import single
         mesh = single()
@@ -93,9 +95,9 @@ if __name__ == "__main__":
 class Worker:
     "A checkout's contender"
 
-    def __init__(self, checkout: Path, case: tuple, threads: int):
+    def __init__(self, checkout: Path, case: tuple, tokens: int, threads: int):
         env = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
-        code = [sys.executable, "-c", WORKER, json.dumps([*case, threads])]
+        code = [sys.executable, "-c", WORKER, json.dumps([*case, tokens, threads])]
         self.process = subprocess.Popen(code, cwd=checkout, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def answer(self):
@@ -123,6 +125,7 @@ def main():
     parse.add_argument("new", type=Path, nargs="?", default=Path(__file__).resolve().parents[2])
     parse.add_argument("--rounds", type=int, default=5)
     parse.add_argument("--steps", type=int, default=3)
+    parse.add_argument("--tokens", type=int, default=512, help="of a micro-batch; a step has two of them")
     parse.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parse.add_argument("--only", default="", help="cases whose name has this in it")
     parse.add_argument("--out", type=Path)
@@ -131,7 +134,7 @@ def main():
     for name, case in CASES.items():
         if args.only not in name:
             continue
-        sides = [Worker(path.resolve(), case, args.threads) for path in (args.old, args.new)]
+        sides = [Worker(path.resolve(), case, args.tokens, args.threads) for path in (args.old, args.new)]
         for side in sides:
             side.answer()
         turns = [[side.turn(args.steps) for side in sides[:: 1 if i % 2 == 0 else -1]][:: 1 if i % 2 == 0 else -1] for i in range(args.rounds)]
