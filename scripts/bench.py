@@ -2,7 +2,7 @@
 
 import sys
 
-from internlm_nb.bench.cli import main
+from internlm_nb.apps.start import bench
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(bench())

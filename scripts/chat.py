@@ -2,7 +2,7 @@
 
 import sys
 
-from internlm_nb.apps.chat import main
+from internlm_nb.apps.start import chat
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(chat())

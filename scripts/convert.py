@@ -2,7 +2,7 @@
 
 import sys
 
-from internlm_nb.apps.convert import main
+from internlm_nb.apps.start import convert
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(convert())

@@ -2,7 +2,7 @@
 
 import sys
 
-from internlm_nb.apps.prepare import main
+from internlm_nb.apps.start import data
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(data())

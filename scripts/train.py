@@ -2,7 +2,7 @@
 
 import sys
 
-from internlm_nb.apps.pretrain import cli
+from internlm_nb.apps.start import train
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    sys.exit(train())

@@ -141,17 +141,26 @@ def test_without_peers_everything_still_runs(tmp_path, monkeypatch):
     assert result_text(record["results"][0]) in "\n".join(said) and result_text(record["results"][0]) in table(record)
 
 
+def beside_transformers(part: str, folder: Path) -> list[dict]:
+    "Results of a part's smoke test"
+    common = ["--smoke", "--peers", "transformers", "--dtype", "float32", "--rounds", "1", "--threads", "1", "--out", str(folder)]
+    assert main([part, *common], lambda line: None) == 0
+    return load(next(folder.glob(f"*_{part}.json")))["results"]
+
+
 @needs_transformers
-def test_smoke_with_a_peer(tmp_path):
-    "Training, packed documents, writing: the same work on both sides, and a record that says so"
-    common = ["--smoke", "--peers", "transformers", "--dtype", "float32", "--rounds", "1", "--threads", "1", "--out", str(tmp_path)]
-    for part in ("packed", "generate"):
-        assert main([part, *common], lambda line: None) == 0
-    packed, written = (load(next(tmp_path.glob(f"*_{part}.json"))) for part in ("packed", "generate"))
-    for result in packed["results"]:
+def test_packed_training_beside_a_peer(tmp_path):
+    "The same work on both sides, and a record that says so"
+    for result in beside_transformers("packed", tmp_path):
         assert result["differences"] == [] and set(result["ratios"]) == {"transformers"}
         assert result["contenders"]["ours"]["loss32"] == pytest.approx(result["contenders"]["transformers"]["loss32"], rel=1e-5)
-    for result in written["results"]:
+
+
+@pytest.mark.slow
+@needs_transformers
+def test_writing_beside_a_peer(tmp_path):
+    "The same words from both"
+    for result in beside_transformers("generate", tmp_path):
         assert result["first_difference"] == {"transformers": None}
         assert first_difference(result["contenders"]["ours"]["answers"], result["contenders"]["transformers"]["answers"]) is None
 
@@ -169,4 +178,4 @@ def test_a_field_has_each_peer_in_each_style():
 
 def test_the_script_is_a_few_lines():
     text = (Path(__file__).parents[1] / "scripts" / "bench.py").read_text()
-    assert len(text.splitlines()) < 12 and "internlm_nb.bench.cli" in text
+    assert len(text.splitlines()) < 12 and "internlm_nb.apps.start" in text

@@ -229,7 +229,7 @@ def test_no_room(place, monkeypatch, tmp_path):
     real = durable.shutil.disk_usage
     monkeypatch.setattr(durable.shutil, "disk_usage", lambda p: real(p)._replace(free=1000))
     code, _, err = call(place, f"mine.py --run-dir {tmp_path}/r", monkeypatch)
-    assert code == 2 and "needs 298 kB" in err and "1 kB free" in err and not (tmp_path / "r").exists()
+    assert code == 2 and "needs 595 kB" in err and "1 kB free" in err and not (tmp_path / "r").exists()
     monkeypatch.setattr(durable.shutil, "disk_usage", real)
     fsync, calls = os.fsync, []
 

@@ -31,7 +31,7 @@ def memory_needed(
     "Weights, gradients, masters and moments of one rank; activations come on top. With a pipeline it is the mean of the stages"
     p, z, l, cfg = PRECISIONS[run.train.precision], run.zero, run.parallel, run.model
     sharding = Sharding(z.param, z.grad, z.optim).resolved(ranks)
-    grad = (p.param if z.grad_dtype == "param" and (sharding != Sharding() or z.offload) else p.master).itemsize
+    grad = (p.param if z.grad_dtype == "param" else p.master).itemsize
     widths = Widths(p.param.itemsize, grad, grad, p.master.itemsize if p.has_master else 0, 2 * p.master.itemsize)
     if z.offload:
         widths = widths._replace(master=0, moments=0)
@@ -41,7 +41,8 @@ def memory_needed(
     unit, unit_of_experts = max(block, cfg.vocab_size * cfg.hidden_size) // l.tensor, of_experts // (l.tensor * l.expert)
     own = state_bytes(experts, sharding.for_experts(max(1, ranks // l.expert)), unit_of_experts, z.reshard, widths) if experts else None
     moving = 2 * 3 * p.master.itemsize * max(unit, unit_of_experts) // sharding.optim if z.offload else 0  # slices on their way to and from the host
-    return int(state_bytes(dense, sharding, unit, z.reshard, widths).total + (own.total if own else 0) + moving)
+    cast = p.master.itemsize * (dense + experts) // sharding.optim if grad < p.master.itemsize and not z.offload else 0  # gradients, for the update
+    return int(state_bytes(dense, sharding, unit, z.reshard, widths).total + (own.total if own else 0) + moving + cast)
 
 
 def checkpoint_bytes(

@@ -158,7 +158,7 @@ def ask_for_room(
     "Raise CheckpointError when the disk has no room for those that stand at the same time; a remark where all of a run are kept, which somebody may still move away"
     keep, left = run.checkpoint, run.train.steps - step
     every = [n for n in (keep.every, 0 if keep.keep_last else keep.snapshot_every) if n]
-    saves = left // min(every) + 1 if every else 1
+    saves = max(1, -(-left // min(every))) if every else 1
     at_once = min(keep.keep_last + 1, saves) if keep.keep_last else 1  # an old one goes when the new one stands
     best, snapshots = keep.best and run.train.valid_every > 0, keep.snapshot_every > 0
     free = require_space(run_dir, space_needed(size_bytes, at_once - 1, 1, best, snapshots, run_dir / CHECKPOINTS))

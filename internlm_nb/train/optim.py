@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.profiler import record_function
 
 from ..base.check import some
 from ..base.values import check_fields, check_range
@@ -130,10 +131,13 @@ class FusedAdamW:
     @torch.no_grad()
     def step(
         self,
-        grads: Mapping[Tensor, Tensor],  # of each master
+        grads: Mapping[Tensor, Tensor],  # of each master, in its dtype; multiplied in place
+        factor: Tensor,  # () by which gradients are multiplied
         found_inf: Tensor,  # () float32: 1 where nothing is to change, the step counts neither
     ) -> None:
         "Update all masters by their gradients"
+        if grads:
+            torch._foreach_mul_(list(grads.values()), factor)  # type: ignore[reportPrivateImportUsage]
         for group in self.param_groups:
             masters = group["params"]
             states = [self.state[m] for m in masters]
@@ -230,10 +234,10 @@ class Optimizer:
         grads = self.collect()
         norm = self.engine.squares(grads).sqrt().to(self.engine.master) / self.loss_scale.scale
         coef = (self.cfg.clip / (norm + 1e-6)).clamp(max=1.0) if self.cfg.clip > 0 else torch.ones_like(norm)
-        if grads:
-            torch._foreach_mul_(grads, coef / self.loss_scale.scale)  # type: ignore[reportPrivateImportUsage]
         skipped = (~torch.isfinite(norm)).float()
-        self.inner.step({leaf.master: grad for leaf, grad in zip(self.engine.leaves, grads)}, skipped)
+        by_master = {leaf.master: grad for leaf, grad in zip(self.engine.leaves, grads)}
+        with record_function("Optimizer.step"):  # as PyTorch's optimizers are called in a profile
+            self.inner.step(by_master, coef / self.loss_scale.scale, skipped)
         self.engine.updated()
         self.loss_scale.update(skipped)
         return UpdateInfo(norm, skipped)

@@ -229,7 +229,7 @@ class HybridZero:
         self._last = True
 
     @torch.no_grad()
-    def finish(self) -> list[Tensor]:  # for each leaf its gradient, of all ranks and micro-batches, in the master's dtype
+    def finish(self) -> list[Tensor]:  # for each leaf its gradient, of all ranks and micro-batches, in the master's dtype; with `offload` as it was summed
         "Wait for every reduction. Raises RuntimeError that names a parameter without a gradient; in check mode ZeroError for one that is not finite"
         for sums in self.sums.values():
             self.journeys.push(sums.flush())
@@ -239,7 +239,9 @@ class HybridZero:
         self.pool.clear()
         if self.check:
             self._look_for_lost()
-        grads = [self.sums[x.unit].piece(x.name, x.start, x.stop, x.unit.layout.slice_of(x.unit.spot)[0]).to(self.master) for x in self.leaves]
+        grads = [self.sums[x.unit].piece(x.name, x.start, x.stop, x.unit.layout.slice_of(x.unit.spot)[0]) for x in self.leaves]
+        if not self.offload:  # otherwise each is cast when its turn comes: there may be no room for all
+            grads = [g.to(self.master) for g in grads]
         for names, axis, purpose, coords in self.extra_sums:
             add_up([g for leaf, g in zip(self.leaves, grads) if leaf.name in names], axis, purpose, coords)
         if self.check:
@@ -262,7 +264,7 @@ class HybridZero:
     ) -> Tensor:  # () float64
         "Sum of squares of the whole model's gradient, the same on every rank: each element is counted by one rank"
         mine = [g for leaf, g in zip(self.leaves, grads) if leaf.counted and leaf.unit.axes.copies.coord == 0]
-        norms = torch._foreach_norm(mine) if mine else []  # type: ignore[reportPrivateImportUsage]
+        norms = torch._foreach_norm(mine, 2, self.master) if mine else []  # type: ignore[reportPrivateImportUsage]
         total = torch.stack([n.double() for n in norms]).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         return all_reduce(total, self.mesh.axis("world"), "gradient norm")
 

@@ -58,7 +58,8 @@ class HostAdamW:
     @torch.no_grad()
     def step(
         self,
-        grads: Mapping[Tensor, Tensor],  # of each master, on the device
+        grads: Mapping[Tensor, Tensor],  # of each master, on the device, in any dtype
+        factor: Tensor,  # () by which gradients are multiplied
         found_inf: Tensor,  # () float32, on the device: 1 where nothing is to change
     ) -> None:
         "Update all masters by their gradients"
@@ -74,7 +75,7 @@ class HostAdamW:
             if there is not None:
                 torch.cuda.current_stream(self.device).wait_event(there)
             adamw(
-                [here[0]], [grads[master]], [here[1]], [here[2]], [], [self.state[master]["step"]], fused=True, found_inf=found_inf, amsgrad=False,
+                [here[0]], [grads[master].to(master.dtype) * factor], [here[1]], [here[2]], [], [self.state[master]["step"]], fused=True, found_inf=found_inf, amsgrad=False,
                 beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             )  # fmt: skip
             held.append((here, self._return(master, here)))
