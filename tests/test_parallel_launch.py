@@ -171,6 +171,7 @@ def wait_for_steps(metrics: Path, lines: int, process: subprocess.Popen) -> None
         time.sleep(0.1)
 
 
+@pytest.mark.slow  # the same of --nproc is in test_ranks_of_one_machine
 def test_a_killed_rank_ends_the_job_and_is_named(tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
     process = torchrun(str(tmp_path / "mine.py"), "--run-dir", "out", "--train.steps", "100000", "--parallel.timeout", "30", cwd=tmp_path)
