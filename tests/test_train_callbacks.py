@@ -63,6 +63,9 @@ def test_the_moments_of_a_run(tmp_path):
     notes = Notes()
     trainer(tiny_run(train_steps=2, checkpoint_every=0), tmp_path, callbacks=[notes]).fit()
     assert notes.seen == ["start", "before 0", "after 0", "before 1", "after 1", "saved 2", "close"]
+    notes = Notes()  # the last step is one to save, and it is the best, and the run ends there: it is saved once
+    trainer(tiny_run(train_steps=2, checkpoint_every=2, train_valid_every=1), tmp_path / "best", callbacks=[notes]).fit()
+    assert [what for what in notes.seen if what.startswith("saved")] == ["saved 1", "saved 2"]
 
 
 def test_wishes_are_granted(tmp_path):

@@ -44,6 +44,7 @@ class Saver:
         self.world = mesh.axis("world")
         self.say = say
         self.seconds = 0.0  # that the last save took
+        self.wrote = False  # did it write, or was the checkpoint there already?
         self.lost_at: int | None = None  # the first step after which a weight was found not to be finite
 
     def save(
@@ -60,7 +61,8 @@ class Saver:
         chosen = together(partial(self._choose, step, snapshot), self.world, "choosing where to save", only_first=True)
         folder = Path(share(chosen or "", self.world, "where to save"))
         missing = snapshot or step not in {f.step for f in steps(self.checkpoints)}
-        if agree(int(missing and self.world.coord == 0), self.world, "is it to be saved?"):
+        self.wrote = bool(agree(int(missing and self.world.coord == 0), self.world, "is it to be saved?"))
+        if self.wrote:
             self._refuse_drifted()
             facts, valid = data_facts(self.loader), data_facts(self.validation)
             save_run(folder, self.model, self.optimizer, state, self.run, snapshot, facts, valid, self.mesh)
@@ -69,7 +71,8 @@ class Saver:
         if self.run.checkpoint.keep_last:
             tidy = partial(self._tidy, state)
             together(tidy, self.world, "deleting old checkpoints", only_first=True)
-        self.seconds = time.monotonic() - begin
+        if self.wrote:
+            self.seconds = time.monotonic() - begin
         return Found(step, folder)
 
     def _refuse_drifted(self) -> None:

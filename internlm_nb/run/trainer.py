@@ -194,8 +194,9 @@ class Trainer:
     ) -> Found:
         "Write a checkpoint of the current step, unless it is there already; then delete what is no longer to be kept"
         found = self.saver.save(self.state, snapshot)
-        self.recorder.sinks.event(f"saved {found.path} in {self.saver.seconds:.1f} s", self.state.step)
-        self.moments.each("after_save", found.path)
+        if self.saver.wrote:
+            self.recorder.sinks.event(f"saved {found.path} in {self.saver.seconds:.1f} s", self.state.step)
+            self.moments.each("after_save", found.path)
         return found
 
     def fit(
