@@ -59,7 +59,7 @@ class HostAdamW:
     def step(
         self,
         grads: Mapping[Tensor, Tensor],  # of each master, on the device, in any dtype
-        factor: Tensor,  # () by which gradients are multiplied
+        factor: Tensor,  # () by which gradients are multiplied, in place where they have the master's dtype
         found_inf: Tensor,  # () float32, on the device: 1 where nothing is to change
     ) -> None:
         "Update all masters by their gradients"
@@ -69,13 +69,14 @@ class HostAdamW:
         for i, (master, group) in enumerate(todo):
             assert following is not None
             here, there = following
+            scaled = grads[master].to(master.dtype).mul_(factor)  # in place, where the dtype is the same
             while len(held) > 1:
                 held.pop(0)
             following = self._fetch(todo[i + 1][0], held[0][1] if held else None) if i + 1 < len(todo) else None
             if there is not None:
                 torch.cuda.current_stream(self.device).wait_event(there)
             adamw(
-                [here[0]], [grads[master].to(master.dtype) * factor], [here[1]], [here[2]], [], [self.state[master]["step"]], fused=True, found_inf=found_inf, amsgrad=False,
+                [here[0]], [scaled], [here[1]], [here[2]], [], [self.state[master]["step"]], fused=True, found_inf=found_inf, amsgrad=False,
                 beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
             )  # fmt: skip
             held.append((here, self._return(master, here)))
