@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -66,12 +67,14 @@ def wide_run(**fields) -> RunConfig:
     return tiny_run(replace(TINY, vocab_size=96), **fields)
 
 
-def fit(mesh: Mesh | None, run: RunConfig, folder: Path, count: int | None = None, said: list[str] | None = None) -> Stopped:
+def fit(
+    mesh: Mesh | None, run: RunConfig, folder: Path, count: int | None = None, said: list[str] | None = None, callbacks: Sequence[Callback] = ()
+) -> Stopped:
     "What each rank does"
     import internlm_nb.run.callbacks as module
 
     module.save_plots = lambda run_dir: [run_dir / "plots" / "none"]
-    return trainer(run, folder, said, mesh=mesh).fit(count)
+    return trainer(run, folder, said, mesh=mesh, callbacks=callbacks).fit(count)
 
 
 def close(a: Path, b: Path, tolerance: float) -> None:
@@ -353,16 +356,9 @@ class _Flip(Callback):
 
 def _drifting(mesh, run, folder):
     try:
-        fit_with(mesh, run, folder, [_Flip()])
+        fit(mesh, run, folder, callbacks=[_Flip()])
     except (CheckpointError, RankFailed) as e:
         return type(e).__name__, str(e)
-
-
-def fit_with(mesh, run, folder, callbacks):
-    import internlm_nb.run.callbacks as module
-
-    module.save_plots = lambda run_dir: [run_dir / "plots" / "none"]
-    return trainer(run, folder, mesh=mesh, callbacks=callbacks).fit()
 
 
 def test_copies_that_drift_are_not_saved(tmp_path):

@@ -68,7 +68,7 @@ def allocate(
     model: Model,  # whose parameters and buffers have shapes and no memory (device "meta")
     device: torch.device | str,  # where they are to lie
 ) -> Model:  # the same
-    "Memory of any content. `to_empty` does it too, and loads PyTorch's symbolic shapes for it: seconds, in every process that starts"
+    "Memory of any content. `to_empty` does it too, and loads PyTorch's symbolic shapes for it: 0.7 s in every process that starts"
     made: dict[Tensor, nn.Parameter] = {}  # a parameter that two modules share stays one
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):

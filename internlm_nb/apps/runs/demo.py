@@ -14,6 +14,7 @@ __all__ = ["finish", "prepare", "run"]
 
 
 def run() -> RunConfig:
+    "All fields; the head of this file says for which worlds, and whose recipe it is"
     model = ModelConfig(
         family="internlm2", vocab_size=8192, hidden_size=256, num_layers=6, num_heads=4, num_kv_heads=2,
         mlp_ratio=3.5, multiple_of=128, max_position_embeddings=256, rope_base=10_000.0,

@@ -10,6 +10,7 @@ from internlm_nb.train.schedules import ScheduleConfig
 
 
 def run() -> RunConfig:
+    "All fields; the head of this file says for which worlds, and whose recipe it is"
     return RunConfig(
         name="sft",
         model=preset("internlm2-1.8b"),
