@@ -131,7 +131,7 @@ WRONG = [  # the line, and words that the message must have: what is wrong, and 
     ("mine.py --parallel.pipeline 2", "--parallel.pipeline 2 torchrun --nproc-per-node 2"),
     ("mine.py --parallel.schedule zbh1", "--parallel.schedule is zbh1 --parallel.pipeline is 1"),
     ("mine.py --data.rampup '5 1 1'", "rampup start between 1 and the batch of 2 packs"),
-    ("mine.py --data.skip-batches a", "skip_batches 3-5,9"),
+    ("mine.py --data.skip-batches a", "--data.skip-batches 3-5,9"),
     ("mine.py --data.train-folder nope", "nope neither a folder"),
     ("mine.py --data.train-folder empty", "empty no .bin files prepare_data.py build"),
     ("mine.py --data.train-folder big", "a.bin, line vocabulary of 97 another tokenizer"),

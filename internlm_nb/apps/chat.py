@@ -33,7 +33,16 @@ def room(
     used: int,  # tokens that it reads
     wanted: int,  # tokens that it may write
 ) -> int:  # tokens that it may write within the length that it was made for
-    "How long an answer can be; ValueError when there is no room at all"
+    """How long an answer can be; ValueError when there is no room at all
+
+    Args:
+        model: that is to read and write
+        used: tokens that it reads
+        wanted: tokens that it may write
+
+    Returns:
+        tokens that it may write within the length that it was made for
+    """
     cfg = model.cfg
     if cfg.rope_scaling == "dynamic":
         return wanted
@@ -47,7 +56,17 @@ DEFAULT = Sampling(temperature=0.8, top_p=0.8)  # what InternLM's chat models ar
 
 
 class Chatter:
-    "A model in a conversation"
+    """A model in a conversation
+
+    Args:
+        model: ready to run
+        tokenizer: of the model
+        style: "v1", "v2", "none" (continue texts), or "auto": what the tokenizer has signs for
+        sampling: how tokens are chosen; answer n takes its seed + n
+        max_new_tokens: of an answer
+        system: said before the conversation, in formats that have a system role
+        stop_ids: that end an answer besides those of the format
+    """
 
     def __init__(
         self,
@@ -84,7 +103,14 @@ class Chatter:
         self,
         words: str,  # of the user; with style none, the beginning of a text
     ) -> Generator[str, None, None]:  # pieces of the answer
-        "Answer, or go on with a text. `ended` says afterwards whether the model came to an end by itself"
+        """Answer, or go on with a text. `ended` says afterwards whether the model came to an end by itself
+
+        Args:
+            words: of the user; with style none, the beginning of a text
+
+        Returns:
+            pieces of the answer
+        """
         if self.talk is None:
             ids = context = first_ids(self.tokenizer) + self.tokenizer.encode(words, marks=False)
         else:
@@ -114,7 +140,13 @@ def converse(
     ask: Callable[[], str],  # gives the next line; EOFError when there is none
     write: Callable[[str], object],  # takes pieces of text as they come
 ) -> None:
-    "Talk until /exit or the end of the input"
+    """Talk until /exit or the end of the input
+
+    Args:
+        chatter: who answers
+        ask: gives the next line; EOFError when there is none
+        write: takes pieces of text as they come
+    """
     while True:
         try:
             line = ask()
@@ -139,7 +171,13 @@ def answer(
     words: str,  # what is said
     write: Callable[[str], object],  # takes pieces of text as they come
 ) -> None:
-    "One answer and a line break; says so when it was interrupted or cut, or cannot be"
+    """One answer and a line break; says so when it was interrupted or cut, or cannot be
+
+    Args:
+        chatter: who answers
+        words: what is said
+        write: takes pieces of text as they come
+    """
     try:
         with closing(chatter.reply(words)) as pieces:
             for piece in pieces:
@@ -175,7 +213,11 @@ def parser() -> argparse.ArgumentParser:
 def open_chat(
     args: argparse.Namespace,  # of `parser`
 ) -> Chatter:
-    "The model of a command line; raises what `load_model` raises, and ValueError for settings that cannot be"
+    """The model of a command line; raises what `load_model` raises, and ValueError for settings that cannot be
+
+    Args:
+        args: of `parser`
+    """
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {args.max_new_tokens}: it must be at least 1")
     seed = secrets.randbits(31) if args.seed is None else args.seed
@@ -209,7 +251,11 @@ def ask_terminal() -> str:
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:
-    "What internlm-chat does; the exit code: 0 well, 2 could not be done, 130 interrupted"
+    """What internlm-chat does; the exit code: 0 well, 2 could not be done, 130 interrupted
+
+    Args:
+        argv: arguments; None: those of the process
+    """
     args = parser().parse_args(argv)
     for pipe in (sys.stdin, sys.stdout):  # bytes that are no text, and signs that the terminal does not know, end no conversation
         if isinstance(pipe, io.TextIOWrapper):

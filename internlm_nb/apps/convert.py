@@ -83,7 +83,15 @@ def source_folder(
     src: str | Path,  # as the user gave it
     command: str,  # one of `COMMANDS`
 ) -> Path:  # the folder to read; of a run, its newest checkpoint
-    "CheckpointError when a folder is of another kind than the command reads, saying which command reads it"
+    """CheckpointError when a folder is of another kind than the command reads, saying which command reads it
+
+    Args:
+        src: as the user gave it
+        command: one of `COMMANDS`
+
+    Returns:
+        the folder to read; of a run, its newest checkpoint
+    """
     kind, wanted = kind_of(src), READS[command]
     if kind not in ("unknown", wanted):
         other = {"native": "to-hf and to-internevo read that", "huggingface": "from-hf reads that", "internevo": "from-internevo reads that"}[kind]
@@ -98,7 +106,11 @@ def source_folder(
 def wanted_tokenizer(
     name: str | None,  # as the user gave it; None: not at all
 ) -> Tokenizer | JsonTokenizer | None:
-    "A tokenizer that was named, opened; an error says which option was wrong"
+    """A tokenizer that was named, opened; an error says which option was wrong
+
+    Args:
+        name: as the user gave it; None: not at all
+    """
     if name is None or name == "none":
         return None
     try:
@@ -112,7 +124,16 @@ def export(
     src: Path,  # the checkpoint
     remark: Say,  # is told what the user should know besides
 ) -> str:  # what was done, in a line
-    "Native weights to a Hugging Face folder, with the tokenizer that was named or is found"
+    """Native weights to a Hugging Face folder, with the tokenizer that was named or is found
+
+    Args:
+        args: of `to-hf`
+        src: the checkpoint
+        remark: is told what the user should know besides
+
+    Returns:
+        what was done, in a line
+    """
     own = wanted_tokenizer(args.tokenizer) or (find_tokenizer(src, Checkpoint(src).state) if args.tokenizer is None else None)
     native_to_hf(src, args.dst, own or "none", _dtype(args), add_bos=getattr(args, "add_bos", None), progress=True)
     if own is None:
@@ -131,7 +152,15 @@ def convert(
     args: argparse.Namespace,  # from `parser`
     remark: Say = print,  # is told what the user should know besides
 ) -> str:  # what was done, in a line
-    "One conversion; ValueError, OSError, CheckpointError say what cannot be done"
+    """One conversion; ValueError, OSError, CheckpointError say what cannot be done
+
+    Args:
+        args: from `parser`
+        remark: is told what the user should know besides
+
+    Returns:
+        what was done, in a line
+    """
     dst = Path(args.dst)
     if os.path.lexists(dst):
         raise FileExistsError(f"{dst} exists and is never written over: choose another folder, or delete it")
@@ -158,7 +187,11 @@ def convert(
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:
-    "What internlm-convert does; the exit code: 0 well, 2 could not be done, 130 interrupted"
+    """What internlm-convert does; the exit code: 0 well, 2 could not be done, 130 interrupted
+
+    Args:
+        argv: arguments; None: those of the process
+    """
     args, name = parser().parse_args(argv), program("convert.py", "internlm-convert")
     try:
         print(convert(args, lambda line: print(f"convert.py {args.command}: {line}", file=sys.stderr)))

@@ -43,7 +43,16 @@ def prepare_corpus(
     vocab_size: int,  # Pieces of the tokenizer
     cache: Path,  # Folder that keeps prepared corpora
 ) -> Path:  # With tokenizer.model, train/TYPE/*.bin and valid/TYPE/*.bin
-    "Train a tokenizer on the train split and write token files of both, or find them in the cache. Whole or not at all"
+    """Train a tokenizer on the train split and write token files of both, or find them in the cache. Whole or not at all
+
+    Args:
+        texts: split ("train", "valid") -> type -> documents
+        vocab_size: Pieces of the tokenizer
+        cache: Folder that keeps prepared corpora
+
+    Returns:
+        With tokenizer.model, train/TYPE/*.bin and valid/TYPE/*.bin
+    """
     digest = hashlib.sha256(json.dumps([vocab_size, texts], sort_keys=True).encode()).hexdigest()[:12]
     folder = cache / f"demo-{digest}"
     if folder.exists():
@@ -67,7 +76,14 @@ def prepare_corpus(
 def prepare(
     run: RunConfig,  # The demo, with the command line's values
 ) -> RunConfig:  # With its folders filled in
-    "Put the embedded corpus in place, unless the user named an own train folder"
+    """Put the embedded corpus in place, unless the user named an own train folder
+
+    Args:
+        run: The demo, with the command line's values
+
+    Returns:
+        With its folders filled in
+    """
     if run.data.train_folder:
         return run
     print("preparing the embedded corpus (English, Chinese and code): tokenizer and token files, kept for the next time", flush=True)
@@ -83,7 +99,18 @@ def bits_per_byte(
     seq_len: int,  # Context: longer documents are read in pieces
     device: torch.device | str = "cpu",  # Where the model is
 ) -> dict[str, float]:  # By type, and "all"
-    "How many bits the model needs for each byte of text, the end of each document included"
+    """How many bits the model needs for each byte of text, the end of each document included
+
+    Args:
+        model: Trained
+        tokenizer: Of its data
+        texts: type -> documents
+        seq_len: Context: longer documents are read in pieces
+        device: Where the model is
+
+    Returns:
+        By type, and "all"
+    """
     bits, size = {}, {}
     for kind, docs in texts.items():
         tokens = [tokenizer.encode(t, bos=True, eos=True, marks=False) for t in docs]
@@ -97,7 +124,15 @@ def compressor_bits(
     train: bytes,  # What a primed compressor may read first
     text: bytes,  # What is compressed
 ) -> dict[str, float]:  # Compressor -> bits per byte of `text`
-    "Bits per byte of gzip, bzip2 and xz at their strongest usual setting, and of xz primed with the training text"
+    """Bits per byte of gzip, bzip2 and xz at their strongest usual setting, and of xz primed with the training text
+
+    Args:
+        train: What a primed compressor may read first
+        text: What is compressed
+
+    Returns:
+        Compressor -> bits per byte of `text`
+    """
 
     def xz(data: bytes) -> int:
         return len(lzma.compress(data, preset=9))
@@ -115,7 +150,16 @@ def compare(
     train: Mapping[str, Sequence[str]],  # type -> documents
     held_out: Mapping[str, Sequence[str]],  # type -> documents
 ) -> dict[str, dict[str, float]]:  # Row -> column -> bits per byte
-    "The model's row, and one for each compressor"
+    """The model's row, and one for each compressor
+
+    Args:
+        model_bits: By type, and "all"
+        train: type -> documents
+        held_out: type -> documents
+
+    Returns:
+        Row -> column -> bits per byte
+    """
 
     def joined(docs: Iterable[str]) -> bytes:
         return "\n".join(docs).encode()
@@ -133,7 +177,11 @@ def compare(
 def table(
     rows: Mapping[str, Mapping[str, float]],  # Row -> column -> bits per byte, the model's row first
 ) -> str:
-    "The comparison as text, and in words which compressors the model beats on the whole"
+    """The comparison as text, and in words which compressors the model beats on the whole
+
+    Args:
+        rows: Row -> column -> bits per byte, the model's row first
+    """
     names, columns = list(rows), list(next(iter(rows.values())))
     width = max(map(len, names))
     lines = ["held-out bits per byte (lower is better)", " " * width + "".join(f"{c:>8}" for c in columns)]
@@ -155,7 +203,18 @@ def samples(
     tokens: int = 80,  # To write for each
     seed: int = 0,  # Of the sampling
 ) -> dict[str, tuple[str, str]]:  # type -> (beginning of a held-out document, what the model wrote after it)
-    "Let the model go on where held-out documents begin"
+    """Let the model go on where held-out documents begin
+
+    Args:
+        model: Trained
+        tokenizer: Of its data
+        held_out: type -> documents
+        tokens: To write for each
+        seed: Of the sampling
+
+    Returns:
+        type -> (beginning of a held-out document, what the model wrote after it)
+    """
     starts = {kind: docs[0][:48] for kind, docs in held_out.items()}
     prompts = [tokenizer.encode(t, bos=True, marks=False) for t in starts.values()]
     stop = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
@@ -166,7 +225,11 @@ def samples(
 def finish(
     trainer: Trainer,  # After its last step
 ) -> None:
-    "Print and keep (report.txt, report.json) the comparison with compressors and a sample of the model's writing"
+    """Print and keep (report.txt, report.json) the comparison with compressors and a sample of the model's writing
+
+    Args:
+        trainer: After its last step
+    """
     folders = trainer.run.data.train_folder
     prepared = Path(folders[0]).parent
     if not (prepared / "tokenizer.model").is_file() or not prepared.name.startswith("demo-"):

@@ -37,7 +37,11 @@ __all__ = ['open_tokenizer', 'tokenizer_of', 'decode', 'show', 'parser', 'run_to
 def open_tokenizer(
     path: str | Path,  # a .model, a tokenizer.json, or a folder with one of them
 ) -> Any:
-    "The tokenizer that the user names. FileNotFoundError where there is none, ValueError where it cannot be read"
+    """The tokenizer that the user names. FileNotFoundError where there is none, ValueError where it cannot be read
+
+    Args:
+        path: a .model, a tokenizer.json, or a folder with one of them
+    """
     path = tokenizer_file(path)
     if path.suffix.lower() != ".json":
         return Tokenizer(path)
@@ -59,7 +63,12 @@ def tokenizer_of(
     named: str | None,  # by the user
     tokens: str | Path,  # token files
 ) -> Any:
-    "The named tokenizer, or the one that lies with the token files; ValueError when there is none"
+    """The named tokenizer, or the one that lies with the token files; ValueError when there is none
+
+    Args:
+        named: by the user
+        tokens: token files
+    """
     found = named or find_tokenizer(tokens)
     if found is None:
         raise ValueError(f"no tokenizer lies beside {tokens}: name the one that made it with --tokenizer")
@@ -72,7 +81,14 @@ def decode(
     tokenizer: AnyTokenizer,  # that made the ids
     overwrite: bool = False,  # replace an existing file
 ) -> int:
-    "Token files back to text; the number of documents. FileExistsError, TokenFileError."
+    """Token files back to text; the number of documents. FileExistsError, TokenFileError.
+
+    Args:
+        src: a `.bin` file, or a folder of them
+        dst: `.jsonl`: {"text": ...} a line; anything else: plain text, a document a line
+        tokenizer: that made the ids
+        overwrite: replace an existing file
+    """
     dst = Path(dst)
     if dst.exists() and not overwrite:
         raise FileExistsError(f"{dst} exists: choose another name, or ask for it to be overwritten")
@@ -96,7 +112,14 @@ def show(
     first: int = 0,  # first document
     count: int = 3,  # documents
 ) -> str:
-    "A few documents in words: type, tokens, targets, text; prompts stand in ⟦…⟧"
+    """A few documents in words: type, tokens, targets, text; prompts stand in ⟦…⟧
+
+    Args:
+        src: a `.bin` file, or a folder of them
+        tokenizer: that made the ids
+        first: first document
+        count: documents
+    """
     documents = read_tokens(src, vocab_size=tokenizer.vocab_size)
     out = []
     for i in range(first, min(first + count, len(documents))):
@@ -268,7 +291,14 @@ def _texts_to_learn(args: argparse.Namespace, sources: Sequence[Path], bar: tqdm
 def run_tokenizer(
     args: argparse.Namespace,  # options of the command
 ) -> int:  # exit code
-    "`tokenizer`"
+    """`tokenizer`
+
+    Args:
+        args: options of the command
+
+    Returns:
+        exit code
+    """
     dst = Path(args.dst)
     dst = dst / "tokenizer.model" if dst.is_dir() or not dst.suffix else dst
     if dst.suffix != ".model":
@@ -305,7 +335,14 @@ def _figures(built: Built) -> str:
 def run_build(
     args: argparse.Namespace,  # options of the command
 ) -> int:  # exit code
-    "`build`"
+    """`build`
+
+    Args:
+        args: options of the command
+
+    Returns:
+        exit code
+    """
     for name in ("max_length", "processes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
@@ -347,7 +384,14 @@ def run_build(
 def run_verify(
     args: argparse.Namespace,  # options of the command
 ) -> int:  # exit code
-    "`verify`"
+    """`verify`
+
+    Args:
+        args: options of the command
+
+    Returns:
+        exit code
+    """
     try:
         beside = None if args.tokenizer or args.vocab_size else find_tokenizer(args.folder)
     except ValueError as fault:
@@ -381,7 +425,14 @@ def run_verify(
 def run_corpus(
     args: argparse.Namespace,  # options of the command
 ) -> int:  # exit code
-    "`corpus`"
+    """`corpus`
+
+    Args:
+        args: options of the command
+
+    Returns:
+        exit code
+    """
     root = Path(args.dst)
     splits = {split: corpus(split) for split in ("train", "valid")}
     if args.tokenizer:
@@ -402,7 +453,11 @@ def run_corpus(
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:
-    "What internlm-data does; the exit code: 0 well, 1 faults found, 2 could not be done, 130 interrupted"
+    """What internlm-data does; the exit code: 0 well, 1 faults found, 2 could not be done, 130 interrupted
+
+    Args:
+        argv: arguments; None: those of the process
+    """
     args, name = parser().parse_args(argv), program("prepare_data.py", "internlm-data")
     try:
         if args.command == "build":

@@ -52,7 +52,15 @@ def own_options(
     argv: Sequence[str],  # the command line without the program's name
     runs: Path,  # folder of the runs that have names
 ) -> tuple[argparse.Namespace, list[str]]:  # run, run_dir and nproc; and what is the run's
-    "Take the program's own options out of a command line. Raises UsageError where it names no run; exits after help that was asked for"
+    """Take the program's own options out of a command line. Raises UsageError where it names no run; exits after help that was asked for
+
+    Args:
+        argv: the command line without the program's name
+        runs: folder of the runs that have names
+
+    Returns:
+        run, run_dir and nproc; and what is the run's
+    """
     names = ", ".join(names_of(runs))
     parser = argparse.ArgumentParser(
         prog=program(),
@@ -98,7 +106,15 @@ def record_error(
     text: str,  # what to say
     env: Mapping[str, str] | None = None,  # None: os.environ
 ) -> bool:  # is there a launcher that will say it?
-    "Leave a message where torchrun, or `--nproc`, looks for the error of a rank, in the form of torch.distributed.elastic"
+    """Leave a message where torchrun, or `--nproc`, looks for the error of a rank, in the form of torch.distributed.elastic
+
+    Args:
+        text: what to say
+        env: None: os.environ
+
+    Returns:
+        is there a launcher that will say it?
+    """
     path = (os.environ if env is None else env).get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return False
@@ -118,7 +134,16 @@ def leave(
     repeated: bool = False,  # is this only what another rank found out?
     aloud: bool = False,  # also said where a launcher has a file for it: the launcher may have stopped listening
 ) -> NoReturn:
-    "Say why, and end the process"
+    """Say why, and end the process
+
+    Args:
+        text: why
+        code: exit code
+        place: this process among the others
+        bare: is the text complete as it is, without the program's name?
+        repeated: is this only what another rank found out?
+        aloud: also said where a launcher has a file for it: the launcher may have stopped listening
+    """
     if place.rank and code != 130 and (code == UsageError.code or repeated):
         time.sleep(PATIENCE_S)
     recorded = code != 130 and record_error(text)  # whoever reads it knows the rank
@@ -137,7 +162,14 @@ def read_run(
     name: str,  # as it was given
     place: Place,  # this process among the others
 ) -> RunConfig:
-    "The run that the command line asks for. Raises UsageError; exits after help that was asked for"
+    """The run that the command line asks for. Raises UsageError; exits after help that was asked for
+
+    Args:
+        module: the run file
+        rest: options of the run
+        name: as it was given
+        place: this process among the others
+    """
     if place.world == 1:
         return parse_run(module, rest, prog=f"{program()} {name}")
     out, err = io.StringIO(), io.StringIO()
@@ -157,7 +189,13 @@ def prepare(
     run: RunConfig,  # as the command line asks for it
     mesh: Mesh,  # ranks
 ) -> RunConfig:
-    "The run file's own preparation: rank 0 does the work, the others then find it done"
+    """The run file's own preparation: rank 0 does the work, the others then find it done
+
+    Args:
+        module: the run file
+        run: as the command line asks for it
+        mesh: ranks
+    """
     hook = find_hook(module, "prepare")
     if hook is None:
         return run
@@ -180,7 +218,15 @@ def make_trainer(
     command: str,  # for config.json
     place: Place,  # this process among the others
 ) -> Trainer:
-    "All that comes before the first step. Raises UsageError for what cannot be started"
+    """All that comes before the first step. Raises UsageError for what cannot be started
+
+    Args:
+        module: the run file
+        run: as the command line asks for it
+        run_dir: where it goes; None: runs/NAME
+        command: for config.json
+        place: this process among the others
+    """
     try:
         run, noise = with_noise(run)
         final = find_hook(module, "prepare") is None
@@ -205,7 +251,11 @@ GOOD_ENDS = ("DONE", "PAUSED", "INTERRUPTED", "TIME", "STOP_FILE", "WISH")  # of
 def train(
     trainer: Trainer,  # ready
 ) -> None:
-    "Train, and raise RunFailed when it did not end well"
+    """Train, and raise RunFailed when it did not end well
+
+    Args:
+        trainer: ready
+    """
     try:
         stopped: Stopped = trainer.fit()
     except (TokenFileError, OSError, CheckpointError, FloatingPointError) as e:
@@ -220,7 +270,12 @@ def finish(
     module: ModuleType,  # the run file
     trainer: Trainer,  # after its last step
 ) -> None:
-    "The run file's own end, called on rank 0 where the whole model is there; a run that was only interrupted has none. Raises RunFailed"
+    """The run file's own end, called on rank 0 where the whole model is there; a run that was only interrupted has none. Raises RunFailed
+
+    Args:
+        module: the run file
+        trainer: after its last step
+    """
     hook, layout = find_hook(module, "finish"), trainer.mesh.layout
     if hook is None or not trainer.done:
         return
@@ -253,7 +308,13 @@ def rank_environment(
     port: int,  # of the store where they meet
     errors: Path,  # folder for what they have to say
 ) -> dict[str, str]:
-    "The variables that torchrun would set; the user's own OMP_NUM_THREADS and interface win"
+    """The variables that torchrun would set; the user's own OMP_NUM_THREADS and interface win
+
+    Args:
+        count: ranks
+        port: of the store where they meet
+        errors: folder for what they have to say
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     usual = {"OMP_NUM_THREADS": str(max(1, cores // count)), "GLOO_SOCKET_IFNAME": "lo"}
     if sys.platform != "linux":
@@ -267,7 +328,11 @@ def rank_environment(
 def passing_signals(
     processes: Sequence[subprocess.Popen],  # who gets them
 ) -> Iterator[None]:
-    "What this process is told by a signal, others are told instead; only in the main thread, where signals arrive"
+    """What this process is told by a signal, others are told instead; only in the main thread, where signals arrive
+
+    Args:
+        processes: who gets them
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -320,7 +385,15 @@ def start_ranks(
     count: int,  # ranks
     command: Sequence[str],  # of each
 ) -> int:  # exit code: 0, or that of the rank which failed first
-    "Run a command as so many ranks of this machine, on the loopback interface; an error is said once, at the end"
+    """Run a command as so many ranks of this machine, on the loopback interface; an error is said once, at the end
+
+    Args:
+        count: ranks
+        command: of each
+
+    Returns:
+        exit code: 0, or that of the rank which failed first
+    """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with TemporaryDirectory(prefix="internlm-train-") as errors:
         processes: list[subprocess.Popen] = []
@@ -355,7 +428,18 @@ def run_rank(
     place: Place,  # this process among the others
     runs: Path,  # folder of the runs that have names
 ) -> Trainer:  # after training
-    "One rank, from its options to its end. Raises UsageError or RunFailed; KeyboardInterrupt when it is told to stop at once"
+    """One rank, from its options to its end. Raises UsageError or RunFailed; KeyboardInterrupt when it is told to stop at once
+
+    Args:
+        own: the program's own options
+        rest: the run's
+        command: for config.json
+        place: this process among the others
+        runs: folder of the runs that have names
+
+    Returns:
+        after training
+    """
     module = load_run_file(own.run, runs)
     run = read_run(module, rest, own.run, place)
     trainer = make_trainer(module, run, own.run_dir, command, place)
@@ -373,7 +457,15 @@ def main(
     args: Sequence[str] | None = None,  # command line without the program's name; None: of this process
     runs: Path | None = None,  # folder of the runs that have names; None: those of the package
 ) -> Trainer | None:  # after training; None where --nproc had other processes do it
-    "Parse, prepare, train, finish. Exits with code 2 for what cannot be started, 1 for what went wrong on the way, 130 when stopped at once; an interruption that was saved is a clean end"
+    """Parse, prepare, train, finish. Exits with code 2 for what cannot be started, 1 for what went wrong on the way, 130 when stopped at once; an interruption that was saved is a clean end
+
+    Args:
+        args: command line without the program's name; None: of this process
+        runs: folder of the runs that have names; None: those of the package
+
+    Returns:
+        after training; None where --nproc had other processes do it
+    """
     argv = list(sys.argv[1:] if args is None else args)
     runs = shipped_runs() if runs is None else runs
     place = Place(0, 1, 0)

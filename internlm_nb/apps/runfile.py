@@ -37,7 +37,15 @@ def line_of(
     error: BaseException,  # raised while the file was at work
     path: Path,  # the file
 ) -> int | None:  # None where no line of the file had a part in it
-    "The last line of a file that an error came through"
+    """The last line of a file that an error came through
+
+    Args:
+        error: raised while the file was at work
+        path: the file
+
+    Returns:
+        None where no line of the file had a part in it
+    """
     if isinstance(error, SyntaxError) and error.filename and Path(error.filename) == path:
         return error.lineno
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
@@ -76,7 +84,13 @@ def describe(
     module: ModuleType,  # the run file
     doing: str = "",  # what it was doing, e.g. "run()"
 ) -> str:
-    "File, line, error and the nearest name, in one sentence"
+    """File, line, error and the nearest name, in one sentence
+
+    Args:
+        error: raised while a run file was at work
+        module: the run file
+        doing: what it was doing, e.g. "run()"
+    """
     path = Path(module.__file__ or "")
     line = line_of(error, path)
     where = f"{path}{f', line {line}' if line else ''}{f', in {doing}' if doing else ''}"
@@ -96,7 +110,11 @@ def shipped_runs() -> Path:
 def names_of(
     runs: Path,  # a folder of run files
 ) -> dict[str, Path]:
-    "Run files by name"
+    """Run files by name
+
+    Args:
+        runs: a folder of run files
+    """
     return {p.stem: p for p in sorted(runs.glob("*.py")) if not p.name.startswith("_")}
 
 
@@ -104,7 +122,15 @@ def load_run_file(
     name: str,  # a run's name, or the path of a Python file
     runs: Path | None = None,  # folder of the runs that have names; None: those of the package
 ) -> ModuleType:  # with a function `run`
-    "Import a run file. Raises UsageError when there is none, when it fails, or when it has no function `run`"
+    """Import a run file. Raises UsageError when there is none, when it fails, or when it has no function `run`
+
+    Args:
+        name: a run's name, or the path of a Python file
+        runs: folder of the runs that have names; None: those of the package
+
+    Returns:
+        with a function `run`
+    """
     known = names_of(shipped_runs() if runs is None else runs)
     path = known.get(name) or Path(name)
     if not path.is_file():
@@ -130,7 +156,13 @@ def parse_run(
     args: Sequence[str],  # options, e.g. ["--train.steps", "5"]
     prog: str = "internlm-train RUN",  # shown in help and errors
 ) -> RunConfig:
-    "The run of a file with the command line's values. Raises UsageError when its run() fails; exits with code 2 and tyro's message for options or values that cannot be"
+    """The run of a file with the command line's values. Raises UsageError when its run() fails; exits with code 2 and tyro's message for options or values that cannot be
+
+    Args:
+        module: a run file
+        args: options, e.g. ["--train.steps", "5"]
+        prog: shown in help and errors
+    """
     try:
         base = module.run()
     except Exception as e:
@@ -147,7 +179,15 @@ def find_hook(
     module: ModuleType,  # a run file
     name: str,  # one of HOOKS
 ) -> Callable[..., Any] | None:  # None where the file has none
-    "A function of a run file, which says where it failed when it fails. Raises UsageError when the name is no function"
+    """A function of a run file, which says where it failed when it fails. Raises UsageError when the name is no function
+
+    Args:
+        module: a run file
+        name: one of HOOKS
+
+    Returns:
+        None where the file has none
+    """
     hook = getattr(module, name, None)
     if hook is None:
         return None
@@ -170,7 +210,16 @@ def listed(
     name: str,  # sinks or callbacks
     run: RunConfig | None = None,  # for a function that wants to see it
 ) -> list[Any]:  # empty where the file has none
-    "What a function of a run file returns, as a list. Raises UsageError when it is none"
+    """What a function of a run file returns, as a list. Raises UsageError when it is none
+
+    Args:
+        module: a run file
+        name: sinks or callbacks
+        run: for a function that wants to see it
+
+    Returns:
+        empty where the file has none
+    """
     hook = find_hook(module, name)
     wanted = (run,) if hook and run is not None and inspect.signature(getattr(module, name)).parameters else ()
     found = hook(*wanted) if hook else []
@@ -185,7 +234,14 @@ NOISE = "synthetic"  # --data.train-folder of those who want it
 def with_noise(
     run: RunConfig,  # as the command line gave it
 ) -> tuple[RunConfig, bool]:  # the run, and whether made-up data were asked for
-    "Take the word `synthetic` for what it means: no folder"
+    """Take the word `synthetic` for what it means: no folder
+
+    Args:
+        run: as the command line gave it
+
+    Returns:
+        the run, and whether made-up data were asked for
+    """
     if run.data.train_folder != (NOISE,):
         return run, False
     return replace(run, data=replace(run.data, train_folder=())), True
@@ -196,7 +252,13 @@ def require_data(
     module: ModuleType,  # its file
     noise: bool = False,  # were made-up data asked for?
 ) -> None:
-    "Raise UsageError when a run of the package would train on made-up data that nobody asked for"
+    """Raise UsageError when a run of the package would train on made-up data that nobody asked for
+
+    Args:
+        run: after the file's own preparation
+        module: its file
+        noise: were made-up data asked for?
+    """
     shipped = Path(module.__file__ or "").parent.resolve() == shipped_runs().resolve()
     if shipped and not run.data.train_folder and not noise:
         raise UsageError(

@@ -16,7 +16,11 @@ SAID = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")  # by which somebo
 
 
 def wait_kindly() -> bool:  # was it said?
-    "Have threads that wait go to sleep soon. Nothing happens where torch is loaded already, or where the user has chosen"
+    """Have threads that wait go to sleep soon. Nothing happens where torch is loaded already, or where the user has chosen
+
+    Returns:
+        was it said?
+    """
     if "torch" in sys.modules or any(name in os.environ for name in SAID):
         return False
     os.environ["GOMP_SPINCOUNT"] = SPINS
@@ -29,25 +33,45 @@ def _run(module: str, function: str) -> int | None:
 
 
 def train() -> int | None:  # exit code
-    "`internlm-train`: see `apps.pretrain`"
+    """`internlm-train`: see `apps.pretrain`
+
+    Returns:
+        exit code
+    """
     return _run("apps.pretrain", "cli")
 
 
 def data() -> int | None:  # exit code
-    "`internlm-data`: see `apps.prepare`"
+    """`internlm-data`: see `apps.prepare`
+
+    Returns:
+        exit code
+    """
     return _run("apps.prepare", "main")
 
 
 def convert() -> int | None:  # exit code
-    "`internlm-convert`: see `apps.convert`"
+    """`internlm-convert`: see `apps.convert`
+
+    Returns:
+        exit code
+    """
     return _run("apps.convert", "main")
 
 
 def chat() -> int | None:  # exit code
-    "`internlm-chat`: see `apps.chat`"
+    """`internlm-chat`: see `apps.chat`
+
+    Returns:
+        exit code
+    """
     return _run("apps.chat", "main")
 
 
 def bench() -> int | None:  # exit code
-    "`internlm-bench`: see `bench.cli`. Threads wait as they come: that is measured, too"
+    """`internlm-bench`: see `bench.cli`. Threads wait as they come: that is measured, too
+
+    Returns:
+        exit code
+    """
     return importlib.import_module("internlm_nb.bench.cli").main()

@@ -16,7 +16,12 @@ def require(
     holds: bool,  # the condition
     message: str,  # what is wrong and what to write instead, beginning with the field's name
 ) -> None:
-    "Raise `ValueError` unless the condition holds"
+    """Raise `ValueError` unless the condition holds
+
+    Args:
+        holds: the condition
+        message: what is wrong and what to write instead, beginning with the field's name
+    """
     if not holds:
         raise ValueError(message)
 
@@ -26,7 +31,16 @@ def nearest(
     known: Iterable[str],  # names that are not
     n: int = 3,  # at most so many
 ) -> list[str]:  # best first; empty where nothing is near
-    "Known names that somebody may have meant; upper and lower case make no difference"
+    """Known names that somebody may have meant; upper and lower case make no difference
+
+    Args:
+        name: that is unknown
+        known: names that are not
+        n: at most so many
+
+    Returns:
+        best first; empty where nothing is near
+    """
     by_lower = {k.lower(): k for k in known}
     return [by_lower[k] for k in difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=0.4)]
 
@@ -35,7 +49,12 @@ def some(
     names: Collection[str],  # in the order in which to show them
     most: int = 4,  # shown
 ) -> str:
-    "The first names, and how many more there are; \"nothing\" for none"
+    """The first names, and how many more there are; "nothing" for none
+
+    Args:
+        names: in the order in which to show them
+        most: shown
+    """
     if not names:
         return "nothing"
     shown = list(names)[:most]
@@ -46,7 +65,15 @@ def difference(
     found: Collection[str],  # names that are there
     wanted: Collection[str],  # names that should be
 ) -> str:  # empty where they are the same
-    "In a clause, which names are missing and which are too many"
+    """In a clause, which names are missing and which are too many
+
+    Args:
+        found: names that are there
+        wanted: names that should be
+
+    Returns:
+        empty where they are the same
+    """
     missing = sorted(set(wanted) - set(found))
     extra = sorted(set(found) - set(wanted))
     clauses = [f"missing {some(missing)}"] if missing else []
@@ -62,5 +89,10 @@ def program(
     script: str,  # name of the script in scripts/, e.g. train.py
     command: str,  # name of the command, e.g. internlm-train
 ) -> str:
-    "The name under which this process was started: the script's, or else the command's"
+    """The name under which this process was started: the script's, or else the command's
+
+    Args:
+        script: name of the script in scripts/, e.g. train.py
+        command: name of the command, e.g. internlm-train
+    """
     return script if Path(sys.argv[0]).name == script else command

@@ -15,7 +15,12 @@ def read_object(
     path: str | Path,  # a JSON file
     most_bytes: int = 256 << 20,  # larger files are refused unread
 ) -> dict[str, Any]:
-    "The object in a JSON file; raises ValueError naming the file when it is too large, is not JSON, or holds something else"
+    """The object in a JSON file; raises ValueError naming the file when it is too large, is not JSON, or holds something else
+
+    Args:
+        path: a JSON file
+        most_bytes: larger files are refused unread
+    """
     path = Path(path)
     size = path.stat().st_size
     if size > most_bytes:

@@ -39,7 +39,12 @@ def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
 # %% ../../nbs/base/02_piecefile.ipynb #00e701eb
 @dataclass(frozen=True)
 class Piece:
-    "One entry of a SentencePiece vocabulary"
+    """One entry of a SentencePiece vocabulary
+
+    Args:
+        score: the higher, the earlier it is joined
+        type: 1 normal, 2 unknown, 3 control, 4 given by the user, 5 unused, 6 byte
+    """
 
     text: str
     score: float = 0.0  # the higher, the earlier it is joined
@@ -48,7 +53,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class Model:
-    "What of a SentencePiece model decides how it cuts"
+    """What of a SentencePiece model decides how it cuts
+
+    Args:
+        unigram: else BPE
+        normalizer: "identity": none
+        dummy_prefix: puts a space in front
+        squeeze: removes extra spaces
+    """
 
     pieces: list[Piece]
     unigram: bool  # else BPE
@@ -60,7 +72,11 @@ class Model:
 def read_model(
     path: str | Path,  # a .model file
 ) -> Model:
-    "Vocabulary and settings of a SentencePiece model; raises ValueError, naming the file, when it is none"
+    """Vocabulary and settings of a SentencePiece model; raises ValueError, naming the file, when it is none
+
+    Args:
+        path: a .model file
+    """
     pieces: list[Piece] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
@@ -86,7 +102,14 @@ AS_IT_IS = b"\x1a\x10\x0a\x08identity\x12\x00\x18\x00\x20\x00"
 def given_pieces(
     path: str | Path,  # a .model file
 ) -> tuple[list[str], bool]:  # the pieces of type 4, and whether the model rewrites characters
-    "What a model finds in a text before it cuts; much faster than `read_model`. Raises ValueError when it is no model"
+    """What a model finds in a text before it cuts; much faster than `read_model`. Raises ValueError when it is no model
+
+    Args:
+        path: a .model file
+
+    Returns:
+        the pieces of type 4, and whether the model rewrites characters
+    """
     found = []
     normalizer: dict[int, Any] = {}
     try:

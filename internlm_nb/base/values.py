@@ -16,7 +16,14 @@ from typing import Any, Literal
 def shown(
     value: Any,  # anything
 ) -> str:  # at most some sixty characters
-    "A value for a message: short, whatever it is"
+    """A value for a message: short, whatever it is
+
+    Args:
+        value: anything
+
+    Returns:
+        at most some sixty characters
+    """
     try:
         text = repr(value)
     except ValueError:  # Python does not write integers of more than a few thousand digits
@@ -28,7 +35,15 @@ def option(
     prefix: str,  # of the section, e.g. "--train."
     name: str,  # of the field
 ) -> str:  # as the command line spells it
-    "A field as an option"
+    """A field as an option
+
+    Args:
+        prefix: of the section, e.g. "--train."
+        name: of the field
+
+    Returns:
+        as the command line spells it
+    """
     return f"{prefix}{name.replace('_', '-')}"
 
 # %% ../../nbs/base/04_values.ipynb #0f0459e0
@@ -59,7 +74,15 @@ def fault(
     hint: Any,  # the field's type
     value: Any,  # what it was given
 ) -> str:  # empty where the value will do
-    "Why a value cannot be kept in a field of this type"
+    """Why a value cannot be kept in a field of this type
+
+    Args:
+        hint: the field's type
+        value: what it was given
+
+    Returns:
+        empty where the value will do
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint in (int, float):
         return _number(hint, value)
@@ -92,7 +115,13 @@ def check_fields(
     prefix: str,  # of its options, e.g. "--train."
     hints: typing.Mapping[str, str] | None = None,  # field -> what else to write, said after the reason
 ) -> None:
-    "Raise `ValueError` that names the first field which does not hold what its type promises, or what no file could keep"
+    """Raise `ValueError` that names the first field which does not hold what its type promises, or what no file could keep
+
+    Args:
+        config: a dataclass; a list in a field of tuples becomes a tuple
+        prefix: of its options, e.g. "--train."
+        hints: field -> what else to write, said after the reason
+    """
     for name, hint in _hints(type(config)).items():
         value = getattr(config, name)
         if reason := fault(hint, value):
@@ -111,7 +140,17 @@ def check_range(
     above: bool = False,  # must it be greater than `low`?
     what: str = "",  # in words, what may be written: said instead of the limits
 ) -> None:
-    "Raise `ValueError` that names the first field which lies outside"
+    """Raise `ValueError` that names the first field which lies outside
+
+    Args:
+        config: a dataclass
+        prefix: of its options
+        names: its fields to look at; None in a field is passed over
+        low: least value
+        high: greatest value
+        above: must it be greater than `low`?
+        what: in words, what may be written: said instead of the limits
+    """
     for name in names:
         value = getattr(config, name)
         if value is None or ((low < value if above else low <= value) and value <= high):

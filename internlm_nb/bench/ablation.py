@@ -45,7 +45,11 @@ MEASURES: dict[str, tuple[str, Callable[[], None]]] = {  # name -> what happens 
 
 
 class Without(Ours):
-    "This library's step, one measure left out"
+    """This library's step, one measure left out
+
+    Args:
+        measure: key of `MEASURES`; empty: nothing is left out
+    """
 
     def __init__(
         self,
@@ -83,7 +87,11 @@ PLACES = (  # (part of an enclosing event's name, where its operators are counte
 def place_of(
     event: Any,  # of the profiler
 ) -> str:
-    "Which part of the step an operator belongs to"
+    """Which part of the step an operator belongs to
+
+    Args:
+        event: of the profiler
+    """
     if event.name in ("aten::mm", "aten::addmm"):
         return "products with weights"
     around = event
@@ -98,7 +106,14 @@ def place_of(
 def where_time_goes(
     contender: Ours,  # warmed up
 ) -> dict[str, float]:  # part of the step -> share of its time, largest first
-    "Shares of one training step on a CPU"
+    """Shares of one training step on a CPU
+
+    Args:
+        contender: warmed up
+
+    Returns:
+        part of the step -> share of its time, largest first
+    """
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         contender.run(1)
     spent: dict[str, float] = defaultdict(float)
@@ -113,7 +128,12 @@ def build_without(
     measure: str,  # key of `MEASURES`; empty: nothing is left out
     threads: int,
 ) -> Without:
-    "A contender, in its own process"
+    """A contender, in its own process
+
+    Args:
+        case: a `Case` as a dict
+        measure: key of `MEASURES`; empty: nothing is left out
+    """
     torch.set_num_threads(threads)
     return Without(from_dict(Case, case), measure)
 
@@ -125,7 +145,14 @@ def ablation(
     steps: int,  # of a turn
     threads: int,
 ) -> dict[str, Any]:  # for a record
-    "The whole step against itself without each measure, and where its time goes"
+    """The whole step against itself without each measure, and where its time goes
+
+    Args:
+        steps: of a turn
+
+    Returns:
+        for a record
+    """
     with ExitStack() as stack:
         names = {"ours": ""} | {f"without {m}": m for m in MEASURES}
         workers = {name: stack.enter_context(Worker(name, f"{__name__}:build_without", asdict(case), m, threads, threads=threads)) for name, m in names.items()}

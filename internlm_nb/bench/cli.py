@@ -39,7 +39,26 @@ Part = Literal["train", "packed", "generate", "data", "ablation", "waiting", "ze
 
 @dataclass(frozen=True)
 class BenchConfig:
-    "Measure training, generation and data reading beside other libraries, in alternating runs, and keep the results"
+    """Measure training, generation and data reading beside other libraries, in alternating runs, and keep the results
+
+    Args:
+        what: Part to measure; all: every part that this machine can run
+        shape: Shapes, with commas, instead of a part's own; train has 23m-16k, 42m-16k, 20m-103k, 58m-103k
+        dtype: Precisions, with commas
+        compile: Compiled against compiled, instead of eager against eager
+        style: How the peers run bf16: fp32 weights under autocast, everything in bf16, or both
+        peers: Other libraries, with commas; "" for none
+        tokens: For `packed`: tokens of the row, with commas
+        ranks: For `zero`: ranks on a CPU; with CUDA one for each device
+        rounds: How often everyone has a turn
+        steps: Steps of a turn
+        threads: Processor threads of each contender; 0: one a core
+        device: auto (cuda if there is one), cpu, cuda, cuda:1 ...
+        model: For `generate`: a folder with a real model, instead of one with random weights
+        out: Where results are kept
+        smoke: Tiny shapes and few rounds: does everything run? The figures mean nothing, and are kept only where --out is given
+        show: Print kept results, and measure nothing
+    """
 
     what: Annotated[Part, tyro.conf.Positional] = "all"  # Part to measure; all: every part that this machine can run
     shape: str = ""  # Shapes, with commas, instead of a part's own; train has 23m-16k, 42m-16k, 20m-103k, 58m-103k
@@ -72,13 +91,22 @@ class BenchConfig:
 def words(
     text: str,  # "a,b"
 ) -> tuple[str, ...]:
-    "The parts between commas"
+    """The parts between commas
+
+    Args:
+        text: "a,b"
+    """
     return tuple(w.strip() for w in text.split(",") if w.strip())
 
 # %% ../../nbs/bench/12_cli.ipynb #63074cf9
 @dataclass(frozen=True)
 class Place:
-    "Where and with whom"
+    """Where and with whom
+
+    Args:
+        peers: installed ones that take part
+        say: gets a line before each contest
+    """
 
     peers: tuple[str, ...]  # installed ones that take part
     device: str
@@ -95,7 +123,12 @@ def chosen(
     usual: Sequence[str],  # the part's own shapes
     tiny: Sequence[str] = ("tiny",),  # in a smoke test
 ) -> list[Shape]:
-    "Shapes to measure"
+    """Shapes to measure
+
+    Args:
+        usual: the part's own shapes
+        tiny: in a smoke test
+    """
     return [shapes()[name] for name in words(cfg.shape) or (tiny if cfg.smoke else usual)]
 
 
@@ -163,7 +196,11 @@ def bench_ablation(
     cfg: BenchConfig,
     at: Place,
 ) -> Iterator[dict[str, Any]]:  # nothing on a GPU: these are a CPU's measures
-    "Our step against itself, one measure left out at a time"
+    """Our step against itself, one measure left out at a time
+
+    Returns:
+        nothing on a GPU: these are a CPU's measures
+    """
     if at.device.startswith("cuda"):
         return
     for shape in chosen(cfg, ("42m-16k", "58m-103k")):
@@ -175,7 +212,11 @@ def bench_waiting(
     cfg: BenchConfig,
     at: Place,
 ) -> Iterator[dict[str, Any]]:  # nothing on a GPU
-    "Our step under several ways for OpenMP's threads to wait: alone, and beside as many other processes as there are threads"
+    """Our step under several ways for OpenMP's threads to wait: alone, and beside as many other processes as there are threads
+
+    Returns:
+        nothing on a GPU
+    """
     if at.device.startswith("cuda"):
         return
     for shape in chosen(cfg, ("23m-16k",)):
@@ -201,7 +242,11 @@ def bench_gpu(
     cfg: BenchConfig,
     at: Place,
 ) -> Iterator[dict[str, Any]]:  # nothing where no GPU is at hand
-    "MFU of large shapes by backend; on a CPU only as a smoke test"
+    """MFU of large shapes by backend; on a CPU only as a smoke test
+
+    Returns:
+        nothing where no GPU is at hand
+    """
     if not at.device.startswith("cuda") and not cfg.smoke:
         at.say(f"gpu: no CUDA device here (this PyTorch is {torch.__version__}), so the MFU of the large shapes stays open; run `internlm-bench gpu` where there is one")
         return
@@ -226,7 +271,16 @@ def run_part(
     more: dict[str, Any],  # for the record: command, missing peers
     keeps: bool,  # write a file
 ) -> int:  # exit code
-    "Measure a part, show each result when it is there, and keep all of them, also when a later one fails"
+    """Measure a part, show each result when it is there, and keep all of them, also when a later one fails
+
+    Args:
+        what: key of `PARTS`
+        more: for the record: command, missing peers
+        keeps: write a file
+
+    Returns:
+        exit code
+    """
     results, code = [], 0
     try:
         for result in PARTS[what](cfg, at):
@@ -250,7 +304,14 @@ def main(
     args: Sequence[str] | None = None,  # Command line without the program's name; None: of this process
     say: Callable[[str], None] = print,
 ) -> int:  # 0: done; 1: a contender failed; 2: what was asked for cannot be; 130: interrupted
-    "What internlm-bench does"
+    """What internlm-bench does
+
+    Args:
+        args: Command line without the program's name; None: of this process
+
+    Returns:
+        0: done; 1: a contender failed; 2: what was asked for cannot be; 130: interrupted
+    """
     argv = list(sys.argv[1:] if args is None else args)
     try:
         cfg = tyro.cli(BenchConfig, prog=program("bench.py", "internlm-bench"), args=argv)
@@ -280,7 +341,15 @@ def plot_contest(
     result: dict[str, Any],  # of `train` or `packed`, from a record
     ax: Any = None,  # axes to draw on; None: new ones
 ) -> Any:  # the axes
-    "Tokens a second of each contender: the median as a bar, every round as a dot"
+    """Tokens a second of each contender: the median as a bar, every round as a dot
+
+    Args:
+        result: of `train` or `packed`, from a record
+        ax: axes to draw on; None: new ones
+
+    Returns:
+        the axes
+    """
     from matplotlib import pyplot as plt
 
     ax = ax or plt.subplots(figsize=(5, 0.4 * len(result["seconds"]) + 1), layout="constrained")[1]

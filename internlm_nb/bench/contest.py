@@ -47,7 +47,16 @@ def serve() -> None:
 
 # %% ../../nbs/bench/01_contest.ipynb #dc78ef46
 class Worker:
-    "A contender in a process of its own; a context manager. Calls wait for their answer"
+    """A contender in a process of its own; a context manager. Calls wait for their answer
+
+    Args:
+        name: for messages
+        build: what makes the contender, in the process: "package.module:function"
+        *args: of `build`: numbers, strings, lists and dicts of them
+        threads: processor threads of its numeric libraries; None: as here
+        timeout_s: of one call; a contender that takes longer is ended
+        env: further variables of its environment
+    """
 
     def __init__(
         self,
@@ -103,7 +112,12 @@ class Worker:
         method: str,  # of the contender
         *args: Any,  # numbers, strings, lists and dicts of them
     ) -> Any:
-        "What the contender answers. ContestError when it fails, dies, or takes too long"
+        """What the contender answers. ContestError when it fails, dies, or takes too long
+
+        Args:
+            method: of the contender
+            *args: numbers, strings, lists and dicts of them
+        """
         self.ready()
         self._ask(method, args)
         return self._answer()
@@ -134,7 +148,11 @@ class Worker:
 
 # %% ../../nbs/bench/01_contest.ipynb #f9fc5cca
 class Pause:
-    "A contender that only waits"
+    """A contender that only waits
+
+    Args:
+        seconds: of a step
+    """
 
     def __init__(
         self,
@@ -146,7 +164,14 @@ class Pause:
         self,
         n: int,  # steps
     ) -> list[float]:  # seconds of each
-        "Wait n times"
+        """Wait n times
+
+        Args:
+            n: steps
+
+        Returns:
+            seconds of each
+        """
         out = []
         for _ in range(n):
             start = time.perf_counter()
@@ -161,7 +186,17 @@ def alternate(
     steps: int,  # of one turn
     between: Callable[[], Any] | None = None,  # called after each round
 ) -> tuple[dict[str, list[list[float]]], list[Any]]:  # seconds of each step by name, round and step; what `between` returned
-    "Let contenders run in turn: A B C, A B C, …"
+    """Let contenders run in turn: A B C, A B C, …
+
+    Args:
+        workers: contenders by name: objects with `call("run", n)`, as `Worker` is
+        rounds: how often everyone has a turn
+        steps: of one turn
+        between: called after each round
+
+    Returns:
+        seconds of each step by name, round and step; what `between` returned
+    """
     times: dict[str, list[list[float]]] = {name: [] for name in workers}
     seen = []
     for _ in range(rounds):
@@ -174,7 +209,14 @@ def alternate(
 # %% ../../nbs/bench/01_contest.ipynb #7f2b2198
 @dataclass(frozen=True)
 class Ratio:
-    "Time of a peer over our time: above 1, ours is faster"
+    """Time of a peer over our time: above 1, ours is faster
+
+    Args:
+        median: over the rounds
+        low: smallest round
+        high: largest round
+        best: of each side's best step
+    """
 
     median: float  # over the rounds
     low: float  # smallest round
@@ -194,7 +236,12 @@ def ratio(
     ours: Sequence[Sequence[float]],  # seconds by round and step
     peer: Sequence[Sequence[float]],  # the same of the other
 ) -> Ratio:
-    "Compare round by round. ValueError when the rounds differ in number, or there are none"
+    """Compare round by round. ValueError when the rounds differ in number, or there are none
+
+    Args:
+        ours: seconds by round and step
+        peer: the same of the other
+    """
     if len(ours) != len(peer) or not ours:
         raise ValueError(f"{len(ours)} rounds against {len(peer)}: a ratio needs both sides in each round, and at least one")
     each = [statistics.median(b) / statistics.median(a) for a, b in zip(ours, peer)]
@@ -205,7 +252,15 @@ def same_work(
     facts: Mapping[str, Mapping[str, float]],  # by contender: numbers that must agree
     tolerance: Mapping[str, float],  # relative difference that is allowed, by number; 0: equal
 ) -> list[str]:  # sentences about what differs; empty: the same work
-    "Compare every contender with the first"
+    """Compare every contender with the first
+
+    Args:
+        facts: by contender: numbers that must agree
+        tolerance: relative difference that is allowed, by number; 0: equal
+
+    Returns:
+        sentences about what differs; empty: the same work
+    """
     first, *others = facts
     out = []
     for name in others:

@@ -31,7 +31,12 @@ def write_corpus(
     longest: int = 2048,
     seed: int = 0,
 ) -> Path:
-    "Two token files with documents of mixed lengths"
+    """Two token files with documents of mixed lengths
+
+    Args:
+        root: gets root/a and root/b
+        tokens: of both files together
+    """
     rng = np.random.default_rng(seed)
     for name in "ab":
         write_tokens(root / name / "0.bin", (rng.integers(1, vocab, n).tolist() for n in mixed_lengths(tokens // 2, 16, longest, int(rng.integers(1 << 30)))))
@@ -39,7 +44,13 @@ def write_corpus(
 
 # %% ../../nbs/bench/07_data.ipynb #38efa0b1
 class Reader:
-    "Reads batches of a folder, one after another"
+    """Reads batches of a folder, one after another
+
+    Args:
+        corpus: folder of token files
+        case: whose packs are made
+        batches: of one turn
+    """
 
     def __init__(
         self,
@@ -55,7 +66,14 @@ class Reader:
         self,
         n: int,  # times
     ) -> list[float]:  # seconds a batch, the mean of `batches`
-        "Read on"
+        """Read on
+
+        Args:
+            n: times
+
+        Returns:
+            seconds a batch, the mean of `batches`
+        """
         out = []
         for _ in range(n):
             start = time.perf_counter()
@@ -80,7 +98,13 @@ def build_reader(
     case: dict[str, Any],  # a `Case` as a dict
     batches: int,  # of one turn
 ) -> Reader:
-    "A reader, in its own process"
+    """A reader, in its own process
+
+    Args:
+        corpus: folder of token files
+        case: a `Case` as a dict
+        batches: of one turn
+    """
     return Reader(corpus, from_dict(Case, case), batches)
 
 
@@ -91,7 +115,16 @@ def data_contest(
     rounds: int,
     threads: int,  # of the step; the reader is one thread
 ) -> dict[str, Any]:  # for a record
-    "Reading and training in turn"
+    """Reading and training in turn
+
+    Args:
+        case: the step's
+        batches: of a reader's turn
+        threads: of the step; the reader is one thread
+
+    Returns:
+        for a record
+    """
     with tempfile.TemporaryDirectory() as tmp, ExitStack() as stack:
         corpus = write_corpus(Path(tmp), case.shape.vocab, corpus_tokens)
         workers = {

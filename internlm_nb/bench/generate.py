@@ -31,7 +31,13 @@ from ..train.precision import PRECISIONS, PrecisionName
 # %% ../../nbs/bench/06_generate.ipynb #b042a675
 @dataclass(frozen=True)
 class Task:
-    "Prompts to go on from"
+    """Prompts to go on from
+
+    Args:
+        shape: random weights of this shape
+        folder: or a real model, in the Hugging Face layout
+        prompts: tokens of each prompt
+    """
 
     shape: Shape | None = None  # random weights of this shape
     folder: str = ""  # or a real model, in the Hugging Face layout
@@ -81,7 +87,14 @@ class Writer:
         self,
         n: int,  # times
     ) -> list[float]:  # seconds from the first new token to the last, of each
-        "Answer n times"
+        """Answer n times
+
+        Args:
+            n: times
+
+        Returns:
+            seconds from the first new token to the last, of each
+        """
         out = []
         for _ in range(n):
             start, first, *others = self.write()
@@ -158,7 +171,12 @@ def build_writer(
     task: dict[str, Any],  # a `Task` as a dict
     threads: int,
 ) -> Writer:
-    "A writer, in its own process"
+    """A writer, in its own process
+
+    Args:
+        kind: ours or transformers
+        task: a `Task` as a dict
+    """
     torch.set_num_threads(threads)
     return {"ours": OurWriter, "transformers": TransformersWriter}[kind](from_dict(Task, task))
 
@@ -167,7 +185,14 @@ def first_difference(
     a: Sequence[Sequence[int]],  # answers
     b: Sequence[Sequence[int]],
 ) -> int | None:  # None: equal
-    "The first position at which any answer differs"
+    """The first position at which any answer differs
+
+    Args:
+        a: answers
+
+    Returns:
+        None: equal
+    """
     places = [i for x, y in zip(a, b) for i in range(max(len(x), len(y))) if x[i : i + 1] != y[i : i + 1]]
     return min(places, default=None)
 
@@ -178,7 +203,14 @@ def write_contest(
     rounds: int,
     threads: int,
 ) -> dict[str, Any]:  # for a record
-    "Let writers write in turn"
+    """Let writers write in turn
+
+    Args:
+        field: by name: ours or transformers, and the task; ours first
+
+    Returns:
+        for a record
+    """
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name, "internlm_nb.bench.generate:build_writer", kind, asdict(task), threads, threads=threads)) for name, (kind, task) in field.items()}
         for w in workers.values():

@@ -26,7 +26,11 @@ def gpu_cases(
     backends: Sequence[str] = ("flash", "varlen", "cudnn", "sdpa"),
     micro_num: int = 4,
 ) -> tuple[list[Case], list[str]]:  # cases, and a line for each backend that cannot run
-    "All cases of a shape"
+    """All cases of a shape
+
+    Returns:
+        cases, and a line for each backend that cannot run
+    """
     base = Case(shape, device=device, micro_num=micro_num, check=False)
     reasons = {b: why_not(b, device, PRECISIONS[base.precision].param, base.config.head_dim) for b in backends}
     cases = [replace(base, attention=b, compile=c) for b, reason in reasons.items() if reason is None for c in (False, True)]
@@ -45,7 +49,14 @@ def solo(
     threads: int,
     sizes: tuple[int, ...] = (4096, 8192),  # of the matrix product
 ) -> dict[str, Any]:  # seconds, facts and the product; or `error`
-    "Measure one case alone, after a warm-up"
+    """Measure one case alone, after a warm-up
+
+    Args:
+        sizes: of the matrix product
+
+    Returns:
+        seconds, facts and the product; or `error`
+    """
     try:
         with Worker(f"{case.shape.name} {case.attention}", f"{HERE}:build_contender", "ours", asdict(case), threads, threads=threads) as worker:
             warm = worker.call("warm_up", 3)
@@ -66,7 +77,15 @@ def gpu_result(
     device_name: str,
     missing: Sequence[str] = (),  # from `gpu_cases`
 ) -> dict[str, Any]:  # for a record
-    "MFU by backend and compilation"
+    """MFU by backend and compilation
+
+    Args:
+        found: from `solo`
+        missing: from `gpu_cases`
+
+    Returns:
+        for a record
+    """
     sheet = datasheet_tflops(device_name, "bfloat16")
     rows = [["backend", "compiled", "tokens/s", "TFLOP/s", "MFU", "causal MFU", "of product", "peak GiB"]]
     summary = []

@@ -24,7 +24,11 @@ import torch
 def reset_peak(
     device: torch.device | str = "cpu",
 ) -> bool:  # whether the count began anew; False: the peak will be that of the process's whole life
-    "Begin counting peak memory anew"
+    """Begin counting peak memory anew
+
+    Returns:
+        whether the count began anew; False: the peak will be that of the process's whole life
+    """
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -55,7 +59,12 @@ def product_tflops(
     sizes: Sequence[int] = (1024,),  # rows and columns of the products
     repeats: int = 3,  # of each; the fastest counts
 ) -> float:
-    "TFLOP/s of the best square matrix product"
+    """TFLOP/s of the best square matrix product
+
+    Args:
+        sizes: rows and columns of the products
+        repeats: of each; the fastest counts
+    """
     device, best = torch.device(device), 0.0
     for n in sizes:
         a, b = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(2))
@@ -91,7 +100,11 @@ def cpu_name() -> str:
 def versions(
     names: Sequence[str] = ("internlm_nb", "torch", "transformers", "litgpt", "flash_attn"),
 ) -> dict[str, str | None]:  # None: not installed
-    "Versions of packages, without importing them"
+    """Versions of packages, without importing them
+
+    Returns:
+        None: not installed
+    """
 
     def version(name: str) -> str | None:
         try:
@@ -105,7 +118,14 @@ def versions(
 def commit(
     folder: Path,  # inside a git checkout
 ) -> str | None:  # None: no git, or no checkout
-    "The commit, with + behind it when files have changed since"
+    """The commit, with + behind it when files have changed since
+
+    Args:
+        folder: inside a git checkout
+
+    Returns:
+        None: no git, or no checkout
+    """
     try:
         run = lambda *words: subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: E731
         return run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
@@ -117,7 +137,12 @@ def facts(
     device: torch.device | str,  # that was measured
     threads: int,  # processor threads
 ) -> dict[str, Any]:
-    "Machine and versions, for a record"
+    """Machine and versions, for a record
+
+    Args:
+        device: that was measured
+        threads: processor threads
+    """
     device = torch.device(device)
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return {

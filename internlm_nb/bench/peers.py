@@ -41,7 +41,12 @@ from ..train.step import train_step
 # %% ../../nbs/bench/04_peers.ipynb #8f632358
 @dataclass(frozen=True)
 class Shape:
-    "A Llama-shaped model and its batch"
+    """A Llama-shaped model and its batch
+
+    Args:
+        seq: tokens of a sequence
+        batch: sequences
+    """
 
     name: str
     vocab: int
@@ -81,7 +86,18 @@ Style = Literal["autocast", "pure"]
 
 @dataclass(frozen=True)
 class Case:
-    "What is trained, and how"
+    """What is trained, and how
+
+    Args:
+        precision: float32: no lower precision anywhere
+        style: peers in bf16: fp32 weights under autocast, or everything in bf16, optimizer too. Ours keeps bf16 weights and fp32 masters
+        lengths: documents packed into one row; none: `batch` sequences of `seq`
+        attention: ours: attention backend
+        recompute: ours: share of the blocks
+        fp8: ours: products of the blocks in float8
+        micro_num: times the batch is run and its gradient added up before an update
+        check: compute the float32 loss of the first batch
+    """
 
     shape: Shape
     precision: PrecisionName = "bfloat16"  # float32: no lower precision anywhere
@@ -123,7 +139,12 @@ def mixed_lengths(
     longest: int = 384,  # with 16: 116 tokens in the mean, so about 72 documents in 8192
     seed: int = 0,
 ) -> tuple[int, ...]:
-    "Lengths of documents that fill a row, uniform in the logarithm; the last one is cut"
+    """Lengths of documents that fill a row, uniform in the logarithm; the last one is cut
+
+    Args:
+        total: tokens of all documents together
+        longest: with 16: 116 tokens in the mean, so about 72 documents in 8192
+    """
     rng, out = np.random.default_rng(seed), []
     while (left := total - sum(out)) > 0:
         out.append(min(left, round(float(np.exp(rng.uniform(np.log(shortest), np.log(longest)))))))
@@ -134,7 +155,11 @@ def llama_weights(
     cfg: ModelConfig,
     seed: int,
 ) -> dict[str, Tensor]:  # float32
-    "The weights that `build_model` draws, under Llama's names"
+    """The weights that `build_model` draws, under Llama's names
+
+    Returns:
+        float32
+    """
     model = allocate(Transformer(cfg, device="meta", dtype=torch.float32), "cpu")
     init_weights(model, seed)
     ours = dict(model.named_parameters())
@@ -145,7 +170,11 @@ def litgpt_names(
     weights: dict[str, Tensor],  # under Llama's names
     layers: int,
 ) -> dict[str, Tensor]:
-    "The same weights under litgpt's names: q, k and v are one matrix, one below the other"
+    """The same weights under litgpt's names: q, k and v are one matrix, one below the other
+
+    Args:
+        weights: under Llama's names
+    """
     out = {
         "lm_head.weight": weights["lm_head.weight"],
         "transformer.wte.weight": weights["model.embed_tokens.weight"],
@@ -185,7 +214,14 @@ class Contender:
         self,
         n: int,  # steps
     ) -> list[float]:  # seconds of each
-        "Train n steps"
+        """Train n steps
+
+        Args:
+            n: steps
+
+        Returns:
+            seconds of each
+        """
         if self.device.type != "cuda":
             out = []
             for _ in range(n):
@@ -205,7 +241,14 @@ class Contender:
         self,
         n: int = 2,  # steps
     ) -> list[float]:  # seconds of each: compilation is in the first
-        "Steps before the contest; the peak of memory is counted from behind them"
+        """Steps before the contest; the peak of memory is counted from behind them
+
+        Args:
+            n: steps
+
+        Returns:
+            seconds of each: compilation is in the first
+        """
         start = time.perf_counter()
         self.first_loss = float(self.step())
         seconds = [time.perf_counter() - start, *self.run(n - 1)]
@@ -227,12 +270,20 @@ class Contender:
         self,
         sizes: tuple[int, ...],  # rows and columns
     ) -> float:
-        "Best matrix product in this process, for contenders that have the device to themselves"
+        """Best matrix product in this process, for contenders that have the device to themselves
+
+        Args:
+            sizes: rows and columns
+        """
         return product_tflops(PRECISIONS[self.case.precision].param, self.device, sizes)
 
 
 class Ours(Contender):
-    "This library, as its trainer uses it"
+    """This library, as its trainer uses it
+
+    Args:
+        keep_memory: on a CPU, as the trainer does
+    """
 
     def __init__(
         self,
@@ -363,7 +414,14 @@ BUILDERS: dict[str, type[Contender]] = {"ours": Ours, "transformers": Transforme
 def installed(
     peers: tuple[str, ...],  # names of peers
 ) -> tuple[list[str], str]:  # those that can take part; a line about the others, or nothing
-    "Which peers are there. ValueError for an unknown name"
+    """Which peers are there. ValueError for an unknown name
+
+    Args:
+        peers: names of peers
+
+    Returns:
+        those that can take part; a line about the others, or nothing
+    """
     if unknown := [p for p in peers if p not in BUILDERS or p == "ours"]:
         raise ValueError(f"no peer is called {', '.join(map(repr, unknown))}: choose from {', '.join(n for n in BUILDERS if n != 'ours')}")
     missing = [p for p in peers if importlib.util.find_spec(p) is None]
@@ -372,7 +430,11 @@ def installed(
 
 # %% ../../nbs/bench/04_peers.ipynb #3605a71e
 class Products:
-    "A contender that only multiplies matrices: the peak to compare with"
+    """A contender that only multiplies matrices: the peak to compare with
+
+    Args:
+        sizes: rows and columns
+    """
 
     def __init__(
         self,

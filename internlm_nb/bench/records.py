@@ -31,7 +31,15 @@ def keep(
     record: Mapping[str, Any],  # with `what`, `facts` and `results`
     folder: str | Path,  # made when it is not there
 ) -> Path:  # the new file
-    "Write a record to a new file"
+    """Write a record to a new file
+
+    Args:
+        record: with `what`, `facts` and `results`
+        folder: made when it is not there
+
+    Returns:
+        the new file
+    """
     device = re.sub(r"[^a-z0-9]+", "-", str(record["facts"]["device"]).lower()).strip("-")[:40]
     folder, stem = Path(folder), f"{record['date'][:10]}_{device}_{record['what']}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +62,13 @@ def new_record(
     command: str,  # as it was typed
     **more: Any,
 ) -> dict[str, Any]:
-    "A record, dated now"
+    """A record, dated now
+
+    Args:
+        what: part of the bench
+        facts: machine and versions
+        command: as it was typed
+    """
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     return {"format": FORMAT, "what": what, "date": now, "command": command, "facts": dict(facts), **more, "conventions": CONVENTIONS, "results": list(results)}
 
@@ -75,7 +89,11 @@ def load(
 def grid(
     rows: Sequence[Sequence[str]],  # the first is the head
 ) -> str:
-    "Rows as aligned text: the first column to the left, the others to the right"
+    """Rows as aligned text: the first column to the left, the others to the right
+
+    Args:
+        rows: the first is the head
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
@@ -83,7 +101,11 @@ def grid(
 def result_text(
     result: Mapping[str, Any],  # with `title`, `rows`, `remarks`
 ) -> str:
-    "One result as plain text"
+    """One result as plain text
+
+    Args:
+        result: with `title`, `rows`, `remarks`
+    """
     return "\n".join([result["title"], grid(result["rows"]), *(f"  {line}" for line in result.get("remarks", []))])
 
 

@@ -26,7 +26,16 @@ def train_field(
     peers: Sequence[str],  # that are installed
     styles: Sequence[str],  # of peers in bf16: autocast, pure
 ) -> dict[str, tuple[str, Case]]:  # by name: key of `BUILDERS`, case; ours first
-    "Ours, and every peer in every style"
+    """Ours, and every peer in every style
+
+    Args:
+        case: of ours
+        peers: that are installed
+        styles: of peers in bf16: autocast, pure
+
+    Returns:
+        by name: key of `BUILDERS`, case; ours first
+    """
     field = {"ours": ("ours", case)}
     for style in styles if case.precision == "bfloat16" else ["autocast"]:
         for peer in peers:
@@ -42,7 +51,12 @@ def build_contender(
     case: dict[str, Any],  # a `Case` as a dict
     threads: int,
 ) -> Contender:
-    "A contender, in its own process"
+    """A contender, in its own process
+
+    Args:
+        kind: key of `BUILDERS`
+        case: a `Case` as a dict
+    """
     torch.set_num_threads(threads)
     return BUILDERS[kind](from_dict(Case, case))
 
@@ -53,7 +67,11 @@ def build_products(
     sizes: Sequence[int],  # rows and columns
     threads: int,
 ) -> Products:
-    "Matrix products, in a process of their own"
+    """Matrix products, in a process of their own
+
+    Args:
+        sizes: rows and columns
+    """
     torch.set_num_threads(threads)
     return Products(precision, device, tuple(sizes))
 
@@ -65,7 +83,16 @@ def contest(
     threads: int,
     sizes: tuple[int, ...] = (512, 1024, 2048),  # of the matrix products
 ) -> dict[str, Any]:  # facts, seconds, products, differences, ratios
-    "Measure contenders against each other. ContestError when one fails"
+    """Measure contenders against each other. ContestError when one fails
+
+    Args:
+        field: by name: a key of `BUILDERS` and its case; ours first
+        steps: of a turn
+        sizes: of the matrix products
+
+    Returns:
+        facts, seconds, products, differences, ratios
+    """
     first = next(iter(field.values()))[1]
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name, f"{HERE}:build_contender", kind, asdict(case), threads, threads=threads)) for name, (kind, case) in field.items()}
@@ -101,7 +128,14 @@ def contest_result(
     case: Case,
     found: dict[str, Any],  # from `contest`
 ) -> dict[str, Any]:  # for a record
-    "What was found, with rows and remarks to print"
+    """What was found, with rows and remarks to print
+
+    Args:
+        found: from `contest`
+
+    Returns:
+        for a record
+    """
     (model, causal), peak = step_cost(case), max(found["product_tflops"])
     rows = [["contender", "tokens/s", "best", "of peak", "causal", "peak MiB", "of it imports", "loss"]]
     summary: dict[str, dict[str, float]] = {}

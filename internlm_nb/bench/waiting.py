@@ -23,7 +23,14 @@ from .train import HERE
 def waiting_ways(
     threads: int,  # of a process that has the machine to itself
 ) -> dict[str, dict[str, str]]:  # by name, variables of the environment
-    "Ways for OpenMP's threads to wait; the first is what happens when nobody says anything"
+    """Ways for OpenMP's threads to wait; the first is what happens when nobody says anything
+
+    Args:
+        threads: of a process that has the machine to itself
+
+    Returns:
+        by name, variables of the environment
+    """
     whole = {"OMP_NUM_THREADS": str(threads)}
     ways = {
         "as it comes": whole,
@@ -44,7 +51,11 @@ NEIGHBOUR = "import os, sys\nparent = int(sys.argv[1])\nwhile os.getppid() == pa
 def neighbours(
     count: int,  # processes, each of which keeps a core busy
 ) -> Iterator[None]:
-    "Other work on this machine, for as long as the block lasts"
+    """Other work on this machine, for as long as the block lasts
+
+    Args:
+        count: processes, each of which keeps a core busy
+    """
     busy = [subprocess.Popen([sys.executable, "-c", NEIGHBOUR, str(os.getpid())]) for _ in range(count)]
     try:
         yield
@@ -62,7 +73,18 @@ def waiting_contest(
     threads: int,  # of a contender that has the machine to itself
     beside: int,  # other processes at work
 ) -> dict[str, Any]:  # for a record
-    "One model's steps under all ways to wait, beside so many other processes. Raises ContestError when a contender fails"
+    """One model's steps under all ways to wait, beside so many other processes. Raises ContestError when a contender fails
+
+    Args:
+        case: of ours
+        rounds: in which every way has one turn
+        steps: of a turn
+        threads: of a contender that has the machine to itself
+        beside: other processes at work
+
+    Returns:
+        for a record
+    """
     ways = waiting_ways(threads)
     with ExitStack() as stack:
         workers = {}
@@ -84,7 +106,16 @@ def waiting_result(
     times: Mapping[str, list[list[float]]],  # by name, seconds by round and step
     tokens: int,  # of a step
 ) -> dict[str, Any]:  # for a record
-    "What was found, with rows to print: tokens/s, and how many times as fast as the first"
+    """What was found, with rows to print: tokens/s, and how many times as fast as the first
+
+    Args:
+        ways: by name, variables of the environment
+        times: by name, seconds by round and step
+        tokens: of a step
+
+    Returns:
+        for a record
+    """
     first = next(iter(times))
     rows = [["threads wait", "tokens/s", "times the first", "lowest", "highest"]]
     found = {}

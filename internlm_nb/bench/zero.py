@@ -131,7 +131,16 @@ def sharded_contest(
     threads: int = 1,  # of each rank
     names: Sequence[str] = ("zero3", "zero1", "FSDP2"),  # known shardings, ours first, and the peer
 ) -> dict[str, Any]:  # for a record
-    "Measure ours against FSDP2, on so many ranks"
+    """Measure ours against FSDP2, on so many ranks
+
+    Args:
+        steps: of a turn
+        threads: of each rank
+        names: known shardings, ours first, and the peer
+
+    Returns:
+        for a record
+    """
     backend = "nccl" if case.device.startswith("cuda") else "gloo"
     go = lambda which, n: run_ranks(_turns, Layout(ranks), asdict(case), which, n, steps, threads, backend=backend, timeout=1200, show=False, check=False)  # noqa: E731
     found = go(list(names), rounds)

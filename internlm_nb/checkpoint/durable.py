@@ -23,7 +23,11 @@ class CheckpointError(RuntimeError):
 def sync_folder(
     path: str | Path,  # an existing folder
 ) -> None:
-    "Flush a folder's list of names to disk. Filesystems that cannot do it for folders are let pass"
+    """Flush a folder's list of names to disk. Filesystems that cannot do it for folders are let pass
+
+    Args:
+        path: an existing folder
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network filesystems answer EINVAL
@@ -36,7 +40,12 @@ def write_file(
     path: str | Path,  # its folder exists
     data: bytes | str,  # the whole content; text is written as UTF-8
 ) -> None:
-    "Write a small file so that a reader, or a crash, sees all of the old content or all of the new; CheckpointError when it cannot be written"
+    """Write a small file so that a reader, or a crash, sees all of the old content or all of the new; CheckpointError when it cannot be written
+
+    Args:
+        path: its folder exists
+        data: the whole content; text is written as UTF-8
+    """
     path = Path(path)
     beside = path.with_name(f".{path.name}.saving")
     try:
@@ -56,7 +65,12 @@ def sibling(
     folder: str | Path,  # the destination, which need not exist
     kind: str,  # "saving", "old" or "trash"
 ) -> Path:
-    "The hidden name beside a folder for one of its three intermediate states"
+    """The hidden name beside a folder for one of its three intermediate states
+
+    Args:
+        folder: the destination, which need not exist
+        kind: "saving", "old" or "trash"
+    """
     folder = Path(folder)
     return folder.with_name(f".{folder.name}.{kind}")
 
@@ -64,7 +78,11 @@ def sibling(
 def remove_tree(
     path: str | Path,  # a folder, a link to one, or nothing
 ) -> None:
-    "Delete a folder's content and name; of a symbolic link only the link. What is not there is no error"
+    """Delete a folder's content and name; of a symbolic link only the link. What is not there is no error
+
+    Args:
+        path: a folder, a link to one, or nothing
+    """
     path = Path(path)
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
@@ -75,7 +93,11 @@ def remove_tree(
 def remove_folder(
     folder: str | Path,  # a finished checkpoint folder
 ) -> None:
-    "Delete a folder so that at every moment it is there whole or not there: renamed away first, then emptied"
+    """Delete a folder so that at every moment it is there whole or not there: renamed away first, then emptied
+
+    Args:
+        folder: a finished checkpoint folder
+    """
     trash = sibling(folder, "trash")
     remove_tree(trash)
     os.rename(folder, trash)
@@ -89,7 +111,14 @@ _OURS = re.compile(r"index\.json|\.index\.json\.saving|rank-\d{5,}(-\d{5,})?\.(j
 def strangers(
     folder: str | Path,  # of a checkpoint, finished or not
 ) -> list[str]:  # names, sorted; of a link or a file its own name
-    "What a folder holds that no checkpoint of this library does: with any of it, the folder is not ours to delete"
+    """What a folder holds that no checkpoint of this library does: with any of it, the folder is not ours to delete
+
+    Args:
+        folder: of a checkpoint, finished or not
+
+    Returns:
+        names, sorted; of a link or a file its own name
+    """
     folder = Path(folder)
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         return [folder.name]
@@ -100,7 +129,14 @@ def strangers(
 def open_file(
     path: str | Path,  # a regular file, or a link to one
 ) -> int:  # an open handle; the caller closes it
-    "Open a file for reading. CheckpointError that says whether it is missing, deleted meanwhile, forbidden, or no regular file"
+    """Open a file for reading. CheckpointError that says whether it is missing, deleted meanwhile, forbidden, or no regular file
+
+    Args:
+        path: a regular file, or a link to one
+
+    Returns:
+        an open handle; the caller closes it
+    """
     path = Path(path)
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))  # a pipe opens at once
@@ -123,7 +159,11 @@ def open_file(
 def read_file(
     path: str | Path,  # a regular file
 ) -> bytes:
-    "The whole content of a small file; CheckpointError as `open_file` has it"
+    """The whole content of a small file; CheckpointError as `open_file` has it
+
+    Args:
+        path: a regular file
+    """
     with os.fdopen(open_file(path), "rb") as file:
         try:
             return file.read()
@@ -134,7 +174,11 @@ def read_file(
 def standing(
     folder: str | Path,  # a destination
 ) -> Path:
-    "Where the checkpoint of this name stands: the folder itself, or `.old` after a replacement that was cut short"
+    """Where the checkpoint of this name stands: the folder itself, or `.old` after a replacement that was cut short
+
+    Args:
+        folder: a destination
+    """
     folder, old = Path(folder), sibling(folder, "old")
     return old if not os.path.lexists(folder) and os.path.lexists(old) else folder
 
@@ -142,7 +186,11 @@ def standing(
 def restore(
     folder: str | Path,  # a destination
 ) -> bool:
-    "If a crash during a replacement left only the `.old` folder, give it back its name; True when that was needed"
+    """If a crash during a replacement left only the `.old` folder, give it back its name; True when that was needed
+
+    Args:
+        folder: a destination
+    """
     folder, found = Path(folder), standing(folder)
     if found == folder:
         return False
@@ -155,7 +203,12 @@ def publish(
     folder: str | Path,  # the destination
     overwrite: bool = False,  # replace what is there
 ) -> None:
-    "Give the finished `.saving` folder its name. An existing destination stays unless `overwrite`, and is deleted only when the new one stands; CheckpointError otherwise"
+    """Give the finished `.saving` folder its name. An existing destination stays unless `overwrite`, and is deleted only when the new one stands; CheckpointError otherwise
+
+    Args:
+        folder: the destination
+        overwrite: replace what is there
+    """
     folder, saving, old = Path(folder), sibling(folder, "saving"), sibling(folder, "old")
     sync_folder(saving)
     if os.path.lexists(folder):
@@ -178,7 +231,11 @@ SNAPSHOT = "snapshot"  # the folder of the two short-lived places, beside those 
 def is_step(
     name: str,  # of a folder
 ) -> bool:
-    "Could a run have given this name to a checkpoint? 100 it could, 0100 it could not"
+    """Could a run have given this name to a checkpoint? 100 it could, 0100 it could not
+
+    Args:
+        name: of a folder
+    """
     return name.isdecimal() and str(int(name)) == name
 
 
@@ -186,7 +243,15 @@ def sweep(
     folder: str | Path,  # holds checkpoints, e.g. run/checkpoints; may be missing
     keep: Iterable[str] = (),  # destinations being written right now, by name
 ) -> list[str]:  # what was done, a line each
-    "Tidy up after killed saves and deletions: unfinished folders go, interrupted replacements are put back. Strangers' things stay, and are said"
+    """Tidy up after killed saves and deletions: unfinished folders go, interrupted replacements are put back. Strangers' things stay, and are said
+
+    Args:
+        folder: holds checkpoints, e.g. run/checkpoints; may be missing
+        keep: destinations being written right now, by name
+
+    Returns:
+        what was done, a line each
+    """
     folder, said, keep = Path(folder), [], set(keep)
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if path.name == SNAPSHOT and not path.is_symlink():
@@ -213,7 +278,11 @@ def sweep(
 def in_bytes(
     size: int,  # bytes
 ) -> str:
-    "A size in the unit that suits it, three digits: 1.23 GB, 45.6 kB"
+    """A size in the unit that suits it, three digits: 1.23 GB, 45.6 kB
+
+    Args:
+        size: bytes
+    """
     value, unit = float(size), "bytes"
     for larger in ("kB", "MB", "GB", "TB", "PB", "EB"):
         if value < 999.5:
@@ -226,7 +295,15 @@ def require_space(
     path: str | Path,  # where something will be written; need not exist yet
     size_bytes: int,  # what will be written
 ) -> int:  # free bytes
-    "Raise CheckpointError unless the place can be written and has room; leaves nothing behind"
+    """Raise CheckpointError unless the place can be written and has room; leaves nothing behind
+
+    Args:
+        path: where something will be written; need not exist yet
+        size_bytes: what will be written
+
+    Returns:
+        free bytes
+    """
     path = Path(path).absolute()
     base = next(p for p in (path, *path.parents) if p.exists())
     probe = base / f".probe-{os.getpid()}"

@@ -25,7 +25,11 @@ _log: Say = logging.getLogger("internlm_nb.checkpoint").warning
 
 @dataclass(frozen=True, order=True)
 class Found:
-    "A checkpoint folder and the step it belongs to"
+    """A checkpoint folder and the step it belongs to
+
+    Args:
+        step: optimizer steps made
+    """
 
     step: int  # optimizer steps made
     path: Path
@@ -34,7 +38,14 @@ class Found:
 def steps(
     folder: str | Path,  # run/checkpoints; may be missing
 ) -> list[Found]:  # by step, ascending
-    "Step folders that have an index, by name alone; a checkpoint whose replacement was cut short counts too"
+    """Step folders that have an index, by name alone; a checkpoint whose replacement was cut short counts too
+
+    Args:
+        folder: run/checkpoints; may be missing
+
+    Returns:
+        by step, ascending
+    """
     folder = Path(folder)
     names = {p.name.removeprefix(".").removesuffix(".old") for p in folder.iterdir()} if folder.is_dir() else set()
     return sorted(Found(int(n), folder / n) for n in names if is_step(n) and os.path.isfile(standing(folder / n) / "index.json"))
@@ -44,7 +55,15 @@ def snapshots(
     folder: str | Path,  # run/checkpoints
     say: Say = _log,  # is told of damaged ones
 ) -> list[Found]:  # by step, ascending
-    "The readable snapshots"
+    """The readable snapshots
+
+    Args:
+        folder: run/checkpoints
+        say: is told of damaged ones
+
+    Returns:
+        by step, ascending
+    """
     found = []
     for path in (Path(folder) / SNAPSHOT / slot for slot in "01"):
         if os.path.lexists(standing(path)):
@@ -63,7 +82,11 @@ def snapshots(
 def is_held(
     folder: str | Path,  # run/checkpoints
 ) -> bool:
-    "Does a run hold the folder at this moment? What it has not finished there is under way"
+    """Does a run hold the folder at this moment? What it has not finished there is under way
+
+    Args:
+        folder: run/checkpoints
+    """
     try:
         handle = open_file(Path(folder) / ".lock")
     except CheckpointError:
@@ -90,7 +113,17 @@ def newest(
     say: Say = _log,  # is told what was passed over, and why
     damaged: Mapping[Path, str] | None = None,  # checkpoints that are known to be, and why: passed over
 ) -> Path | None:  # None: there is none
-    "The newest complete checkpoint of a run. CheckpointError when there are some and none can be used"
+    """The newest complete checkpoint of a run. CheckpointError when there are some and none can be used
+
+    Args:
+        folder: run/checkpoints
+        verify: read all bytes and compare checksums before choosing
+        say: is told what was passed over, and why
+        damaged: checkpoints that are known to be, and why: passed over
+
+    Returns:
+        None: there is none
+    """
     folder, skipped = Path(folder), []
 
     def tell(line: str) -> None:
@@ -130,7 +163,18 @@ def resolve(
     say: Say = _log,  # is told what was passed over
     damaged: Mapping[Path, str] | None = None,  # checkpoints that are known to be, and why
 ) -> Path | None:  # None: start at step 0
-    "The checkpoint to resume from. CheckpointError when a path is named and is not a complete checkpoint"
+    """The checkpoint to resume from. CheckpointError when a path is named and is not a complete checkpoint
+
+    Args:
+        resume: "auto": the newest of this run; "none": start anew; or a checkpoint, or another run's folder
+        run_dir: holds checkpoints/
+        verify: compare checksums first
+        say: is told what was passed over
+        damaged: checkpoints that are known to be, and why
+
+    Returns:
+        None: start at step 0
+    """
     if str(resume) == "none":
         return None
     if str(resume) == "auto":
@@ -154,7 +198,11 @@ def resolve(
 def is_sound(
     state: Mapping[str, Any],  # of a checkpoint
 ) -> bool:
-    "Is it one to go on from? Not where its latest steps were skipped as bad, or its weights were seen not to be finite"
+    """Is it one to go on from? Not where its latest steps were skipped as bad, or its weights were seen not to be finite
+
+    Args:
+        state: of a checkpoint
+    """
     train = state.get("train")
     streak = train.get("bad_in_a_row", 0) if isinstance(train, Mapping) else 0
     return not streak and state.get("finite", True) is not False
@@ -166,7 +214,17 @@ def newest_sound(
     until: int | None = None,  # of no later step; None: of any
     say: Say = _log,  # is told what was passed over, and why
 ) -> Path | None:  # None: there is none
-    "The newest checkpoint from before any streak of bad steps that lasts, snapshots included"
+    """The newest checkpoint from before any streak of bad steps that lasts, snapshots included
+
+    Args:
+        folder: run/checkpoints
+        look: at all weights too: are they finite?
+        until: of no later step; None: of any
+        say: is told what was passed over, and why
+
+    Returns:
+        None: there is none
+    """
     for found in _latest_first(Path(folder), say):
         if until is not None and found.step > until:
             continue

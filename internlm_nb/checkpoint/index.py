@@ -22,7 +22,12 @@ def check_state(
     value: Any,  # what is to be saved beside the tensors
     where: str = "",  # the path to it, for messages
 ) -> None:
-    "Raise CheckpointError that names the entry which JSON cannot hold as it is; asked before a run starts, too"
+    """Raise CheckpointError that names the entry which JSON cannot hold as it is; asked before a run starts, too
+
+    Args:
+        value: what is to be saved beside the tensors
+        where: the path to it, for messages
+    """
     wrong = ""
     if isinstance(value, Mapping):
         for key, part in value.items():
@@ -51,7 +56,14 @@ VERSION = 1
 def seal(
     body: Mapping[str, Any],  # tensors, files, state
 ) -> str:  # the text of index.json
-    "The index as text: format and version first, and last a CRC-32 over everything before it; CheckpointError for a state that JSON cannot hold"
+    """The index as text: format and version first, and last a CRC-32 over everything before it; CheckpointError for a state that JSON cannot hold
+
+    Args:
+        body: tensors, files, state
+
+    Returns:
+        the text of index.json
+    """
     check_state(body.get("state"))
     text = json.dumps({"format": FORMAT, "version": VERSION, **body}, allow_nan=False)
     return f'{text[:-1]}, "crc32": {zlib.crc32(text[:-1].encode())}}}'
@@ -60,7 +72,11 @@ def seal(
 def unseal(
     path: str | Path,  # an index.json
 ) -> dict[str, Any]:
-    "Read and check an index. CheckpointError when it is missing, damaged, something else, or of a newer version"
+    """Read and check an index. CheckpointError when it is missing, damaged, something else, or of a newer version
+
+    Args:
+        path: an index.json
+    """
     path = Path(path)
     if not path.exists() and path.parent.exists():
         raise CheckpointError(f"{path}: missing; {path.parent} is not a complete checkpoint")
@@ -86,7 +102,11 @@ class NewerFormat(CheckpointError):
 def region_of(
     chunk: Mapping[str, Any],  # an entry of a tensor's "chunks"
 ) -> Region:
-    "The region of the logical tensor that a chunk holds"
+    """The region of the logical tensor that a chunk holds
+
+    Args:
+        chunk: an entry of a tensor's "chunks"
+    """
     return Region(tuple(chunk["offsets"]), tuple(chunk["sizes"]), *chunk.get("range", (None, None)))
 
 
@@ -125,7 +145,12 @@ def check_body(
     path: Path,  # of the index, for messages
     body: Mapping[str, Any],  # unsealed
 ) -> None:
-    "Raise CheckpointError unless an index is one in all its parts, and names only files inside its folder"
+    """Raise CheckpointError unless an index is one in all its parts, and names only files inside its folder
+
+    Args:
+        path: of the index, for messages
+        body: unsealed
+    """
     try:
         for part in ("tensors", "files", "state"):
             _wants("index", part, body.get(part), isinstance(body.get(part), dict))
@@ -147,7 +172,12 @@ def check_tensor(
     name: str,  # for messages
     entry: Mapping[str, Any],  # dtype, shape, chunks
 ) -> None:
-    "Raise CheckpointError that names the tensor unless its chunks cover it exactly once"
+    """Raise CheckpointError that names the tensor unless its chunks cover it exactly once
+
+    Args:
+        name: for messages
+        entry: dtype, shape, chunks
+    """
     try:
         check_cover(tuple(entry["shape"]), [(region_of(c), f"{c['file']}:{c['key']}") for c in entry["chunks"]])
     except CheckpointError as error:

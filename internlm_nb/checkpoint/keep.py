@@ -29,7 +29,12 @@ def snapshot_folder(
     folder: str | Path,  # run/checkpoints
     say: Say = _log,  # is told of damaged ones
 ) -> Path:
-    "Where the next snapshot goes (with overwrite=True): a free or damaged place, otherwise the older one"
+    """Where the next snapshot goes (with overwrite=True): a free or damaged place, otherwise the older one
+
+    Args:
+        folder: run/checkpoints
+        say: is told of damaged ones
+    """
     held = snapshots(folder, say)
     free = [path for path in (Path(folder) / SNAPSHOT / slot for slot in "01") if path not in {f.path for f in held}]
     return free[0] if free else held[0].path
@@ -40,7 +45,13 @@ def mark_best(
     step: int,  # of a checkpoint in it
     value: float,  # what was measured, e.g. the validation loss
 ) -> None:
-    "Point best.json at a step's checkpoint; CheckpointError when there is none of that step"
+    """Point best.json at a step's checkpoint; CheckpointError when there is none of that step
+
+    Args:
+        folder: run/checkpoints
+        step: of a checkpoint in it
+        value: what was measured, e.g. the validation loss
+    """
     if step not in {found.step for found in steps(folder)}:
         raise CheckpointError(f"{Path(folder) / str(step)}: no checkpoint of step {step}; save it before calling it the best")
     write_file(Path(folder) / "best.json", json.dumps({"step": step, "value": value}))
@@ -49,7 +60,14 @@ def mark_best(
 def read_best(
     folder: str | Path,  # run/checkpoints
 ) -> dict[str, Any] | None:  # {"step", "value"}, or None
-    "What best.json says; CheckpointError when it says nothing that can be read"
+    """What best.json says; CheckpointError when it says nothing that can be read
+
+    Args:
+        folder: run/checkpoints
+
+    Returns:
+        {"step", "value"}, or None
+    """
     path = Path(folder) / "best.json"
     if not os.path.lexists(path):
         return None
@@ -66,7 +84,17 @@ def to_delete(
     every: int = 0,  # multiples of this stay for good; 0: none
     protect: Iterable[int] = (),  # stay too, e.g. the best
 ) -> list[int]:  # ascending
-    "Steps whose checkpoints are no longer wanted; ValueError unless at least one stays"
+    """Steps whose checkpoints are no longer wanted; ValueError unless at least one stays
+
+    Args:
+        present: steps of complete checkpoints
+        last: how many of the newest stay; at least 1
+        every: multiples of this stay for good; 0: none
+        protect: stay too, e.g. the best
+
+    Returns:
+        ascending
+    """
     if last < 1 or every < 0:
         raise ValueError(f"last={last} must be at least 1 and every={every} at least 0")
     ordered = sorted(set(present))
@@ -84,6 +112,15 @@ def prune(
 
     Sound checkpoints alone count among the last ones. While the newest is not sound no sound one goes; of those that are not,
     the newest `last` stay. Links, folders that this library did not write, and those that hold somebody's file stay, and count for nothing.
+
+    Args:
+        folder: run/checkpoints
+        last: as in to_delete: of sound checkpoints
+        every: likewise
+        protect: likewise
+
+    Returns:
+        what was deleted
     """
     folder, best = Path(folder), read_best(folder)
     stay = {*protect, *([best["step"]] if best else [])}
@@ -98,7 +135,11 @@ def prune(
 
 
 def _own(folder: Path) -> tuple[list[int], list[int]]:  # sound, not sound
-    "Steps of checkpoints that may be pruned: whole, of this library, and nobody's file among them"
+    """Steps of checkpoints that may be pruned: whole, of this library, and nobody's file among them
+
+    Returns:
+        sound, not sound
+    """
     kinds: tuple[list[int], list[int]] = [], []
     for found in steps(folder):
         try:
@@ -113,7 +154,15 @@ def set_aside(
     folder: str | Path,  # run/checkpoints
     after: int,  # the step that the run goes back to
 ) -> list[Found]:  # what was moved, with its former path
-    "Move checkpoints and snapshots of later steps into `superseded/`. CheckpointError, and nothing is moved, where something else bears a later step's name"
+    """Move checkpoints and snapshots of later steps into `superseded/`. CheckpointError, and nothing is moved, where something else bears a later step's name
+
+    Args:
+        folder: run/checkpoints
+        after: the step that the run goes back to
+
+    Returns:
+        what was moved, with its former path
+    """
     folder, moved = Path(folder), []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if is_step(path.name) and int(path.name) > after and not _is_written_here(path):
@@ -152,7 +201,14 @@ def _is_written_here(path: Path) -> bool:
 def superseded_bytes(
     folder: str | Path,  # run/checkpoints
 ) -> int:  # 0: there is none
-    "What was put aside, files of all kinds"
+    """What was put aside, files of all kinds
+
+    Args:
+        folder: run/checkpoints
+
+    Returns:
+        0: there is none
+    """
     place = Path(folder) / "superseded"
     return sum(p.lstat().st_size for p in place.rglob("*") if p.is_file() and not p.is_symlink()) if place.is_dir() else 0
 
@@ -160,7 +216,14 @@ def superseded_bytes(
 def superseded_remark(
     folder: str | Path,  # run/checkpoints
 ) -> str:  # empty: nothing was put aside
-    "How much lies in superseded/, for the start of a run: retention does not count it"
+    """How much lies in superseded/, for the start of a run: retention does not count it
+
+    Args:
+        folder: run/checkpoints
+
+    Returns:
+        empty: nothing was put aside
+    """
     size = superseded_bytes(folder)
     return f"{Path(folder) / 'superseded'} holds {in_bytes(size)} of checkpoints that were put aside: delete it when they are no longer wanted" if size else ""
 
@@ -173,7 +236,19 @@ def space_needed(
     snapshots: bool = False,  # are there any?
     folder: str | Path | None = None,  # run/checkpoints, where some lie already; None: a new run
 ) -> int:  # bytes, for `require_space`
-    "Room that a run's checkpoints will take at the worst moment, beside what they take now"
+    """Room that a run's checkpoints will take at the worst moment, beside what they take now
+
+    Args:
+        size_bytes: of one checkpoint
+        last: how many are kept; 0: all
+        saves: that the run will still make; counts where all are kept
+        best: is the best one kept beside the last?
+        snapshots: are there any?
+        folder: run/checkpoints, where some lie already; None: a new run
+
+    Returns:
+        bytes, for `require_space`
+    """
     count = (last + 1 if last else saves) + best + 2 * snapshots
     if last == 0 or folder is None or not Path(folder).is_dir():
         return count * size_bytes
@@ -196,7 +271,13 @@ def read_stop(
     step: int,  # optimizer steps made
     say: Say = _log,  # is told when the file cannot be understood
 ) -> Stop:
-    "Look at the stop file after a step"
+    """Look at the stop file after a step
+
+    Args:
+        path: the stop file; may be missing
+        step: optimizer steps made
+        say: is told when the file cannot be understood
+    """
     if not os.path.lexists(path):
         return Stop()
     try:

@@ -22,7 +22,15 @@ def gather_state(
     model: nn.Module,  # any module
     prefix: str = "model.",  # put before every name
 ) -> dict[str, Tensor]:  # by logical name; shares memory with the model
-    "Parameters and persistent buffers of a module by logical name, tied ones once"
+    """Parameters and persistent buffers of a module by logical name, tied ones once
+
+    Args:
+        model: any module
+        prefix: put before every name
+
+    Returns:
+        by logical name; shares memory with the model
+    """
     seen: set[int] = set()
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -43,7 +51,22 @@ def save_state(
     shard_bytes: int = 2 << 30,  # files are closed before they grow beyond
     progress: bool = False,  # a bar over the bytes
 ) -> Path:  # the checkpoint folder
-    "Save a checkpoint, complete or not at all; CheckpointError when it fails"
+    """Save a checkpoint, complete or not at all; CheckpointError when it fails
+
+    Args:
+        folder: the destination, e.g. run/checkpoints/100
+        tensors: by logical name: whole, or the part (or parts) that this rank holds
+        state: what is no tensor: JSON values, with the "step"
+        overwrite: replace an existing checkpoint, whole by whole
+        rank: of those who save
+        ranks: how many save
+        barrier: needed when ranks > 1
+        shard_bytes: files are closed before they grow beyond
+        progress: a bar over the bytes
+
+    Returns:
+        the checkpoint folder
+    """
     if ranks > 1 and barrier is None:
         raise ValueError("ranks > 1 need a barrier, so that rank 0 commits after all have written")
     check_state(state)  # on every rank, before a byte is written
@@ -85,7 +108,18 @@ def load_into(
     strict: bool = True,  # False: load what both have
     cast: bool = False,  # convert element types where they differ
 ) -> list[str]:  # names that only one side has; empty when strict
-    "Fill tensors from a checkpoint. CheckpointError lists what is missing, too much, or of another shape or type, and nothing is changed then"
+    """Fill tensors from a checkpoint. CheckpointError lists what is missing, too much, or of another shape or type, and nothing is changed then
+
+    Args:
+        tensors: filled in place, by logical name
+        checkpoint: an open checkpoint
+        prefix: only names of the checkpoint that begin with this must be among `tensors`
+        strict: False: load what both have
+        cast: convert element types where they differ
+
+    Returns:
+        names that only one side has; empty when strict
+    """
     missing = [name for name in tensors if name not in checkpoint]
     extra = [name for name in checkpoint.names if name.startswith(prefix) and name not in tensors]
     faults = [f"not in the checkpoint: {_listed(missing)}"] if missing and strict else []
@@ -110,5 +144,16 @@ def load_model(
     strict: bool = True,  # False: load what both have
     cast: bool = False,  # e.g. fp32 weights into a bf16 model
 ) -> list[str]:  # names that only one side has; empty when strict
-    "Load a model's weights and nothing else from a checkpoint"
+    """Load a model's weights and nothing else from a checkpoint
+
+    Args:
+        model: filled in place
+        checkpoint: an open checkpoint
+        prefix: of the model's names in the checkpoint
+        strict: False: load what both have
+        cast: e.g. fp32 weights into a bf16 model
+
+    Returns:
+        names that only one side has; empty when strict
+    """
     return load_into(gather_state(model, prefix), checkpoint, prefix, strict, cast)

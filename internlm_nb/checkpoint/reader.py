@@ -29,7 +29,19 @@ def check_fit(
     cast: bool,  # another element type will do
     folder: Path,  # where it is saved, for the message
 ) -> Chunk:  # the target as a chunk
-    "CheckpointError unless a saved tensor has the target's global shape and type"
+    """CheckpointError unless a saved tensor has the target's global shape and type
+
+    Args:
+        name: of a logical tensor
+        shape: as saved, whole
+        dtype: as saved
+        target: what it is to fill
+        cast: another element type will do
+        folder: where it is saved, for the message
+
+    Returns:
+        the target as a chunk
+    """
     chunk = as_chunk(target)
     if shape != tuple(chunk.global_shape):
         raise CheckpointError(f"{name}: has shape {shape} in {folder}, and {tuple(chunk.global_shape)} is asked for; the model's configuration differs")
@@ -39,7 +51,12 @@ def check_fit(
 
 # %% ../../nbs/checkpoint/06_reader.ipynb #9e5217f9
 class Checkpoint:
-    "A finished checkpoint, read lazily. Opening it fails when it is incomplete, damaged in its index, or newer than this library"
+    """A finished checkpoint, read lazily. Opening it fails when it is incomplete, damaged in its index, or newer than this library
+
+    Args:
+        folder: as it was given to Writer
+        check: compare each chunk's checksum when it is first read
+    """
 
     def __init__(
         self,
@@ -83,14 +100,22 @@ class Checkpoint:
         self,
         name: str,  # of a logical tensor
     ) -> tuple[int, ...]:
-        "Global shape"
+        """Global shape
+
+        Args:
+            name: of a logical tensor
+        """
         return tuple(self._entry(name)["shape"])
 
     def dtype(
         self,
         name: str,  # of a logical tensor
     ) -> torch.dtype:
-        "Element type as saved"
+        """Element type as saved
+
+        Args:
+            name: of a logical tensor
+        """
         return dtype_of(self._entry(name)["dtype"])
 
     def _shard(self, file: str) -> Shard:
@@ -117,7 +142,16 @@ class Checkpoint:
         target: Tensor | Chunk,  # what it is to fill
         cast: bool = False,  # another element type will do
     ) -> Chunk:  # the target as a chunk
-        "CheckpointError unless the tensor is there with the target's global shape and type; reads nothing"
+        """CheckpointError unless the tensor is there with the target's global shape and type; reads nothing
+
+        Args:
+            name: of a logical tensor
+            target: what it is to fill
+            cast: another element type will do
+
+        Returns:
+            the target as a chunk
+        """
         return check_fit(name, self.shape(name), self.dtype(name), target, cast, self.folder)
 
     def read_into(
@@ -126,7 +160,13 @@ class Checkpoint:
         target: Tensor | Chunk,  # filled in place: all of the tensor, or a part
         cast: bool = False,  # allow another element type
     ) -> None:
-        "Fill a tensor, or a piece of one, from whatever chunks hold it; any device. CheckpointError for a name, shape or type that does not fit, and for damage"
+        """Fill a tensor, or a piece of one, from whatever chunks hold it; any device. CheckpointError for a name, shape or type that does not fit, and for damage
+
+        Args:
+            name: of a logical tensor
+            target: filled in place: all of the tensor, or a part
+            cast: allow another element type
+        """
         chunk = self.require(name, target, cast)
         region, filled = chunk.region, 0
         for part in self._entry(name)["chunks"] if region.numel else []:
@@ -139,7 +179,11 @@ class Checkpoint:
         self,
         name: str,  # of a logical tensor
     ) -> Tensor:
-        "The whole tensor, in fresh CPU memory"
+        """The whole tensor, in fresh CPU memory
+
+        Args:
+            name: of a logical tensor
+        """
         out = torch.empty(self.shape(name), dtype=self.dtype(name))
         self.read_into(name, out)
         return out
@@ -150,7 +194,16 @@ class Checkpoint:
         offsets: tuple[int, ...],  # where the box begins
         sizes: tuple[int, ...],  # how large it is
     ) -> Tensor:  # of shape sizes
-        "A box of a tensor, e.g. the rows of one tensor-parallel rank"
+        """A box of a tensor, e.g. the rows of one tensor-parallel rank
+
+        Args:
+            name: of a logical tensor
+            offsets: where the box begins
+            sizes: how large it is
+
+        Returns:
+            of shape sizes
+        """
         out = torch.empty(sizes, dtype=self.dtype(name))
         self.read_into(name, Chunk(out, self.shape(name), offsets=tuple(offsets)))
         return out
@@ -163,7 +216,17 @@ class Checkpoint:
         offsets: tuple[int, ...] | None = None,  # with sizes: the range runs through this box only
         sizes: tuple[int, ...] | None = None,
     ) -> Tensor:  # (stop - start,)
-        "Elements start to stop of the flattened tensor, or of a flattened box of it"
+        """Elements start to stop of the flattened tensor, or of a flattened box of it
+
+        Args:
+            name: of a logical tensor
+            start: first element, row-major
+            stop: one past the last
+            offsets: with sizes: the range runs through this box only
+
+        Returns:
+            (stop - start,)
+        """
         out = torch.empty(stop - start, dtype=self.dtype(name))
         self.read_into(name, Chunk(out, self.shape(name), offsets=offsets, sizes=sizes, start=start))
         return out
@@ -174,7 +237,13 @@ class Checkpoint:
         ranks: int = 1,  # each takes every ranks-th file
         progress: bool = False,  # a bar over the bytes
     ) -> None:
-        "Read everything and compare all checksums; CheckpointError names the file and tensor that is damaged"
+        """Read everything and compare all checksums; CheckpointError names the file and tensor that is damaged
+
+        Args:
+            rank: of those who share the work
+            ranks: each takes every ranks-th file
+            progress: a bar over the bytes
+        """
         mine = set(list(self._files)[rank::ranks])
         total = sum(self._files[file]["bytes"] for file in mine)
         with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=None if progress else True) as bar:
@@ -197,7 +266,16 @@ class Checkpoint:
         rank: int = 0,  # of those who share the work
         ranks: int = 1,  # each takes every ranks-th file
     ) -> str | None:  # None: all values are finite
-        "The first tensor with an infinity or a NaN in it: a checkpoint may be undamaged and of no use"
+        """The first tensor with an infinity or a NaN in it: a checkpoint may be undamaged and of no use
+
+        Args:
+            prefix: of the names to look at: "model." for weights alone
+            rank: of those who share the work
+            ranks: each takes every ranks-th file
+
+        Returns:
+            None: all values are finite
+        """
         mine = set(list(self._files)[rank::ranks])
         for name, file, source in self._values([n for n in self.names if n.startswith(prefix)], False):
             if file in mine and source.is_floating_point() and not all_finite(source):
@@ -213,7 +291,12 @@ def all_finite(
     x: Tensor,  # floating point, any shape
     step: int = 1 << 22,  # elements looked at together, so that little memory is needed
 ) -> bool:
-    "No infinity and no NaN?"
+    """No infinity and no NaN?
+
+    Args:
+        x: floating point, any shape
+        step: elements looked at together, so that little memory is needed
+    """
     for part in x.detach().reshape(-1).split(step):
         part = part.float() if part.element_size() == 1 else part  # fp8 has no comparison
         if part.numel() and not all(map(torch.isfinite, part.aminmax())):  # a NaN is passed on by both

@@ -18,7 +18,14 @@ from .durable import CheckpointError
 # %% ../../nbs/checkpoint/02_regions.ipynb #1148d991
 @dataclass(frozen=True)
 class Region:
-    "A part of a global tensor: a box, or (with start and stop) a range of the box's elements in row-major order"
+    """A part of a global tensor: a box, or (with start and stop) a range of the box's elements in row-major order
+
+    Args:
+        offsets: where the box begins, one a dimension
+        sizes: how large it is
+        start: first element of the flat range inside the box; None: the whole box
+        stop: one past the last
+    """
 
     offsets: tuple[int, ...]  # where the box begins, one a dimension
     sizes: tuple[int, ...]  # how large it is
@@ -55,14 +62,22 @@ class Region:
         self,
         shape: tuple[int, ...],  # of the global tensor
     ) -> bool:
-        "Does the box fit into a tensor of this shape?"
+        """Does the box fit into a tensor of this shape?
+
+        Args:
+            shape: of the global tensor
+        """
         return len(shape) == len(self.sizes) and all(o + n <= whole for o, n, whole in zip(self.offsets, self.sizes, shape))
 
 
 def whole(
     shape: Iterable[int],  # of the global tensor
 ) -> Region:
-    "The region that is all of a tensor"
+    """The region that is all of a tensor
+
+    Args:
+        shape: of the global tensor
+    """
     sizes = tuple(int(n) for n in shape)
     return Region((0,) * len(sizes), sizes)
 
@@ -72,7 +87,16 @@ def range_boxes(
     start: int,  # first element, row-major
     stop: int,  # one past the last
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:  # (offsets, sizes) in order
-    "Cut a flat range into at most 2d - 1 boxes, each contiguous in memory"
+    """Cut a flat range into at most 2d - 1 boxes, each contiguous in memory
+
+    Args:
+        sizes: of the box that the range runs through
+        start: first element, row-major
+        stop: one past the last
+
+    Returns:
+        (offsets, sizes) in order
+    """
     if start >= stop:
         return []
     if not sizes:
@@ -92,7 +116,15 @@ def pieces(
     tensor: Tensor,  # region.shape; contiguous when the region is flat
     region: Region,  # what the tensor holds
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], Tensor]]:  # (global offsets, sizes, view)
-    "Views of a tensor that are boxes of the global tensor"
+    """Views of a tensor that are boxes of the global tensor
+
+    Args:
+        tensor: region.shape; contiguous when the region is flat
+        region: what the tensor holds
+
+    Returns:
+        (global offsets, sizes, view)
+    """
     if region.is_box:
         yield region.offsets, region.sizes, tensor
         return
@@ -107,7 +139,15 @@ def overlap(
     a: tuple[tuple[int, ...], tuple[int, ...]],  # (offsets, sizes)
     b: tuple[tuple[int, ...], tuple[int, ...]],  # likewise
 ) -> tuple[tuple[int, ...], tuple[int, ...]] | None:  # (offsets, sizes), or None
-    "The box that two boxes share"
+    """The box that two boxes share
+
+    Args:
+        a: (offsets, sizes)
+        b: likewise
+
+    Returns:
+        (offsets, sizes), or None
+    """
     low = tuple(max(p, q) for p, q in zip(a[0], b[0]))
     size = tuple(min(p + n, q + m) - s for p, n, q, m, s in zip(a[0], a[1], b[0], b[1], low))
     return None if any(n <= 0 for n in size) else (low, size)
@@ -119,7 +159,17 @@ def transfer(
     target: Tensor,  # holds target_region; written in place
     target_region: Region,  # where the target stands in it
 ) -> int:  # elements copied
-    "Copy what two pieces of one global tensor share; copy_ casts and crosses devices"
+    """Copy what two pieces of one global tensor share; copy_ casts and crosses devices
+
+    Args:
+        source: holds source_region
+        source_region: where the source stands in the global tensor
+        target: holds target_region; written in place
+        target_region: where the target stands in it
+
+    Returns:
+        elements copied
+    """
     if source_region == target_region:
         target.copy_(source)
         return source_region.numel
@@ -138,7 +188,15 @@ def transfer(
 # %% ../../nbs/checkpoint/02_regions.ipynb #cdb8266c
 @dataclass(frozen=True)
 class Chunk:
-    "A tensor that holds a part of a global tensor. With `offsets` a box, with `start` a flat range, with `offsets`, `sizes` and `start` a flat range of a box"
+    """A tensor that holds a part of a global tensor. With `offsets` a box, with `start` a flat range, with `offsets`, `sizes` and `start` a flat range of a box
+
+    Args:
+        tensor: the piece: the box's shape, or one-dimensional
+        global_shape: of the whole logical tensor
+        offsets: where the box begins; None: at the origin
+        sizes: of the box that a flat range runs through; None: the whole tensor
+        start: first element of the flat range
+    """
 
     tensor: Tensor  # the piece: the box's shape, or one-dimensional
     global_shape: tuple[int, ...]  # of the whole logical tensor
@@ -168,7 +226,11 @@ class Chunk:
 def as_chunk(
     tensor: Tensor | Chunk,  # a plain tensor stands for itself
 ) -> Chunk:
-    "A whole tensor as the chunk that covers itself"
+    """A whole tensor as the chunk that covers itself
+
+    Args:
+        tensor: a plain tensor stands for itself
+    """
     return tensor if isinstance(tensor, Chunk) else Chunk(tensor, tuple(tensor.shape))
 
 # %% ../../nbs/checkpoint/02_regions.ipynb #b546ef72
@@ -208,7 +270,12 @@ def check_cover(
     shape: tuple[int, ...],  # of the global tensor
     parts: Iterable[tuple[Region, str]],  # the regions, each with a label for messages
 ) -> None:
-    "Raise CheckpointError that names a gap or an overlap unless the regions cover the tensor exactly once"
+    """Raise CheckpointError that names a gap or an overlap unless the regions cover the tensor exactly once
+
+    Args:
+        shape: of the global tensor
+        parts: the regions, each with a label for messages
+    """
     groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[Region, str]]] = {}
     for region, label in parts:
         if not region.inside(shape):
@@ -234,5 +301,12 @@ def check_cover(
 def region_boxes(
     region: Region,  # any
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:  # (global offsets, sizes)
-    "The boxes of the global tensor that make up a region"
+    """The boxes of the global tensor that make up a region
+
+    Args:
+        region: any
+
+    Returns:
+        (global offsets, sizes)
+    """
     return [(tuple(a + b for a, b in zip(region.offsets, o)), n) for o, n in range_boxes(region.sizes, *region.span)]

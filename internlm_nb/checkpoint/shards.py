@@ -33,7 +33,11 @@ _BY_NAME = {name: dtype for dtype, name in SAFE_NAMES.items()}
 def dtype_name(
     dtype: torch.dtype,  # one of SAFE_NAMES
 ) -> str:
-    "float32 for torch.float32: the word that index.json uses; CheckpointError for a type that is not saved"
+    """float32 for torch.float32: the word that index.json uses; CheckpointError for a type that is not saved
+
+    Args:
+        dtype: one of SAFE_NAMES
+    """
     if dtype not in SAFE_NAMES:
         raise CheckpointError(f"{dtype} cannot be saved; cast to one of {', '.join(str(d)[6:] for d in SAFE_NAMES)}")
     return str(dtype).removeprefix("torch.")
@@ -42,7 +46,11 @@ def dtype_name(
 def dtype_of(
     name: str,  # as in index.json
 ) -> torch.dtype:
-    "torch.float32 for float32; CheckpointError for an unknown name"
+    """torch.float32 for float32; CheckpointError for an unknown name
+
+    Args:
+        name: as in index.json
+    """
     for dtype in SAFE_NAMES:
         if str(dtype) == f"torch.{name}":
             return dtype
@@ -52,7 +60,14 @@ def dtype_of(
 def raw(
     tensor: Tensor,  # any device, contiguous or not
 ) -> memoryview:  # its bytes, in CPU memory
-    "A tensor's bytes in row-major order; copies only what is not contiguous or not on the CPU"
+    """A tensor's bytes in row-major order; copies only what is not contiguous or not on the CPU
+
+    Args:
+        tensor: any device, contiguous or not
+
+    Returns:
+        its bytes, in CPU memory
+    """
     dense = tensor.detach().cpu().contiguous()
     dense = dense.as_strided((dense.numel(),), (1,))  # one element or none may have any stride and still call itself contiguous
     return dense.view(torch.uint8).numpy().data
@@ -61,7 +76,11 @@ def raw(
 def checksum(
     tensor: Tensor,  # any
 ) -> int:
-    "CRC-32 of a tensor's bytes"
+    """CRC-32 of a tensor's bytes
+
+    Args:
+        tensor: any
+    """
     return zlib.crc32(raw(tensor))
 
 # %% ../../nbs/checkpoint/03_shards.ipynb #be84e3a4
@@ -73,7 +92,16 @@ def write_shard(
     tensors: Mapping[str, Tensor],  # by key; fetched to the CPU one at a time
     id: str = "",  # written into the header, so that a file of another checkpoint is known as such; empty: none
 ) -> dict[str, Any]:  # {"bytes": file size, "header": CRC-32 of the header, "data": {key: CRC-32}}
-    "Write one safetensors file, flushed to disk, and say what its size and checksums are. Errors are OSError"
+    """Write one safetensors file, flushed to disk, and say what its size and checksums are. Errors are OSError
+
+    Args:
+        path: the file; its folder exists
+        tensors: by key; fetched to the CPU one at a time
+        id: written into the header, so that a file of another checkpoint is known as such; empty: none
+
+    Returns:
+        {"bytes": file size, "header": CRC-32 of the header, "data": {key: CRC-32}}
+    """
     order = sorted(tensors, key=lambda k: -tensors[k].element_size())
     entries: dict[str, Any] = {"__metadata__": {"id": id}} if id else {}
     at = 0
@@ -98,7 +126,14 @@ def write_shard(
 
 # %% ../../nbs/checkpoint/03_shards.ipynb #9afe2fa5
 class Shard:
-    "A safetensors file, read lazily. The first look compares size, header and id with what the index says; CheckpointError names the file"
+    """A safetensors file, read lazily. The first look compares size, header and id with what the index says; CheckpointError names the file
+
+    Args:
+        path: the file
+        size_bytes: as the index has it; None: not compared
+        header_crc: likewise
+        id: likewise: of the save that wrote it
+    """
 
     def __init__(
         self,
@@ -129,7 +164,11 @@ class Shard:
         self,
         key: str,  # as in the header
     ) -> Tensor:
-        "A view of the file: copy what you want to keep; CheckpointError for a key that the file has not"
+        """A view of the file: copy what you want to keep; CheckpointError for a key that the file has not
+
+        Args:
+            key: as in the header
+        """
         if key not in self.entries:
             raise CheckpointError(f"{self.path}: has no tensor {key!r}; the index and the file do not belong together")
         entry = self.entries[key]
@@ -164,7 +203,15 @@ def check_size(
     path: Path,  # the file
     size_bytes: int | None,  # what the index says; None: any
 ) -> int:  # its size
-    "Raise CheckpointError when a file is missing, no regular file, forbidden, or shorter or longer than it was written"
+    """Raise CheckpointError when a file is missing, no regular file, forbidden, or shorter or longer than it was written
+
+    Args:
+        path: the file
+        size_bytes: what the index says; None: any
+
+    Returns:
+        its size
+    """
     handle = open_file(path)
     try:
         size = os.fstat(handle).st_size

@@ -29,7 +29,15 @@ def _fragment(rank: int) -> str:
 
 
 class Writer:
-    "One rank's part in saving a checkpoint. As a context manager it removes what it wrote unless the checkpoint was committed"
+    """One rank's part in saving a checkpoint. As a context manager it removes what it wrote unless the checkpoint was committed
+
+    Args:
+        folder: the destination, e.g. run/checkpoints/100; its parents are made
+        rank: of those who save
+        ranks: how many save
+        overwrite: replace an existing checkpoint, whole by whole
+        shard_bytes: a file is closed when the next tensor would make it larger
+    """
 
     def __init__(
         self,
@@ -61,7 +69,12 @@ class Writer:
         name: str,  # of the logical tensor
         tensor: Tensor | Chunk,  # all of it, or the part that this rank holds; may be called several times for one name
     ) -> None:
-        "Take note of something to save; it must not change before write() returns. CheckpointError for a piece added twice, or unlike its others"
+        """Take note of something to save; it must not change before write() returns. CheckpointError for a piece added twice, or unlike its others
+
+        Args:
+            name: of the logical tensor
+            tensor: all of it, or the part that this rank holds; may be called several times for one name
+        """
         chunk = as_chunk(tensor)
         entry = {"dtype": dtype_name(chunk.tensor.dtype), "shape": [int(n) for n in chunk.global_shape]}
         if self._globals.setdefault(name, entry) != entry:
@@ -95,7 +108,11 @@ class Writer:
         self,
         progress: bool = False,  # a bar over the bytes
     ) -> None:
-        "Write this rank's shards and fragment, flushed to disk. On an error the temporary files go and CheckpointError says why"
+        """Write this rank's shards and fragment, flushed to disk. On an error the temporary files go and CheckpointError says why
+
+        Args:
+            progress: a bar over the bytes
+        """
         tensors: dict[str, Any] = {name: {**entry, "chunks": []} for name, entry in self._globals.items()}
         files: dict[str, Any] = {}
         with self._undo(), _named(self.saving), tqdm(total=self.size_bytes, desc="save", unit="B", unit_scale=True, disable=None if progress else True) as bar:
@@ -115,7 +132,14 @@ class Writer:
         self,
         state: Mapping[str, Any] | None = None,  # what is no tensor: JSON values
     ) -> Path:  # the checkpoint folder
-        "On rank 0, after all ranks have written: check that nothing is missing or doubled, write the index, name the folder. CheckpointError when they are, ValueError on another rank"
+        """On rank 0, after all ranks have written: check that nothing is missing or doubled, write the index, name the folder. CheckpointError when they are, ValueError on another rank
+
+        Args:
+            state: what is no tensor: JSON values
+
+        Returns:
+            the checkpoint folder
+        """
         if self.rank != 0:
             raise ValueError("rank 0 commits, after a barrier behind every rank's write()")
         with self._undo(), _named(self.saving):

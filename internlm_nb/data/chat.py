@@ -18,7 +18,12 @@ __all__ = ['TEMPLATES', 'Message', 'Template', 'template', 'AnyTokenizer', 'enco
 # %% ../../nbs/data/02_chat.ipynb #0e7b7013
 @dataclass(frozen=True)
 class Template:
-    "A chat format: what stands before and behind each role's words"
+    """A chat format: what stands before and behind each role's words
+
+    Args:
+        name: as the command line calls it
+        roles: role -> (before, behind)
+    """
 
     name: str  # as the command line calls it
     roles: Mapping[str, tuple[str, str]]  # role -> (before, behind)
@@ -27,7 +32,11 @@ class Template:
         self,
         role: str,  # "user", "assistant" and, in v2, "system"
     ) -> tuple[str, str]:
-        "(before, behind) for one role; ValueError for a role that the format does not have"
+        """(before, behind) for one role; ValueError for a role that the format does not have
+
+        Args:
+            role: "user", "assistant" and, in v2, "system"
+        """
         if role not in self.roles:
             raise ValueError(f"chat template {self.name} has no role {role!r}: it knows {', '.join(self.roles)}")
         return self.roles[role]
@@ -42,14 +51,29 @@ TEMPLATES = {
 def template(
     name: str,  # "v1" or "v2"
 ) -> Template:
-    "A template by name; `ValueError` for a name that is none"
+    """A template by name; `ValueError` for a name that is none
+
+    Args:
+        name: "v1" or "v2"
+    """
     if name not in TEMPLATES:
         raise ValueError(f"no chat template {name!r}: choose one of {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 # %% ../../nbs/data/02_chat.ipynb #e92099c9
 class AnyTokenizer(Protocol):
-    "What a chat needs of a tokenizer; `data.tokenizer.Tokenizer` is one"
+    """What a chat needs of a tokenizer; `data.tokenizer.Tokenizer` is one
+
+    Args:
+        path: for messages
+        vocab_size: the largest id and one
+        base_size: the same without signs that were added later
+        bos_id: -1 where there is none
+        eos_id: likewise
+        unk_id: likewise
+        pad_id: likewise
+        marks: signs that are one id
+    """
 
     path: Path  # for messages
     vocab_size: int  # the largest id and one
@@ -90,7 +114,13 @@ def encode_behind(
     text: str,  # that stands behind something
     marks: bool = True,  # read signs as the one id they name
 ) -> list[int]:
-    "Ids of a text in the middle of a conversation"
+    """Ids of a text in the middle of a conversation
+
+    Args:
+        tokenizer: any; one with a method of this name puts no blank before a text that goes on
+        text: that stands behind something
+        marks: read signs as the one id they name
+    """
     behind = getattr(tokenizer, "encode_behind", None)
     return tokenizer.encode(text, marks=marks) if behind is None else behind(text, marks)
 
@@ -101,7 +131,14 @@ Message = tuple[str, str] | Mapping[str, str]
 def said(
     message: Message,  # ("user", "Hi!") or {"role": "user", "content": "Hi!"}
 ) -> tuple[str, str]:  # role and words
-    "One message, from either way to write it; ValueError for anything else"
+    """One message, from either way to write it; ValueError for anything else
+
+    Args:
+        message: ("user", "Hi!") or {"role": "user", "content": "Hi!"}
+
+    Returns:
+        role and words
+    """
     pair = (message.get("role"), message.get("content")) if isinstance(message, Mapping) else tuple(message)
     if len(pair) != 2 or not all(isinstance(part, str) for part in pair):
         raise ValueError(f'{message!r} is no message: write ("user", "Hi!") or {{"role": "user", "content": "Hi!"}}')
@@ -113,7 +150,13 @@ def chat_text(
     style: str = "v2",  # "v1" or "v2"
     answer: bool = True,  # end with the beginning of an answer
 ) -> str:
-    "A conversation as one text"
+    """A conversation as one text
+
+    Args:
+        messages: what was said, in order
+        style: "v1" or "v2"
+        answer: end with the beginning of an answer
+    """
     form = template(style)
     turns = [(*form.around(role), words) for role, words in map(said, messages)]
     return "".join(f"{before}{words}{behind}" for before, behind, words in turns) + form.around("assistant")[0] * answer
@@ -126,7 +169,15 @@ def turn_ids(
     form: Template,  # the format
     start: bool = False,  # nothing stands before it, not even bos
 ) -> tuple[list[int], list[int]]:
-    "(ids that are read only, ids that the model is to write) of one turn. ValueError when the tokenizer lacks a mark of the format."
+    """(ids that are read only, ids that the model is to write) of one turn. ValueError when the tokenizer lacks a mark of the format.
+
+    Args:
+        tokenizer: a model that has the template's marks
+        role: who speaks
+        words: what is said
+        form: the format
+        start: nothing stands before it, not even bos
+    """
     before, behind = form.around(role)
     mark, newline = behind[:-1], behind[-1]
     if mark not in tokenizer.marks:
@@ -147,7 +198,14 @@ def turn_ids(
 def first_ids(
     tokenizer: AnyTokenizer,  # of the model
 ) -> list[int]:  # bos; nothing when there is none, or when it is the mark that opens every turn anyway
-    "What stands in front of a conversation"
+    """What stands in front of a conversation
+
+    Args:
+        tokenizer: of the model
+
+    Returns:
+        bos; nothing when there is none, or when it is the mark that opens every turn anyway
+    """
     return [] if tokenizer.bos_id < 0 or tokenizer.bos_id in tokenizer.marks.values() else [tokenizer.bos_id]
 
 
@@ -157,7 +215,14 @@ def chat_ids(
     style: str = "v2",  # "v1" or "v2"
     answer: bool = True,  # end with the beginning of an answer
 ) -> list[int]:
-    "A conversation as the ids that a model reads, bos in front"
+    """A conversation as the ids that a model reads, bos in front
+
+    Args:
+        tokenizer: a model that has the template's marks
+        messages: what was said, in order
+        style: "v1" or "v2"
+        answer: end with the beginning of an answer
+    """
     form, ids = template(style), first_ids(tokenizer)
     for message in messages:
         read, written = turn_ids(tokenizer, *said(message), form, start=not ids)
@@ -169,7 +234,12 @@ def stop_ids(
     tokenizer: AnyTokenizer,  # a model that has the template's marks
     style: str = "v2",  # "v1" or "v2"
 ) -> list[int]:
-    "The ids that end an answer: the format's end sign, and eos where the tokenizer has one"
+    """The ids that end an answer: the format's end sign, and eos where the tokenizer has one
+
+    Args:
+        tokenizer: a model that has the template's marks
+        style: "v1" or "v2"
+    """
     end = turn_ids(tokenizer, "assistant", "", template(style))[1][0]
     return [end] if tokenizer.eos_id in (-1, end) else [end, tokenizer.eos_id]
 
@@ -177,13 +247,26 @@ def stop_ids(
 def guess_style(
     tokenizer: AnyTokenizer,  # any
 ) -> str | None:  # "v2", "v1", or None
-    "The format whose end sign a tokenizer has. It does not show whether the model has learned that format"
+    """The format whose end sign a tokenizer has. It does not show whether the model has learned that format
+
+    Args:
+        tokenizer: any
+
+    Returns:
+        "v2", "v1", or None
+    """
     ends = {"v2": "<|im_end|>", "v1": "<eoa>"}
     return next((style for style, end in ends.items() if end in tokenizer.marks), None)
 
 
 class Conversation:
-    "A chat that goes on: what was said as messages, and as the ids that the model reads"
+    """A chat that goes on: what was said as messages, and as the ids that the model reads
+
+    Args:
+        tokenizer: a model that has the template's marks
+        style: "v1" or "v2"
+        history: what was said before, a system message for instance
+    """
 
     def __init__(
         self,
@@ -200,7 +283,14 @@ class Conversation:
         self,
         words: str,  # of the user
     ) -> list[int]:  # all ids so far, the question and the beginning of an answer
-        "What the model is to read now. Nothing is kept of it before there is an answer"
+        """What the model is to read now. Nothing is kept of it before there is an answer
+
+        Args:
+            words: of the user
+
+        Returns:
+            all ids so far, the question and the beginning of an answer
+        """
         asked = turn_ids(self.tokenizer, "user", words, self.form, start=not self.ids)[0]
         return self.ids + asked + turn_ids(self.tokenizer, "assistant", "", self.form)[0]
 
@@ -209,7 +299,15 @@ class Conversation:
         words: str,  # of the user
         ids: Sequence[int],  # that the model wrote, without the stop id
     ) -> str:  # the answer in words
-        "Take up a question and its answer, complete or interrupted; the turn is closed"
+        """Take up a question and its answer, complete or interrupted; the turn is closed
+
+        Args:
+            words: of the user
+            ids: that the model wrote, without the stop id
+
+        Returns:
+            the answer in words
+        """
         answer = self.tokenizer.decode(ids)
         self.ids = [*self.ask(words), *ids, *turn_ids(self.tokenizer, "assistant", "", self.form)[1]]
         self.messages += [("user", words), ("assistant", answer)]
@@ -222,7 +320,14 @@ def conversation_ids(
     style: str = "v1",  # "v1" or "v2"
     max_length: int | None = None,  # tokens at most, eos included
 ) -> list[int]:
-    "A conversation as a training document: bos, negative ids for what is read, positive for what is to be learned, eos; no bos or eos where the tokenizer has none"
+    """A conversation as a training document: bos, negative ids for what is read, positive for what is to be learned, eos; no bos or eos where the tokenizer has none
+
+    Args:
+        tokenizer: a model that has the template's marks
+        messages: what was said, in order
+        style: "v1" or "v2"
+        max_length: tokens at most, eos included
+    """
     form, ids = template(style), first_ids(tokenizer)
     for message in messages:
         read, written = turn_ids(tokenizer, *said(message), form, start=not ids)
@@ -240,7 +345,15 @@ def alpaca_ids(
     max_length: int | None = None,  # tokens at most
     compat: str = "",  # "internevo": the older tool's ids and its way to cut (v1 only)
 ) -> list[int]:
-    "One Alpaca record as a training document. ValueError for a missing key."
+    """One Alpaca record as a training document. ValueError for a missing key.
+
+    Args:
+        tokenizer: a model that has the template's marks
+        record: instruction, input (optional), output
+        style: "v1" or "v2"
+        max_length: tokens at most
+        compat: "internevo": the older tool's ids and its way to cut (v1 only)
+    """
     for key in ("instruction", "output"):
         if not isinstance(record.get(key), str):
             raise ValueError(f'an Alpaca record needs a text under "{key}"')

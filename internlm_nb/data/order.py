@@ -26,7 +26,11 @@ def _mix(x: np.ndarray) -> np.ndarray:
 def derive_key(
     *parts: int,  # seed first, then integers that say what the key is for
 ) -> int:
-    "A 64-bit key that depends on all parts and on their order"
+    """A 64-bit key that depends on all parts and on their order
+
+    Args:
+        *parts: seed first, then integers that say what the key is for
+    """
     key = np.zeros(1, dtype=np.uint64)
     for part in parts:
         key = _mix(key * np.uint64(3) + np.uint64(part % 2**64) + np.uint64(0x9E3779B97F4A7C15))
@@ -34,7 +38,12 @@ def derive_key(
 
 # %% ../../nbs/data/13_order.ipynb #54da3d17
 class Permutation:
-    "A pseudo-random bijection of 0 ... size - 1, evaluated for any positions in constant memory"
+    """A pseudo-random bijection of 0 ... size - 1, evaluated for any positions in constant memory
+
+    Args:
+        size: N >= 1
+        key: which permutation, from derive_key
+    """
 
     rounds = 8
 
@@ -64,7 +73,11 @@ class Permutation:
         self,
         positions: np.ndarray,  # (n,) integers, 0 <= positions < size
     ) -> np.ndarray:
-        "(n,) int64, the elements at these positions"
+        """(n,) int64, the elements at these positions
+
+        Args:
+            positions: (n,) integers, 0 <= positions < size
+        """
         x = self._network(np.asarray(positions).astype(np.uint64))
         while len(outside := np.flatnonzero(x >= np.uint64(self.size))):
             x[outside] = self._network(x[outside])
@@ -75,7 +88,17 @@ _BLOCK = 1024  # documents between two entries of the table
 
 
 class ShuffledPacks:
-    "The endless stream of packs of one folder: epoch after epoch, each in its own order. `packs[i]` is a pure function of (seed, i)."
+    """The endless stream of packs of one folder: epoch after epoch, each in its own order. `packs[i]` is a pure function of (seed, i).
+
+    Args:
+        documents: what to pack
+        seed: of the order
+        seq_len: longest segment, tokens
+        micro_bsz: a pack has seq_len * micro_bsz tokens
+        pack_sample_into_one: attention crosses document borders
+        type_map: type id to report for each of the folder's own
+        source: number of this folder among those mixed
+    """
 
     def __init__(
         self,
@@ -102,14 +125,22 @@ class ShuffledPacks:
         self,
         epoch: int,  # from 0
     ) -> Permutation:
-        "The order of the documents in one epoch"
+        """The order of the documents in one epoch
+
+        Args:
+            epoch: from 0
+        """
         return Permutation(len(self.documents), derive_key(self.seed, self.source, epoch))
 
     def cut(
         self,
         index: int,  # running number of the pack, over all epochs
     ) -> tuple[int, int]:
-        "(epoch, which cut of its stream) of a pack"
+        """(epoch, which cut of its stream) of a pack
+
+        Args:
+            index: running number of the pack, over all epochs
+        """
         epoch, local = divmod(index, self.packs_per_epoch)
         if local < self.packs_per_epoch - 1:
             cuts = Permutation(self.packs_per_epoch - 1, derive_key(self.seed, self.source, epoch, 1))
@@ -147,7 +178,11 @@ class ShuffledPacks:
         self,
         index: int,  # running number of the pack, over all epochs
     ) -> list[Part]:
-        "The parts of documents that pack `index` is made of"
+        """The parts of documents that pack `index` is made of
+
+        Args:
+            index: running number of the pack, over all epochs
+        """
         epoch, local = self.cut(index)
         order, table = self._table(epoch)
         at, end = local * self.size, min((local + 1) * self.size, int(table[-1]))
@@ -171,13 +206,21 @@ class ShuffledPacks:
         self,
         index: int,  # running number of the pack, over all epochs
     ) -> Pack:
-        "Pack number `index`"
+        """Pack number `index`
+
+        Args:
+            index: running number of the pack, over all epochs
+        """
         return build_pack(self.parts(index), self.seq_len, self.micro_bsz, self.pack_sample_into_one, self.source)
 
     def tokens_before(
         self,
         index: int,  # running number of a pack
     ) -> int:
-        "Real tokens in all packs before this one, in closed form"
+        """Real tokens in all packs before this one, in closed form
+
+        Args:
+            index: running number of a pack
+        """
         epoch, local = divmod(index, self.packs_per_epoch)
         return epoch * self.documents.num_tokens + min(local * self.size, self.documents.num_tokens)

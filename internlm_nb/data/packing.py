@@ -21,7 +21,21 @@ __all__ = ['Pack', 'Part', 'build_pack', 'padding_pack', 'pack']
 # %% ../../nbs/data/12_packing.ipynb #4678a316
 @dataclass(frozen=True)
 class Pack:
-    "One micro-batch: P = seq_len * micro_bsz packed tokens with their documents' borders"
+    """One micro-batch: P = seq_len * micro_bsz packed tokens with their documents' borders
+
+    Args:
+        input_ids: (P,) int64
+        labels: (P,) int64, shifted; IGNORE_INDEX where there is no target
+        cu_seqlens: (segments + 1,) int32, borders of the segments that attention keeps apart
+        indexes: (P,) int64, position of each token in its segment
+        type_ids: (P,) int64, data type of each token's document (0 in padding)
+        lengths: tokens of each segment, padding included
+        num_tokens: real tokens, padding not counted
+        num_documents: documents, or pieces of them, that have tokens here
+        num_targets: labels other than IGNORE_INDEX
+        largest_length: tokens of the longest document, or piece, here
+        source: which of the mixed folders it comes from
+    """
 
     input_ids: Tensor  # (P,) int64
     labels: Tensor  # (P,) int64, shifted; IGNORE_INDEX where there is no target
@@ -45,7 +59,12 @@ class Pack:
         device: torch.device | str,  # where the tensors go
         non_blocking: bool = False,  # do not wait for the copy
     ) -> Pack:
-        "The same pack with its tensors on a device; the host's integers stay as they are"
+        """The same pack with its tensors on a device; the host's integers stay as they are
+
+        Args:
+            device: where the tensors go
+            non_blocking: do not wait for the copy
+        """
         names = ("input_ids", "labels", "cu_seqlens", "indexes", "type_ids")
         return replace(self, **{name: getattr(self, name).to(device, non_blocking=non_blocking) for name in names})
 
@@ -57,7 +76,14 @@ class Pack:
 # %% ../../nbs/data/12_packing.ipynb #5a488bfe
 @dataclass(frozen=True)
 class Part:
-    "Tokens `start` to `stop` of one document"
+    """Tokens `start` to `stop` of one document
+
+    Args:
+        tokens: (document's length,) int64, the whole document
+        start: first token
+        stop: one behind the last token
+        type_id: data type of the document
+    """
 
     tokens: np.ndarray  # (document's length,) int64, the whole document
     start: int  # first token
@@ -78,7 +104,15 @@ def build_pack(
     pack_sample_into_one: bool = False,  # attention crosses document borders
     source: int = 0,  # which of the mixed folders the parts come from
 ) -> Pack:
-    "Parts of documents to one pack, padded to P tokens"
+    """Parts of documents to one pack, padded to P tokens
+
+    Args:
+        parts: in order; together at most P tokens
+        seq_len: longest segment, tokens
+        micro_bsz: P = seq_len * micro_bsz
+        pack_sample_into_one: attention crosses document borders
+        source: which of the mixed folders the parts come from
+    """
     size = seq_len * micro_bsz
     ids, types = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
     labels = np.full(size, IGNORE_INDEX, dtype=np.int64)
@@ -119,7 +153,12 @@ def padding_pack(
     seq_len: int,  # longest segment, tokens
     micro_bsz: int,  # P = seq_len * micro_bsz
 ) -> Pack:
-    "A pack of padding alone: what a data rank runs when there are fewer packs than ranks"
+    """A pack of padding alone: what a data rank runs when there are fewer packs than ranks
+
+    Args:
+        seq_len: longest segment, tokens
+        micro_bsz: P = seq_len * micro_bsz
+    """
     return build_pack([], seq_len, micro_bsz)
 
 # %% ../../nbs/data/12_packing.ipynb #b56b5d56
@@ -130,7 +169,15 @@ def pack(
     pack_sample_into_one: bool = False,  # attention crosses document borders
     type_ids: Sequence[int] | np.ndarray | None = None,  # data type of each document, instead of `documents.type_ids`
 ) -> Iterator[Pack]:
-    "Cut documents, in the order given, into packs of seq_len * micro_bsz tokens; the last one is padded. ValueError for sizes below 1."
+    """Cut documents, in the order given, into packs of seq_len * micro_bsz tokens; the last one is padded. ValueError for sizes below 1.
+
+    Args:
+        documents: token ids of each document (lists or arrays); may carry `.type_ids`
+        seq_len: longest segment, tokens
+        micro_bsz: P = seq_len * micro_bsz
+        pack_sample_into_one: attention crosses document borders
+        type_ids: data type of each document, instead of `documents.type_ids`
+    """
     if seq_len < 1 or micro_bsz < 1:
         raise ValueError(f"seq_len and micro_bsz must be at least 1, not {seq_len} and {micro_bsz}")
     types = getattr(documents, "type_ids", None) if type_ids is None else type_ids

@@ -85,7 +85,11 @@ def _spoken(record: Mapping[str, Any], key: str) -> list[Turn]:
 def turns_of(
     record: Mapping[str, Any],  # an Alpaca record, or one with `messages` or `conversations`
 ) -> list[Turn]:
-    "Who said what, in order. ValueError for a field that is missing, is no text, or has no place"
+    """Who said what, in order. ValueError for a field that is missing, is no text, or has no place
+
+    Args:
+        record: an Alpaca record, or one with `messages` or `conversations`
+    """
     for name in ("tools", "functions"):
         if record.get(name):
             raise ValueError(f'the record has "{name}", for which a document has no place: take them out of the record')
@@ -115,6 +119,13 @@ def record_ids(
     """One record as a training document: negative ids for what is read, positive ones for what is learned.
 
     ValueError says what the record lacks
+
+    Args:
+        tokenizer: a model that has the template's marks
+        record: an Alpaca record, or one with `messages` or `conversations`
+        style: "v1" or "v2"
+        max_length: tokens at most
+        compat: "internevo": the older tool's ids and its way to cut (v1 and plain Alpaca records only)
     """
     turns = turns_of(record)
     if not compat:
@@ -132,6 +143,12 @@ def zeros_read(
     record: Mapping[str, Any],  # as above
     style: str,  # of the template
 ) -> int:
-    "How often the id 0 stands in the parts of a record that are read only"
+    """How often the id 0 stands in the parts of a record that are read only
+
+    Args:
+        tokenizer: that made the ids
+        record: as above
+        style: of the template
+    """
     form = template(style)
     return sum(turn_ids(tokenizer, role, words, form)[0].count(0) for role, words in turns_of(record))

@@ -23,7 +23,13 @@ __all__ = ['PACKINGS', 'KINDS', 'TextError', 'kind_of', 'is_source', 'bare_name'
 
 # %% ../../nbs/data/04_sources.ipynb #8dfa5e1c
 class TextError(ValueError):
-    "A fault in a source file: the message names the file, the line (from 1) and what is wrong"
+    """A fault in a source file: the message names the file, the line (from 1) and what is wrong
+
+    Args:
+        path: the file
+        line: line number, from 1
+        fault: what is wrong
+    """
 
     def __init__(
         self,
@@ -45,7 +51,14 @@ KINDS = {".txt": "text", ".md": "text", ".json": "json", ".jsonl": "jsonl", ".nd
 def kind_of(
     path: str | Path,  # of a source file; only the name is looked at
 ) -> tuple[str, str | None]:  # text, json, jsonl or parquet; gzip, bzip2, xz, zstandard or None
-    "What a file holds and how it is packed. A name without a known suffix is text"
+    """What a file holds and how it is packed. A name without a known suffix is text
+
+    Args:
+        path: of a source file; only the name is looked at
+
+    Returns:
+        text, json, jsonl or parquet; gzip, bzip2, xz, zstandard or None
+    """
     name = Path(path).name
     packing = PACKINGS.get(Path(name).suffix.lower())
     return KINDS.get(Path(Path(name).stem if packing else name).suffix.lower(), "text"), packing
@@ -54,7 +67,11 @@ def kind_of(
 def is_source(
     name: str,  # of a file
 ) -> bool:
-    "Is it taken when a folder is walked?"
+    """Is it taken when a folder is walked?
+
+    Args:
+        name: of a file
+    """
     stem = Path(name).stem if Path(name).suffix.lower() in PACKINGS else name
     return Path(stem).suffix.lower() in KINDS
 
@@ -62,7 +79,11 @@ def is_source(
 def bare_name(
     path: Path,  # of a source
 ) -> Path:
-    "The path without the suffixes that name kind and packing"
+    """The path without the suffixes that name kind and packing
+
+    Args:
+        path: of a source
+    """
     return path.with_suffix("").with_suffix("") if kind_of(path)[1] and is_source(path.name) else path.with_suffix("")
 
 # %% ../../nbs/data/04_sources.ipynb #221dd3e4
@@ -106,7 +127,11 @@ def _open_zstandard(path: Path, file: BinaryIO) -> BinaryIO:
 def packing_faults(
     path: str | Path,  # the file that is read
 ) -> Iterator[None]:
-    "Turn what unpackers raise for damaged or cut files into a TextError, and leave other errors as they are"
+    """Turn what unpackers raise for damaged or cut files into a TextError, and leave other errors as they are
+
+    Args:
+        path: the file that is read
+    """
     try:
         yield
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
@@ -129,6 +154,10 @@ def open_source(
     """The unpacked bytes of a file.
 
     TextError for a file that is not what its name says or is damaged, OSError when it cannot be opened
+
+    Args:
+        path: a source file, not parquet
+        told: takes bytes read from the disk
     """
     path = Path(path)
     with packing_faults(path), _Counted(path, told) as raw:
@@ -164,7 +193,13 @@ def read_rows(
     columns: Sequence[str] | None = None,  # to read; None: all
     told: Callable[[int], object] | None = None,  # takes bytes read from the disk, about
 ) -> Iterator[dict[str, Any]]:
-    "The rows of a table, in order. TextError when it cannot be read or lacks a column"
+    """The rows of a table, in order. TextError when it cannot be read or lacks a column
+
+    Args:
+        path: a parquet file
+        columns: to read; None: all
+        told: takes bytes read from the disk, about
+    """
     try:
         import pyarrow  # pyright: ignore[reportMissingImports]
         import pyarrow.parquet  # pyright: ignore[reportMissingImports]

@@ -29,6 +29,11 @@ def read_lines(
     """Lines with their line breaks, exactly as in the file.
 
     TextError for bytes that are not of the encoding, LookupError for an unknown encoding.
+
+    Args:
+        path: a text file, compressed or not
+        encoding: how its bytes are to be read
+        told: takes bytes read from the disk
     """
     if encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
         encoding = "utf-8-sig"  # the same, and drops a byte-order mark
@@ -70,6 +75,11 @@ def read_records(
     """(line number or None, record) of each.
 
     TextError names the line of bad json, or the number of a record that is no object.
+
+    Args:
+        path: `.jsonl` (an object a line), `.json` (a list of objects) or `.parquet` (a table)
+        encoding: how its bytes are to be read
+        told: takes bytes read from the disk
     """
     path, kind = Path(path), kind_of(path)[0]
     if kind == "parquet":
@@ -118,7 +128,13 @@ def place_of(
     line: int | None,  # of the record, where it has one
     number: int,  # of the record in its file, from 0
 ) -> str:
-    "Where a record stands, for a message"
+    """Where a record stands, for a message
+
+    Args:
+        path: the file
+        line: of the record, where it has one
+        number: of the record in its file, from 0
+    """
     return f"{path}, {f'line {line}' if line else f'record {number} (from 0)'}"
 
 # %% ../../nbs/data/05_text.ipynb #4044a1b8
@@ -132,7 +148,15 @@ def read_documents(
     encoding: str = "utf-8",  # how the file's bytes are to be read
     told: Told = None,  # takes bytes read from the disk
 ) -> Iterator[str]:
-    "The documents of one file, in order; empty ones are left out. TextError names file and line of a fault."
+    """The documents of one file, in order; empty ones are left out. TextError names file and line of a fault.
+
+    Args:
+        path: `.json`, `.jsonl`, `.parquet`, or text under any other name
+        document: of text: "line" (stripped, not empty), "paragraph" (between blank lines), "file" (all)
+        key: of a record: where its text stands
+        encoding: how the file's bytes are to be read
+        told: takes bytes read from the disk
+    """
     if document not in DOCUMENTS:
         raise ValueError(f"document {document!r}: choose one of {', '.join(DOCUMENTS)}")
     path, kind = Path(path), kind_of(path)[0]

@@ -43,7 +43,11 @@ def _lock(file) -> bool:
 def sweep_unfinished(
     path: str | Path,  # a `.bin` file, there or not
 ) -> list[Path]:
-    "Remove what writers of this file left behind when they were killed; what was removed. A living writer's files stay"
+    """Remove what writers of this file left behind when they were killed; what was removed. A living writer's files stay
+
+    Args:
+        path: a `.bin` file, there or not
+    """
     path, swept = Path(path), []
     for name in (path.name, f"{path.name}.meta"):
         for beside in sorted(path.parent.glob(f".{glob.escape(name)}.*.tmp")):
@@ -63,7 +67,13 @@ def _save_rows(path: Path, rows: array) -> None:
 
 # %% ../../nbs/data/08_tokenfile.ipynb #a2c73e55
 class TokenWriter:
-    "Writes one token file; a context manager. The file appears when the block ends well, and never when it fails."
+    """Writes one token file; a context manager. The file appears when the block ends well, and never when it fails.
+
+    Args:
+        path: the `.bin` file to be
+        overwrite: replace an existing file
+        empty: a block that writes no document ends well, and makes no file
+    """
 
     def __init__(
         self,
@@ -96,7 +106,11 @@ class TokenWriter:
         self,
         tokens: Sequence[int] | np.ndarray,  # ids of one document
     ) -> None:
-        "Append one document"
+        """Append one document
+
+        Args:
+            tokens: ids of one document
+        """
         line = token_line(tokens)
         self.write_lines(line, [len(line)], [len(tokens)])
 
@@ -106,7 +120,13 @@ class TokenWriter:
         line_bytes: Sequence[int],  # bytes of each
         counts: Sequence[int],  # tokens of each
     ) -> None:
-        "Append documents that have already been turned into lines"
+        """Append documents that have already been turned into lines
+
+        Args:
+            lines: lines already made, one after another
+            line_bytes: bytes of each
+            counts: tokens of each
+        """
         for size, count in zip(line_bytes, counts):
             self._rows.extend((self._offset, count))
             self._offset += size
@@ -142,6 +162,11 @@ def write_tokens(
     """Write a token file and its meta file, whole or not at all.
 
     FileExistsError for an existing file, ValueError when there is no document.
+
+    Args:
+        path: the `.bin` file to be; its folders are made
+        documents: token ids of each document; negative: input, no target
+        overwrite: replace an existing file
     """
     with TokenWriter(path, overwrite) as writer:
         for tokens in documents:
@@ -156,7 +181,11 @@ _RESIDENT = 1 << 23  # bytes that may stay mapped before they are given back
 def meta_of(
     path: str | Path,  # a `.bin` file
 ) -> Path:
-    "The meta file beside it; a pair in capitals stays a pair"
+    """The meta file beside it; a pair in capitals stays a pair
+
+    Args:
+        path: a `.bin` file
+    """
     capital = Path(f"{path}.META")
     return capital if capital.exists() and not Path(f"{path}.meta").exists() else Path(f"{path}.meta")
 
@@ -206,6 +235,9 @@ class TokenFile:
     """One `.bin` with its `.bin.meta`.
 
     `rows` is the meta array, (documents, 2 or 3), mapped. TokenFileError when the pair does not fit.
+
+    Args:
+        path: the `.bin` file
     """
 
     def __init__(
@@ -268,7 +300,11 @@ class TokenFile:
         self,
         which: slice | np.ndarray,  # rows of the file
     ) -> np.ndarray:
-        "(n,) tokens of each, from the meta file alone"
+        """(n,) tokens of each, from the meta file alone
+
+        Args:
+            which: rows of the file
+        """
         self._rows_are_there()
         return np.asarray(self.rows[which, 1])
 
@@ -277,7 +313,12 @@ class TokenFile:
         row: int,  # 0 <= row < documents
         vocab_size: int | None = None,  # check that ids are below it
     ) -> np.ndarray:
-        "The ids of one document, int64, signs kept; TokenFileError when its line or its meta row is wrong"
+        """The ids of one document, int64, signs kept; TokenFileError when its line or its meta row is wrong
+
+        Args:
+            row: 0 <= row < documents
+            vocab_size: check that ids are below it
+        """
         self._rows_are_there()
         start, count = int(self.rows[row, 0]), int(self.rows[row, 1])
         end = int(self.rows[row + 1, 0]) if row + 1 < len(self.rows) else self.bytes

@@ -25,7 +25,12 @@ __all__ = ['Kept', 'is_token_file', 'find_token_files', 'TokenFolder', 'read_tok
 
 # %% ../../nbs/data/09_tokenfiles.ipynb #0622dd94
 class Kept:
-    "Which rows of a file are kept: `select(k)` is the row of the k-th kept one, for arrays of k"
+    """Which rows of a file are kept: `select(k)` is the row of the k-th kept one, for arrays of k
+
+    Args:
+        rows: (documents, 2 or 3) meta rows
+        min_length: tokens
+    """
 
     def __init__(
         self,
@@ -48,7 +53,11 @@ class Kept:
         self,
         k: np.ndarray,  # which kept documents, 0 <= k < len(self)
     ) -> np.ndarray:
-        "Their rows in the file"
+        """Their rows in the file
+
+        Args:
+            k: which kept documents, 0 <= k < len(self)
+        """
         word = np.searchsorted(self.before, k, side="right") - 1
         bits = np.unpackbits(self.bits[word], axis=1, bitorder="little")
         return word * 64 + (bits.cumsum(1, dtype=np.int64) == (k - self.before[word] + 1)[:, None]).argmax(1)
@@ -57,7 +66,11 @@ class Kept:
 def is_token_file(
     name: str,  # of a file
 ) -> bool:
-    "Is it the `.bin` of a pair? Upper and lower case make no difference"
+    """Is it the `.bin` of a pair? Upper and lower case make no difference
+
+    Args:
+        name: of a file
+    """
     return name.lower().endswith(".bin")
 
 
@@ -67,6 +80,9 @@ def find_token_files(
     """The token files under a root.
 
     FileNotFoundError where there is nothing, TokenFileError for a root that cannot be read
+
+    Args:
+        root: a folder, or one `.bin` file
     """
     root = Path(root)
     try:
@@ -142,6 +158,11 @@ class TokenFolder(Sequence):
     """All documents of a folder `root/<type>/**/*.bin` as a sequence of int64 arrays, mapped, in sorted
 
     Order of the files
+
+    Args:
+        root: the folder, or one `.bin` file
+        min_length: drop documents with fewer tokens, targets or not
+        vocab_size: check each document that is read against it
     """
 
     def __init__(
@@ -193,7 +214,11 @@ class TokenFolder(Sequence):
         self,
         index: int,  # a document
     ) -> tuple[int, int]:
-        "(file, row) of one document"
+        """(file, row) of one document
+
+        Args:
+            index: a document
+        """
         i = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = index - int(self._starts[i])
         if i in self._kept:
@@ -219,7 +244,11 @@ class TokenFolder(Sequence):
         self,
         indices: np.ndarray,  # (n,) documents, in any order
     ) -> np.ndarray:
-        "(n,) tokens of each, from the meta files alone"
+        """(n,) tokens of each, from the meta files alone
+
+        Args:
+            indices: (n,) documents, in any order
+        """
         indices = np.asarray(indices)
         which = np.searchsorted(self._starts, indices, side="right") - 1
         lengths = np.empty(len(indices), dtype=np.int64)
@@ -241,7 +270,11 @@ class TokenFolder(Sequence):
         self,
         indices: np.ndarray,  # (n,) documents
     ) -> np.ndarray:
-        "(n,) type ids, indices into `types`"
+        """(n,) type ids, indices into `types`
+
+        Args:
+            indices: (n,) documents
+        """
         return self._file_type[np.searchsorted(self._starts, np.asarray(indices), side="right") - 1]
 
     @property
@@ -263,5 +296,10 @@ def read_tokens(
     """Open a folder of token files as a sequence of int64 arrays with `.type_ids`, `.types`, `.lengths`.
 
     TokenFileError names what does not fit.
+
+    Args:
+        folder: `root` of root/<type>/**/*.bin, or one `.bin` file
+        min_length: drop documents with fewer tokens
+        vocab_size: name every id outside it when it is read
     """
     return TokenFolder(folder, min_length, vocab_size)

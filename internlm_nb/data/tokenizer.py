@@ -29,7 +29,14 @@ OLDER_MARKS = ("<eoh>", "<eoa>")  # of InternLM 1, pieces of their own: end of h
 def whole_text(
     text: str,  # any
 ) -> str:  # that can be written as UTF-8
-    "The same text; half of a surrogate pair becomes U+FFFD, and two halves that belong together one character"
+    """The same text; half of a surrogate pair becomes U+FFFD, and two halves that belong together one character
+
+    Args:
+        text: any
+
+    Returns:
+        that can be written as UTF-8
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -43,12 +50,20 @@ _SIGN = re.compile(r"<\S+>|\[\S+\]|<\|\S+|\S+\|>|<｜\S+")
 def is_sign(
     text: str,  # a piece that a tokenizer finds before it cuts
 ) -> bool:
-    "Whether a piece looks like a sign of control, such as `<s>`, `[INST]` or `<|im_end|>`, rather than like words or blanks"
+    """Whether a piece looks like a sign of control, such as `<s>`, `[INST]` or `<|im_end|>`, rather than like words or blanks
+
+    Args:
+        text: a piece that a tokenizer finds before it cuts
+    """
     return _SIGN.fullmatch(text) is not None
 
 
 class Signs:
-    "Texts that stand for one id: whether they occur, and how to cut a text so that none is found"
+    """Texts that stand for one id: whether they occur, and how to cut a text so that none is found
+
+    Args:
+        signs: a single character is found, but cannot be spelled in another way
+    """
 
     def __init__(
         self,
@@ -61,7 +76,11 @@ class Signs:
         self,
         text: str,  # any
     ) -> bool:
-        "Whether a sign occurs"
+        """Whether a sign occurs
+
+        Args:
+            text: any
+        """
         if len(self.signs) <= 16:  # so many looks cost less than the pattern
             return any(sign in text for sign in self.signs)
         return self._find.search(text) is not None
@@ -70,7 +89,14 @@ class Signs:
         self,
         text: str,  # any
     ) -> list[str]:  # words and signs as they follow each other
-        "The text in parts, each sign a part of its own"
+        """The text in parts, each sign a part of its own
+
+        Args:
+            text: any
+
+        Returns:
+            words and signs as they follow each other
+        """
         parts, at = [], 0
         for found in self._find.finditer(text):
             parts += [text[at : found.start()], found[0]]
@@ -81,7 +107,14 @@ class Signs:
         self,
         text: str,  # any
     ) -> list[str]:  # parts that hold no sign
-        "The text in parts, cut behind the first character of each sign"
+        """The text in parts, cut behind the first character of each sign
+
+        Args:
+            text: any
+
+        Returns:
+            parts that hold no sign
+        """
         cuts, at = [0], 0
         while found := self._find.search(text, at):
             at = found.start() + 1
@@ -111,7 +144,11 @@ def _has(sp: spm.SentencePieceProcessor, piece: str) -> bool:
 
 
 def _known_marks(sp: spm.SentencePieceProcessor) -> dict[str, str]:  # mark -> piece
-    "The marks that a model has"
+    """The marks that a model has
+
+    Returns:
+        mark -> piece
+    """
     found: dict[str, str] = {}
     for mark in (*MARKS, *OLDER_MARKS):
         for piece in (mark, MARK_PIECES.get(mark, mark)):
@@ -121,7 +158,14 @@ def _known_marks(sp: spm.SentencePieceProcessor) -> dict[str, str]:  # mark -> p
 
 # %% ../../nbs/data/01_tokenizer.ipynb #5bca756d
 class Vocabulary:
-    "The pieces of a SentencePiece model and the signs that were added to it; `bos_id`, `eos_id`, `unk_id`, `pad_id` are -1 where there is none"
+    """The pieces of a SentencePiece model and the signs that were added to it; `bos_id`, `eos_id`, `unk_id`, `pad_id` are -1 where there is none
+
+    Args:
+        path: the `.model` file
+        added: signs that were added to the model, with their ids
+        ends: bos, eos, unk, pad -> a piece, where it is not the model's own
+        model_size: ids of the language model, where they are more than the pieces
+    """
 
     def __init__(
         self,
@@ -158,7 +202,11 @@ class Vocabulary:
         self,
         piece: str,  # a piece as the model spells it, a mark, or a sign that was added
     ) -> int:
-        "The id of one piece; KeyError where there is no such piece"
+        """The id of one piece; KeyError where there is no such piece
+
+        Args:
+            piece: a piece as the model spells it, a mark, or a sign that was added
+        """
         named = self.marks | self.added
         if piece not in named and not _has(self.sp, piece):
             raise KeyError(f"{self.path} has no piece {piece!r}")
@@ -168,7 +216,11 @@ class Vocabulary:
         self,
         id: int,  # 0 <= id < vocab_size
     ) -> str:
-        "The spelling of one id; a mark's name where the id has one. IndexError where there is none"
+        """The spelling of one id; a mark's name where the id has one. IndexError where there is none
+
+        Args:
+            id: 0 <= id < vocab_size
+        """
         if id not in self._names and not 0 <= id < self.base_size:
             raise IndexError(f"{self.path} has no piece of the id {id}")
         return self._names.get(id) or self.sp.id_to_piece(id)
@@ -177,7 +229,11 @@ class Vocabulary:
         self,
         vocab_size: int,  # ids of the language model
     ) -> list[int]:
-        "Ids below `vocab_size` that have no piece, and so are never to be drawn"
+        """Ids below `vocab_size` that have no piece, and so are never to be drawn
+
+        Args:
+            vocab_size: ids of the language model
+        """
         return [id for id in range(self.base_size, vocab_size) if id not in self._names]
 
     def __len__(self) -> int:
@@ -191,7 +247,11 @@ class Tokenizer(Vocabulary):
         self,
         vocab_size: int,  # ids of the language model
     ) -> Self:
-        "The same tokenizer for a model that may have more ids than there are pieces: those decode to nothing"
+        """The same tokenizer for a model that may have more ids than there are pieces: those decode to nothing
+
+        Args:
+            vocab_size: ids of the language model
+        """
         return type(self)(self.path, self.added, self.ends, vocab_size)
 
     def __reduce__(self):
@@ -233,7 +293,15 @@ class Tokenizer(Vocabulary):
         marks: bool = True,  # read `<|im_start|>` and its kin as the one id they name
         start: bool = True,  # the text begins here; False: something stands before it, so no blank is put in front
     ) -> list[int]:
-        "Text to ids"
+        """Text to ids
+
+        Args:
+            text: any text; NUL characters are not kept by every model
+            bos: put bos_id in front, where there is one
+            eos: put eos_id behind, where there is one
+            marks: read `<|im_start|>` and its kin as the one id they name
+            start: the text begins here; False: something stands before it, so no blank is put in front
+        """
         ids = self._cut(whole_text(text), marks, start)
         if bos and self.bos_id >= 0:
             ids.insert(0, self.bos_id)
@@ -246,7 +314,12 @@ class Tokenizer(Vocabulary):
         text: str,  # that stands behind something, as in the middle of a conversation
         marks: bool = True,  # read signs as the one id they name
     ) -> list[int]:
-        "Ids of a text that goes on"
+        """Ids of a text that goes on
+
+        Args:
+            text: that stands behind something, as in the middle of a conversation
+            marks: read signs as the one id they name
+        """
         return self.encode(text, marks=marks, start=False)
 
     def encode_batch(
@@ -256,7 +329,14 @@ class Tokenizer(Vocabulary):
         eos: bool = False,  # put eos_id behind each, where there is one
         marks: bool = True,  # read marks as the ids they name
     ) -> list[list[int]]:
-        "Many texts to ids, in one thread (processes are the caller's to choose)"
+        """Many texts to ids, in one thread (processes are the caller's to choose)
+
+        Args:
+            texts: documents
+            bos: put bos_id in front of each, where there is one
+            eos: put eos_id behind each, where there is one
+            marks: read marks as the ids they name
+        """
         texts = [whole_text(text) for text in texts]
         signs = self._named if marks else self._rules[0]
         if (not marks and self._rules[1]) or (signs.signs and signs.inside("\0".join(texts))):
@@ -270,7 +350,11 @@ class Tokenizer(Vocabulary):
         self,
         ids: Iterable[int],  # token ids; bos, eos and pad decode to nothing, marks to their names
     ) -> str:
-        "Ids to text; ValueError for an id that neither the tokenizer nor its model has"
+        """Ids to text; ValueError for an id that neither the tokenizer nor its model has
+
+        Args:
+            ids: token ids; bos, eos and pad decode to nothing, marks to their names
+        """
         texts: list[str] = []
         run: list[int] = []
         for id in map(int, ids):
@@ -298,7 +382,16 @@ def train_tokenizer(
     character_coverage: float = 0.9995,  # share of the characters seen that get a piece; the rest is spelled in bytes
     model_type: str = "bpe",  # "bpe" or "unigram"
 ) -> Tokenizer:
-    "Train a SentencePiece model on texts. Deterministic; ValueError when the texts hold too little for `vocab_size`."
+    """Train a SentencePiece model on texts. Deterministic; ValueError when the texts hold too little for `vocab_size`.
+
+    Args:
+        texts: the documents to learn from
+        path: where the model goes; written beside and renamed, so it is whole or absent
+        vocab_size: pieces, the 256 bytes, the controls and the marks included
+        marks: signs that become one piece each, for a later chat
+        character_coverage: share of the characters seen that get a piece; the rest is spelled in bytes
+        model_type: "bpe" or "unigram"
+    """
     path = Path(path)
     model = io.BytesIO()
     # the trainer takes sentences of limited length: lines are enough, no piece may hold a line break

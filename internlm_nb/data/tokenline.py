@@ -17,7 +17,13 @@ __all__ = ['TokenFileError', 'token_line', 'token_lines', 'parse_line', 'num_tar
 
 # %% ../../nbs/data/07_tokenline.ipynb #88637e54
 class TokenFileError(ValueError):
-    "A fault in a token file: `path`, `line` (from 1; None when it is about the whole file) and `fault`, what is wrong and what to do."
+    """A fault in a token file: `path`, `line` (from 1; None when it is about the whole file) and `fault`, what is wrong and what to do.
+
+    Args:
+        path: the file
+        line: line number, from 1
+        fault: what is wrong
+    """
 
     def __init__(
         self,
@@ -35,7 +41,11 @@ class TokenFileError(ValueError):
 def token_line(
     tokens: Sequence[int] | np.ndarray,  # ids of one document
 ) -> bytes:
-    "One document as a line of a `.bin` file"
+    """One document as a line of a `.bin` file
+
+    Args:
+        tokens: ids of one document
+    """
     ids = tokens.tolist() if isinstance(tokens, np.ndarray) else list(tokens)
     return b'{"tokens": ' + str(ids).encode("ascii") + b"}\n"
 
@@ -51,7 +61,14 @@ def token_lines(
     before: Sequence[int] = (),  # ids to put in front of each document (bos)
     behind: Sequence[int] = (),  # ids to put behind each document (eos)
 ) -> list[str]:
-    "Documents as lines of a `.bin` file, like token_line, with the spelling of each id looked up instead of made anew"
+    """Documents as lines of a `.bin` file, like token_line, with the spelling of each id looked up instead of made anew
+
+    Args:
+        rows: ids of each document, none negative
+        vocab_size: ids are below it
+        before: ids to put in front of each document (bos)
+        behind: ids to put behind each document (eos)
+    """
     spell = _spellings(vocab_size).__getitem__
     head = '{"tokens": [' + "".join(f"{id}, " for id in before)
     tail = "".join(f", {id}" for id in behind) + "]}\n"
@@ -77,7 +94,11 @@ def _plain_numbers(body: bytes) -> bool:
 def parse_line(
     line: bytes,  # one line of a `.bin` file, its line break included
 ) -> np.ndarray:
-    "The ids of one line, int64. ValueError says what is wrong with it."
+    """The ids of one line, int64. ValueError says what is wrong with it.
+
+    Args:
+        line: one line of a `.bin` file, its line break included
+    """
     if line.startswith(_HEAD) and line.endswith(_TAIL):
         body = line[len(_HEAD) : -len(_TAIL)]
         if _plain_numbers(body):
@@ -99,5 +120,9 @@ def parse_line(
 def num_targets(
     tokens: Sequence[int] | np.ndarray,  # ids of one document; negative: read only
 ) -> int:
-    "How many tokens of a document are learned"
+    """How many tokens of a document are learned
+
+    Args:
+        tokens: ids of one document; negative: read only
+    """
     return sum(id >= 0 for id in tokens[1:]) if isinstance(tokens, Sequence) else int((tokens[1:] >= 0).sum())

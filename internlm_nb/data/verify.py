@@ -29,7 +29,17 @@ _ENOUGH = 20  # faults of one stretch that are listed
 
 @dataclass
 class Survey:
-    "What a walk over all documents found"
+    """What a walk over all documents found
+
+    Args:
+        faults: by file and line; none: sound
+        documents: read
+        tokens: of them
+        targets: tokens of them that are learned
+        untaught: documents without a target
+        first_untaught: file and line of the first of these
+        remarks: what was left out of the folder
+    """
 
     faults: list[TokenFileError] = field(default_factory=list)  # by file and line; none: sound
     documents: int = 0  # read
@@ -43,7 +53,11 @@ class Survey:
         self,
         other: Survey,  # of documents behind these
     ) -> None:
-        "Take in what was found in more documents"
+        """Take in what was found in more documents
+
+        Args:
+            other: of documents behind these
+        """
         self.faults += other.faults
         self.documents, self.tokens, self.targets = (
             self.documents + other.documents,
@@ -59,7 +73,14 @@ def check_stretch(
     stop: int,  # one behind the last row
     vocab_size: int | None,  # ids must be below; None: any
 ) -> Survey:
-    "What is in some documents of a file"
+    """What is in some documents of a file
+
+    Args:
+        path: a `.bin` file
+        start: first row
+        stop: one behind the last row
+        vocab_size: ids must be below; None: any
+    """
     found = Survey()
     try:
         file = TokenFile(path)
@@ -105,7 +126,14 @@ def survey(
     processes: int | None = None,  # that read; None: one a core, 1: this one
     progress: bool | None = None,  # a progress bar; None: on a terminal
 ) -> Survey:
-    "Walk every document of a folder. FileNotFoundError where there is nothing."
+    """Walk every document of a folder. FileNotFoundError where there is nothing.
+
+    Args:
+        folder: of token files, or one `.bin` file
+        vocab_size: ids must be below; None: any
+        processes: that read; None: one a core, 1: this one
+        progress: a progress bar; None: on a terminal
+    """
     root = Path(folder)
     try:
         found = find_token_files(root)
@@ -158,5 +186,11 @@ def verify(
     """Walk every document of a folder; the faults found, by file and line.
 
     An empty list means: sound. FileNotFoundError where there is nothing.
+
+    Args:
+        folder: of token files, or one `.bin` file
+        vocab_size: ids must be below; None: any
+        processes: that read; None: one a core, 1: this one
+        progress: a progress bar; None: on a terminal
     """
     return survey(folder, vocab_size, processes, progress).faults

@@ -22,7 +22,11 @@ __all__ = ['why_unreadable', 'kind_of_special', 'why_not_data', 'Walk', 'walk']
 def why_unreadable(
     error: OSError,  # as it was raised
 ) -> str:
-    "What is wrong, in words for a message"
+    """What is wrong, in words for a message
+
+    Args:
+        error: as it was raised
+    """
     if error.errno in (errno.EACCES, errno.EPERM) or isinstance(error, PermissionError):
         return "permission denied: this user may not read it"
     if error.errno == errno.ELOOP:
@@ -33,7 +37,14 @@ def why_unreadable(
 def kind_of_special(
     mode: int,  # st_mode of `os.stat`
 ) -> str | None:  # None: a regular file or a folder
-    "What a path is when it is neither a regular file nor a folder"
+    """What a path is when it is neither a regular file nor a folder
+
+    Args:
+        mode: st_mode of `os.stat`
+
+    Returns:
+        None: a regular file or a folder
+    """
     kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device"}
     return next((f"{name}, not a regular file" for is_kind, name in kinds.items() if is_kind(mode)), None)
 
@@ -44,7 +55,14 @@ _SYSTEM = {"__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "s
 def why_not_data(
     name: str,  # of a file or a folder, without its path
 ) -> str | None:  # None: it may be data
-    "Why a name is left out"
+    """Why a name is left out
+
+    Args:
+        name: of a file or a folder, without its path
+
+    Returns:
+        None: it may be data
+    """
     if name.startswith("."):
         return "hidden"
     return "made by the system" if name.lower() in _SYSTEM else None
@@ -52,7 +70,15 @@ def why_not_data(
 # %% ../../nbs/data/03_walk.ipynb #a435b87f
 @dataclass
 class Walk:
-    "What was found under a folder"
+    """What was found under a folder
+
+    Args:
+        root: as it was named
+        files: wanted files, sorted, named as they were reached
+        folders: looked into, the root included
+        left_out: with the reason
+        faults: what should be there and cannot be read
+    """
 
     root: Path  # as it was named
     files: list[Path] = field(default_factory=list)  # wanted files, sorted, named as they were reached
@@ -73,7 +99,12 @@ def walk(
     root: str | Path,  # a folder that exists, or a link to one
     wanted: Callable[[str], bool],  # is a file of this name looked for?
 ) -> Walk:
-    "Look through a folder and all that lies below it. Nothing is raised: what cannot be read is in `faults`"
+    """Look through a folder and all that lies below it. Nothing is raised: what cannot be read is in `faults`
+
+    Args:
+        root: a folder that exists, or a link to one
+        wanted: is a file of this name looked for?
+    """
     found = Walk(Path(root))
     _look_into(found.root, wanted, (), found)
     found.files.sort()

@@ -23,7 +23,11 @@ __all__ = ['serve', 'Workers']
 def serve(
     descriptor: int,  # of the socket to the first process
 ) -> None:
-    "Call what is asked for until the socket closes"
+    """Call what is asked for until the socket closes
+
+    Args:
+        descriptor: of the socket to the first process
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     line = Connection(descriptor)
     while True:
@@ -42,7 +46,11 @@ def serve(
 
 # %% ../../nbs/data/10_workers.ipynb #bcf9248f
 class Workers:
-    "A pool of processes; a context manager. `RuntimeError` when a worker dies."
+    """A pool of processes; a context manager. `RuntimeError` when a worker dies.
+
+    Args:
+        count: processes
+    """
 
     def __init__(
         self,
@@ -67,7 +75,12 @@ class Workers:
         function: Callable[..., Any],  # of a module, not of the main program
         *arguments: Any,  # for it
     ) -> Future:
-        "Have a worker call it; the future gives its value or raises its error"
+        """Have a worker call it; the future gives its value or raises its error
+
+        Args:
+            function: of a module, not of the main program
+            *arguments: for it
+        """
         return self._threads.submit(self._ask, function, arguments)
 
     def _ask(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

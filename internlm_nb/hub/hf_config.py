@@ -24,7 +24,16 @@ def whole_number(
     field: str,  # its name
     default: Any = None,  # where the field is missing or null
 ) -> Any:  # an int, or the default
-    "A size; raises ValueError naming the field when it is no whole number from 1 to 2**31 - 1"
+    """A size; raises ValueError naming the field when it is no whole number from 1 to 2**31 - 1
+
+    Args:
+        config: of config.json
+        field: its name
+        default: where the field is missing or null
+
+    Returns:
+        an int, or the default
+    """
     value = config.get(field)
     if value is None:
         return default
@@ -37,7 +46,13 @@ def real_number(
     field: str,  # its name
     default: float,  # where the field is missing or null
 ) -> float:
-    "A positive number; raises ValueError naming the field when it is not"
+    """A positive number; raises ValueError naming the field when it is not
+
+    Args:
+        config: of config.json
+        field: its name
+        default: where the field is missing or null
+    """
     value = config.get(field)
     if value is None:
         return default
@@ -58,7 +73,14 @@ def _rope_kind(word: Any, field: str) -> RopeScaling:
 def read_rope(
     config: Mapping[str, Any],  # of config.json
 ) -> dict[str, Any]:  # fields of `ModelConfig`: rope_base, rope_scaling, rope_factor
-    "Rotary base and scaling, from any of the three spellings; raises `ValueError` naming the field that is not supported or contradicts another"
+    """Rotary base and scaling, from any of the three spellings; raises `ValueError` naming the field that is not supported or contradicts another
+
+    Args:
+        config: of config.json
+
+    Returns:
+        fields of `ModelConfig`: rope_base, rope_scaling, rope_factor
+    """
     if "rotary" in config:
         rotary = config["rotary"]
         kind = _rope_kind(rotary.get("type", "origin"), "rotary.type")
@@ -95,7 +117,11 @@ _ONLY: dict[str, tuple[Any, ...]] = {
 def refuse_unsupported(
     config: Mapping[str, Any],  # of config.json
 ) -> None:
-    "Raise `ValueError` naming a field whose value this library's model does not compute"
+    """Raise `ValueError` naming a field whose value this library's model does not compute
+
+    Args:
+        config: of config.json
+    """
     for field, allowed in _ONLY.items():
         value = config.get(field, allowed[0])
         if field == "layer_types" and value is not None and set(value) == {"full_attention"}:
@@ -140,7 +166,14 @@ def _both(switch: Any) -> dict[str, bool]:
 def read_config(
     config: Mapping[str, Any],  # of config.json
 ) -> tuple[ModelConfig, Layout]:  # architecture, and whose tensor names the folder has
-    "An architecture from `config.json`; raises `ValueError` naming the field that is missing or not supported"
+    """An architecture from `config.json`; raises `ValueError` naming the field that is missing or not supported
+
+    Args:
+        config: of config.json
+
+    Returns:
+        architecture, and whose tensor names the folder has
+    """
     kind = config.get("model_type")
     if kind not in get_args(Layout):
         raise ValueError(f"model_type is {kind!r}, which is not supported: only {', '.join(get_args(Layout))} are")
@@ -170,7 +203,14 @@ def read_config(
 def load_config(
     folder: str | Path,  # with config.json
 ) -> tuple[ModelConfig, Layout, dict[str, Any]]:  # architecture, layout, and the file as it is
-    "Read a folder's `config.json`; raises `ValueError` naming file and field"
+    """Read a folder's `config.json`; raises `ValueError` naming file and field
+
+    Args:
+        folder: with config.json
+
+    Returns:
+        architecture, layout, and the file as it is
+    """
     path = Path(folder) / "config.json"
     try:
         config = read_object(path)
@@ -186,7 +226,12 @@ def check_layout(
     cfg: ModelConfig,  # architecture
     layout: Layout,  # to be written
 ) -> None:
-    "Raise `ValueError` naming the field that a layout has no word for"
+    """Raise `ValueError` naming the field that a layout has no word for
+
+    Args:
+        cfg: architecture
+        layout: to be written
+    """
     say = f"which layout {layout!r} cannot say: use layout='llama'"
     if layout == "internlm":
         require(cfg.num_kv_heads == cfg.num_heads, f"num_kv_heads {cfg.num_kv_heads} differs from num_heads {cfg.num_heads}, {say}")
@@ -219,7 +264,17 @@ def write_config(
     dtype: str = "float32",  # of the tensors
     tokens: Mapping[str, Any] | None = None,  # bos_token_id, eos_token_id, pad_token_id, where known
 ) -> dict[str, Any]:  # for config.json
-    "An architecture as `config.json`; raises `ValueError` naming the field that the layout cannot say"
+    """An architecture as `config.json`; raises `ValueError` naming the field that the layout cannot say
+
+    Args:
+        cfg: architecture
+        layout: in whose words
+        dtype: of the tensors
+        tokens: bos_token_id, eos_token_id, pad_token_id, where known
+
+    Returns:
+        for config.json
+    """
     check_layout(cfg, layout)
     own = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in _OWN}
     biased = cfg.qkv_bias or cfg.out_bias

@@ -28,7 +28,11 @@ from ..checkpoint.shards import SAFE_NAMES, raw
 # %% ../../nbs/hub/06_hf_files.ipynb #bf214317
 @dataclass(frozen=True)
 class Place:
-    "Where a tensor lies"
+    """Where a tensor lies
+
+    Args:
+        begin: first byte in the file
+    """
 
     file: Path
     dtype: torch.dtype
@@ -48,7 +52,14 @@ _MAX_HEADER = 100 << 20  # as other readers have it
 def read_header(
     path: str | Path,  # a .safetensors file
 ) -> dict[str, Place]:  # by name
-    "What a safetensors file says of its tensors; CheckpointError naming file and tensor where that cannot be"
+    """What a safetensors file says of its tensors; CheckpointError naming file and tensor where that cannot be
+
+    Args:
+        path: a .safetensors file
+
+    Returns:
+        by name
+    """
     path = Path(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -91,7 +102,14 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_place(
     place: Place,  # from `read_header`
 ) -> Tensor:  # in fresh CPU memory
-    "One tensor's bytes as a tensor"
+    """One tensor's bytes as a tensor
+
+    Args:
+        place: from `read_header`
+
+    Returns:
+        in fresh CPU memory
+    """
     if not place.size_bytes:
         return torch.empty(place.shape, dtype=place.dtype)
     data = np.fromfile(place.file, dtype=np.uint8, count=place.size_bytes, offset=place.begin)
@@ -104,7 +122,12 @@ def check_plain(
     tensors: Mapping[str, Tensor],  # as a torch file gave them
     path: str | Path,  # of the file, for the message
 ) -> None:
-    "CheckpointError for a tensor that is not plain numbers in its file: one that claims more elements than it has bytes, is sparse, or is on no device"
+    """CheckpointError for a tensor that is not plain numbers in its file: one that claims more elements than it has bytes, is sparse, or is on no device
+
+    Args:
+        tensors: as a torch file gave them
+        path: of the file, for the message
+    """
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
             raise CheckpointError(f"{path}: {name} is no plain tensor ({tensor.layout} on {tensor.device.type}): take a safetensors file")
@@ -115,7 +138,14 @@ def check_plain(
 def load_bin(
     path: str | Path,  # a pytorch_model*.bin file
 ) -> dict[str, Tensor]:  # by name; mapped, copy what you want to keep
-    "Tensors of a torch file, without running code from it; CheckpointError for anything else in it"
+    """Tensors of a torch file, without running code from it; CheckpointError for anything else in it
+
+    Args:
+        path: a pytorch_model*.bin file
+
+    Returns:
+        by name; mapped, copy what you want to keep
+    """
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -139,7 +169,12 @@ def _inside(
     folder: Path,  # with the index
     name: str,  # a plain file name
 ) -> bool:
-    "Whether a file lies in its folder, also when it is a link; the cache's links lead to the blobs of the same model"
+    """Whether a file lies in its folder, also when it is a link; the cache's links lead to the blobs of the same model
+
+    Args:
+        folder: with the index
+        name: a plain file name
+    """
     real, home = (folder / name).resolve(), folder.resolve()
     return real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs")
 
@@ -148,7 +183,15 @@ def _shards(
     index: Path,  # model.safetensors.index.json
     ending: str,  # safetensors or bin
 ) -> tuple[list[str], dict[str, str]]:  # names of the files, and the index's tensor -> file name
-    "What an index names; CheckpointError when it is not to be trusted"
+    """What an index names; CheckpointError when it is not to be trusted
+
+    Args:
+        index: model.safetensors.index.json
+        ending: safetensors or bin
+
+    Returns:
+        names of the files, and the index's tensor -> file name
+    """
     try:
         where = read_object(index)["weight_map"]
         names = sorted(set(where.values()))
@@ -168,7 +211,14 @@ def _shards(
 def weight_files(
     folder: str | Path,  # a Hugging Face folder
 ) -> tuple[list[Path], dict[str, str]]:  # its files, and the index's tensor -> file name; empty without an index
-    "The files with weights: safetensors where there are any, else .bin; CheckpointError when there are none, when they contradict each other, or the index is not to be trusted"
+    """The files with weights: safetensors where there are any, else .bin; CheckpointError when there are none, when they contradict each other, or the index is not to be trusted
+
+    Args:
+        folder: a Hugging Face folder
+
+    Returns:
+        its files, and the index's tensor -> file name; empty without an index
+    """
     folder = Path(folder)
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         index, single = folder / f"{stem}.{ending}.index.json", folder / f"{stem}.{ending}"
@@ -189,7 +239,11 @@ def weight_files(
 
 # %% ../../nbs/hub/06_hf_files.ipynb #fc41e291
 class WeightFolder:
-    "All tensors of a Hugging Face folder, read one at a time"
+    """All tensors of a Hugging Face folder, read one at a time
+
+    Args:
+        folder: with safetensors or .bin files
+    """
 
     def __init__(
         self,
@@ -231,7 +285,14 @@ class WeightFolder:
         self,
         name: str,  # of a tensor that is there
     ) -> Tensor:  # in CPU memory
-        "One tensor"
+        """One tensor
+
+        Args:
+            name: of a tensor that is there
+
+        Returns:
+            in CPU memory
+        """
         place = self._places[name]
         return read_place(place) if place.file.suffix == ".safetensors" else self._bin(place.file)[name].clone()
 
@@ -254,7 +315,12 @@ def cut_shards(
     specs: Sequence[Spec],  # in order
     shard_bytes: int,  # at most this much in one file, but at least one tensor
 ) -> list[list[Spec]]:
-    "Consecutive tensors, file by file"
+    """Consecutive tensors, file by file
+
+    Args:
+        specs: in order
+        shard_bytes: at most this much in one file, but at least one tensor
+    """
     shards: list[list[Spec]] = [[]]
     for spec in specs:
         if shards[-1] and sum(s.size_bytes for s in shards[-1]) + spec.size_bytes > shard_bytes:
@@ -281,7 +347,17 @@ def write_sharded(
     tensors: Iterable[tuple[str, Tensor]],  # in the order of `specs`; taken one at a time
     shard_bytes: int = 5 << 30,  # size of a file
 ) -> list[str]:  # names of the files
-    "Write model.safetensors, or several with an index, flushed to disk. CheckpointError when a tensor is not as its spec"
+    """Write model.safetensors, or several with an index, flushed to disk. CheckpointError when a tensor is not as its spec
+
+    Args:
+        folder: exists
+        specs: of all tensors
+        tensors: in the order of `specs`; taken one at a time
+        shard_bytes: size of a file
+
+    Returns:
+        names of the files
+    """
     folder, shards, source, names, where = Path(folder), cut_shards(specs, shard_bytes), iter(tensors), [], {}
     for number, shard in enumerate(shards):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"

@@ -26,7 +26,14 @@ _all_ = ["JsonTokenizer", "load_tokenizer", "Model", "Piece", "read_model"]  # t
 def merges(
     pieces: Sequence[Piece],  # of a BPE model, by id
 ) -> list[tuple[str, str]]:  # the earliest first
-    "Every way to join two pieces into a third, by falling score of the third"
+    """Every way to join two pieces into a third, by falling score of the third
+
+    Args:
+        pieces: of a BPE model, by id
+
+    Returns:
+        the earliest first
+    """
     ids = {p.text: i for i, p in enumerate(pieces) if p.type == 1}
     found = []
     for text, id in ids.items():
@@ -48,7 +55,17 @@ def bos_processor(
     id: int,  # its id
     add: bool,  # put it in front of every text, or take it away
 ) -> dict[str, Any]:  # the same file
-    "A tokenizer.json that puts bos in front of a text, or does not; what else it does to a text stays"
+    """A tokenizer.json that puts bos in front of a text, or does not; what else it does to a text stays
+
+    Args:
+        file: of tokenizer.json
+        bos: the piece
+        id: its id
+        add: put it in front of every text, or take it away
+
+    Returns:
+        the same file
+    """
     first, text, other = dict(SpecialToken=dict(id=bos, type_id=0)), dict(Sequence=dict(id="A", type_id=0)), dict(Sequence=dict(id="B", type_id=1))
     known = {bos: dict(id=bos, ids=[id], tokens=[bos])}
     old = file.get("post_processor")
@@ -85,7 +102,15 @@ def fast_tokenizer(
     tokenizer: Tokenizer,  # a SentencePiece model with its marks
     add_bos: bool = False,  # put bos in front of every text, where there is one
 ) -> dict[str, Any]:  # for tokenizer.json
-    "A tokenizer.json that cuts text as SentencePiece does; raises ValueError for a model with settings it has no word for"
+    """A tokenizer.json that cuts text as SentencePiece does; raises ValueError for a model with settings it has no word for
+
+    Args:
+        tokenizer: a SentencePiece model with its marks
+        add_bos: put bos in front of every text, where there is one
+
+    Returns:
+        for tokenizer.json
+    """
     pieces = _refuse_inexact(tokenizer)
     fresh = {id: sign for sign, id in tokenizer.added.items() if id >= len(pieces)}
     names = {id: mark for mark, id in tokenizer.marks.items()}
@@ -110,7 +135,12 @@ def chat_template(
     style: str,  # "v1" or "v2"
     bos: bool = True,  # begin with it; not where a tokenizer has none
 ) -> str:
-    "The Jinja form of one of `data.chat.TEMPLATES`, bos in front"
+    """The Jinja form of one of `data.chat.TEMPLATES`, bos in front
+
+    Args:
+        style: "v1" or "v2"
+        bos: begin with it; not where a tokenizer has none
+    """
     roles = TEMPLATES[style].roles
     quote = lambda s: json.dumps(s, ensure_ascii=False)  # noqa: E731
     branches = "".join(
@@ -125,7 +155,14 @@ def chat_template(
 def chat_style(
     tokenizer: Tokenizer | JsonTokenizer,  # any
 ) -> str | None:  # "v1", "v2", or None
-    "The template whose marks a tokenizer has"
+    """The template whose marks a tokenizer has
+
+    Args:
+        tokenizer: any
+
+    Returns:
+        "v1", "v2", or None
+    """
     if MARKS[0] in tokenizer.marks and MARKS[1] in tokenizer.marks:
         return "v2"
     return "v1" if all(m in tokenizer.marks for m in OLDER_MARKS) else None
@@ -135,7 +172,15 @@ def special_ids(
     tokenizer: Tokenizer | JsonTokenizer,  # any
     given: Mapping[str, Any] | None = None,  # a generation_config.json that came with it
 ) -> dict[str, Any]:  # bos_token_id, eos_token_id and pad_token_id, as far as there are any
-    "Ids that config.json and generation_config.json name; a chat's end of turn ends generation too"
+    """Ids that config.json and generation_config.json name; a chat's end of turn ends generation too
+
+    Args:
+        tokenizer: any
+        given: a generation_config.json that came with it
+
+    Returns:
+        bos_token_id, eos_token_id and pad_token_id, as far as there are any
+    """
     given = given or {}
     old = given.get("eos_token_id")
     ends = [*(old if isinstance(old, list) else [old]), tokenizer.eos_id]
@@ -150,7 +195,14 @@ def special_ids(
 def generation_config(
     tokenizer: Tokenizer | JsonTokenizer | None,  # any
 ) -> dict[str, Any]:  # for generation_config.json; empty without a tokenizer
-    "How generation begins and ends: what came with the tokenizer, and the ends that it knows"
+    """How generation begins and ends: what came with the tokenizer, and the ends that it knows
+
+    Args:
+        tokenizer: any
+
+    Returns:
+        for generation_config.json; empty without a tokenizer
+    """
     if tokenizer is None:
         return {}
     path = tokenizer_files(tokenizer).get("generation_config.json")
@@ -177,7 +229,13 @@ def write_tokenizer(
     folder: str | Path,  # exists, and is not the tokenizer's own
     add_bos: bool | None = None,  # put bos in front of every text; None: of a SentencePiece model yes, otherwise as its own file does
 ) -> None:
-    "Write tokenizer.json, tokenizer_config.json, chat_template.jinja and tokenizer.model; of a tokenizer that came in such a folder, its own files"
+    """Write tokenizer.json, tokenizer_config.json, chat_template.jinja and tokenizer.model; of a tokenizer that came in such a folder, its own files
+
+    Args:
+        tokenizer: any
+        folder: exists, and is not the tokenizer's own
+        add_bos: put bos in front of every text; None: of a SentencePiece model yes, otherwise as its own file does
+    """
     folder = Path(folder)
     files = {name: path for name, path in tokenizer_files(tokenizer).items() if name != "generation_config.json"}
     for name, path in files.items():
@@ -196,7 +254,12 @@ def copy_tokenizer(
     tokenizer: Tokenizer | JsonTokenizer,  # any
     folder: str | Path,  # of weights, or a run's
 ) -> None:
-    "Copy a tokenizer's files as they are, to where chat, export and training look for them"
+    """Copy a tokenizer's files as they are, to where chat, export and training look for them
+
+    Args:
+        tokenizer: any
+        folder: of weights, or a run's
+    """
     for name, path in tokenizer_files(tokenizer).items():
         if path.resolve() != (Path(folder) / name).resolve():
             write_file(Path(folder) / name, path.read_bytes())

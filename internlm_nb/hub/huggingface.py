@@ -44,7 +44,16 @@ def check_folder(
     table: list[Entry],  # what is needed
     tied_head: str | None = None,  # name of a head that need not be there, but is the embedding if it is
 ) -> set[torch.dtype]:  # of the tensors that are needed
-    "Raise CheckpointError that lists the tensors that are missing, too much, or of a wrong shape or type"
+    """Raise CheckpointError that lists the tensors that are missing, too much, or of a wrong shape or type
+
+    Args:
+        files: what is there
+        table: what is needed
+        tied_head: name of a head that need not be there, but is the embedding if it is
+
+    Returns:
+        of the tensors that are needed
+    """
     shapes = {n: s for e in table for n, s in zip(e.outside, e.outside_shapes)}
     missing = [n for n in shapes if n not in files.places]
     extra = [n for n in files.places if n not in shapes and n != tied_head and not n.endswith(_IGNORED)]
@@ -65,7 +74,15 @@ def one_dtype(
     kinds: set[torch.dtype],  # of a folder's tensors
     config: Mapping[str, Any],  # its config.json
 ) -> torch.dtype:  # to read all of them as
-    "The type of the tensors; of several the one that config.json names, as transformers has it, else one that holds all of them"
+    """The type of the tensors; of several the one that config.json names, as transformers has it, else one that holds all of them
+
+    Args:
+        kinds: of a folder's tensors
+        config: its config.json
+
+    Returns:
+        to read all of them as
+    """
     if len(kinds) == 1:
         return next(iter(kinds))
     named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch."), None)
@@ -73,7 +90,12 @@ def one_dtype(
 
 # %% ../../nbs/hub/07_huggingface.ipynb #8d15b121
 class HFCheckpoint(TensorSource):
-    "A Hugging Face folder, read lazily by our names. Opening it fails where its tensors are not those that its config.json needs"
+    """A Hugging Face folder, read lazily by our names. Opening it fails where its tensors are not those that its config.json needs
+
+    Args:
+        folder: with config.json and weights
+        dtype: to read the tensors as; None: as they are, and of several types the one that config.json names
+    """
 
     def __init__(
         self,
@@ -113,14 +135,22 @@ class HFCheckpoint(TensorSource):
         self,
         name: str,  # of a logical tensor
     ) -> tuple[int, ...]:
-        "Global shape"
+        """Global shape
+
+        Args:
+            name: of a logical tensor
+        """
         return self._entry(name).shape
 
     def dtype(
         self,
         name: str,  # of a logical tensor
     ) -> torch.dtype:
-        "Element type that it is read as, the same for all"
+        """Element type that it is read as, the same for all
+
+        Args:
+            name: of a logical tensor
+        """
         self._entry(name)
         return self._dtype
 
@@ -128,7 +158,14 @@ class HFCheckpoint(TensorSource):
         self,
         name: str,  # of a logical tensor
     ) -> Tensor:  # in CPU memory
-        "The whole tensor"
+        """The whole tensor
+
+        Args:
+            name: of a logical tensor
+
+        Returns:
+            in CPU memory
+        """
         entry = self._entry(name)
         return entry.restore(*(self._files.read(n).to(self._dtype) for n in entry.outside))
 
@@ -142,7 +179,16 @@ def from_hf(
     dtype: torch.dtype | None = None,  # of the parameters; None: as in the files, and of several types the one that config.json names
     device: torch.device | str = "cpu",  # where the model goes
 ) -> tuple[Transformer, Tokenizer | JsonTokenizer | None]:  # None, with a warning, where there is no readable tokenizer
-    "Model and tokenizer of a folder; CheckpointError or ValueError with the name of the tensor or field that does not fit"
+    """Model and tokenizer of a folder; CheckpointError or ValueError with the name of the tensor or field that does not fit
+
+    Args:
+        folder: a Hugging Face folder: llama, internlm, internlm2 or internlm3
+        dtype: of the parameters; None: as in the files, and of several types the one that config.json names
+        device: where the model goes
+
+    Returns:
+        None, with a warning, where there is no readable tokenizer
+    """
     source = HFCheckpoint(folder, dtype)
     model = allocate(Transformer(source.config, device="meta", dtype=source.dtype("model.embedding.weight")), device)
     for name, tensor in gather_state(model).items():
@@ -159,7 +205,19 @@ def hf_to_native(
     progress: bool = False,  # a bar over the bytes
     tokenizer: Tokenizer | JsonTokenizer | None = None,  # to keep with the weights; None: the folder's own
 ) -> Path:  # the checkpoint
-    "Convert from disk to disk, group by group; the tokenizer's files are put beside the tensors. Complete or absent"
+    """Convert from disk to disk, group by group; the tokenizer's files are put beside the tensors. Complete or absent
+
+    Args:
+        src: a Hugging Face folder
+        dst: the native checkpoint to be; never one that exists
+        dtype: of the weights; None: as in `from_hf`
+        shard_bytes: of one file, and so of what is held in memory
+        progress: a bar over the bytes
+        tokenizer: to keep with the weights; None: the folder's own
+
+    Returns:
+        the checkpoint
+    """
     source = HFCheckpoint(src, dtype)
     facts = {n: (source.shape(n), source.dtype(n)) for n in source.names}
     made = write_native(dst, source.config, facts, source.read, None, source.release, shard_bytes, progress)
@@ -179,7 +237,14 @@ def hf_to_native(
 def new_folder(
     folder: str | Path,  # the destination, not there or empty; its parents are made
 ) -> Iterator[Path]:  # where to write
-    "A folder that appears whole or not at all; CheckpointError when it exists or cannot be written"
+    """A folder that appears whole or not at all; CheckpointError when it exists or cannot be written
+
+    Args:
+        folder: the destination, not there or empty; its parents are made
+
+    Returns:
+        where to write
+    """
     folder, beside = Path(folder), sibling(folder, "saving")
     empty = folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir())
     if os.path.lexists(folder) and not empty:
@@ -209,7 +274,11 @@ def _export(
     add_bos: bool | None,
     progress: bool,
 ) -> Path:
-    "Write a whole folder, making each tensor when its turn comes"
+    """Write a whole folder, making each tensor when its turn comes
+
+    Args:
+        read: a tensor of ours
+    """
     if tokenizer is not None and tokenizer.base_size > cfg.vocab_size:
         raise ValueError(
             f"{tokenizer.path} has {tokenizer.base_size} pieces, and the model's vocab_size is {cfg.vocab_size}: it is another model's tokenizer"
@@ -245,7 +314,21 @@ def to_hf(
     add_bos: bool | None = None,  # the tokenizer puts bos in front of every text; None: of a SentencePiece model yes, otherwise as its file does
     progress: bool = False,  # a bar over the bytes
 ) -> Path:  # the folder
-    "Write a model as a Hugging Face folder. ValueError names a field that the layout cannot say; CheckpointError when the folder exists or cannot be written"
+    """Write a model as a Hugging Face folder. ValueError names a field that the layout cannot say; CheckpointError when the folder exists or cannot be written
+
+    Args:
+        model: on any device
+        tokenizer: written along; None: weights alone
+        folder: a new one
+        dtype: of the files; None: the model's
+        shard_bytes: size of a file
+        layout: "internlm", "internlm2", "internlm3": names as released, which need the code of the release to run
+        add_bos: the tokenizer puts bos in front of every text; None: of a SentencePiece model yes, otherwise as its file does
+        progress: a bar over the bytes
+
+    Returns:
+        the folder
+    """
     state = gather_state(model, "")
     kinds = {name: t.dtype for name, t in state.items()}
     if dtype is None and len(set(kinds.values())) > 1:
@@ -264,7 +347,21 @@ def native_to_hf(
     add_bos: bool | None = None,  # the tokenizer puts bos in front of every text; None: as the run's data has it, else as in `to_hf`
     progress: bool = False,  # a bar over the bytes
 ) -> Path:  # the folder
-    "Convert from disk to disk, tensor by tensor; errors as in `to_hf`"
+    """Convert from disk to disk, tensor by tensor; errors as in `to_hf`
+
+    Args:
+        src: a native checkpoint's folder
+        dst: a new Hugging Face folder
+        tokenizer: None: the checkpoint's or its run's own, if there is one
+        dtype: of the files; None: as in the checkpoint
+        shard_bytes: size of a file
+        layout: as in `to_hf`
+        add_bos: the tokenizer puts bos in front of every text; None: as the run's data has it, else as in `to_hf`
+        progress: a bar over the bytes
+
+    Returns:
+        the folder
+    """
     source = Checkpoint(src)
     cfg = native_config(source)
     needed = {f"model.{e.name}": e.shape for e in entries(cfg, layout) if e.name is not None}

@@ -34,7 +34,15 @@ def from_internevo(
     allow_incomplete: bool = False,  # read a folder without its `.step` file
     progress: bool = False,  # a bar over the tensors
 ) -> Transformer:
-    "A model from a checkpoint of the older system. CheckpointError names the file or tensor that is missing, too much, or of a wrong shape"
+    """A model from a checkpoint of the older system. CheckpointError names the file or tensor that is missing, too much, or of a wrong shape
+
+    Args:
+        folder: of one step
+        ffn_order: old: internlm files from before 2024-01-30, where w3 is the down projection
+        config: instead of model_config.pt
+        allow_incomplete: read a folder without its `.step` file
+        progress: a bar over the tensors
+    """
     source = InternEvoFolder(folder, ffn_order, config, allow_incomplete)
     model = Transformer(source.cfg, device="meta")
     for name in tqdm(source.names, desc=f"read {Path(folder).name}", disable=None if progress else True):
@@ -53,7 +61,20 @@ def internevo_to_native(
     shard_bytes: int = 1 << 30,  # of the files to be written
     progress: bool = False,  # a bar over the bytes
 ) -> Path:  # dst
-    "Convert to native weights without a model in memory. CheckpointError names what is amiss, and then nothing is left"
+    """Convert to native weights without a model in memory. CheckpointError names what is amiss, and then nothing is left
+
+    Args:
+        src: a checkpoint of the older system
+        dst: the new native checkpoint
+        ffn_order: old: internlm files from before 2024-01-30, where w3 is the down projection
+        config: instead of model_config.pt
+        allow_incomplete: read a folder without its `.step` file
+        shard_bytes: of the files to be written
+        progress: a bar over the bytes
+
+    Returns:
+        dst
+    """
     source = InternEvoFolder(src, ffn_order, config, allow_incomplete)
     facts = {name: (source.shape(name), source.dtype(name)) for name in source.names}
     counters = source.context()
@@ -65,7 +86,12 @@ def write_pt(
     path: Path,  # in the folder being written
     content: Any,  # tensors and plain values
 ) -> None:
-    "torch.save, flushed to disk"
+    """torch.save, flushed to disk
+
+    Args:
+        path: in the folder being written
+        content: tensors and plain values
+    """
     with open(path, "wb") as file:
         torch.save(content, file)
         file.flush()
@@ -84,7 +110,23 @@ def write_internevo(
     counters: Mapping[str, int] | None = None,  # for context.pt; step_count names the `.step` file
     progress: bool = False,  # a bar over the shards' tensors
 ) -> Path:  # the folder
-    "Write a checkpoint of the older system, complete or not at all, one shard in memory; ValueError for what cannot be cut or has no word there"
+    """Write a checkpoint of the older system, complete or not at all, one shard in memory; ValueError for what cannot be cut or has no word there
+
+    Args:
+        folder: the new checkpoint, usually named by its step; never one that exists
+        cfg: architecture
+        dtype: for the model section
+        read_box: (name, offsets, sizes) -> that box of a logical tensor
+        tp: tensor-parallel ranks
+        pp: pipeline stages
+        ffn_order: old: internlm with w3 as the down projection
+        embed_split_hidden: the embedding is cut by hidden, or else by vocabulary
+        counters: for context.pt; step_count names the `.step` file
+        progress: a bar over the shards' tensors
+
+    Returns:
+        the folder
+    """
     section = section_from_config(cfg, dtype, embed_split_hidden)
     check_cuts(cfg, tp, embed_split_hidden)
     stages = [stage_parts(cfg, layers, ffn_order) for layers in stage_layers(cfg.num_layers, pp)]
@@ -122,7 +164,11 @@ def write_internevo(
 def step_in_name(
     folder: str | Path,  # of a checkpoint; it need not exist
 ) -> int:
-    "The step that a folder is named by, or 0"
+    """The step that a folder is named by, or 0
+
+    Args:
+        folder: of a checkpoint; it need not exist
+    """
     return int(Path(folder).name) if Path(folder).name.isdigit() else 0
 
 
@@ -135,7 +181,20 @@ def to_internevo(
     embed_split_hidden: bool = True,  # the embedding is cut by hidden, or else by vocabulary
     progress: bool = False,  # a bar over the tensors
 ) -> Path:  # the folder
-    "Write a model as a checkpoint of the older system, for tp x pp ranks; ValueError when it cannot be cut so, or the older system has no such model"
+    """Write a model as a checkpoint of the older system, for tp x pp ranks; ValueError when it cannot be cut so, or the older system has no such model
+
+    Args:
+        model: on any device
+        folder: the new checkpoint, usually named by its step
+        tp: tensor-parallel ranks
+        pp: pipeline stages
+        ffn_order: old: internlm with w3 as the down projection
+        embed_split_hidden: the embedding is cut by hidden, or else by vocabulary
+        progress: a bar over the tensors
+
+    Returns:
+        the folder
+    """
     state = gather_state(model)
 
     def box(name: str, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Tensor:
@@ -155,7 +214,20 @@ def native_to_internevo(
     embed_split_hidden: bool = True,  # the embedding is cut by hidden, or else by vocabulary
     progress: bool = False,  # a bar over the tensors
 ) -> Path:  # dst
-    "Convert native weights to a checkpoint of the older system without a model in memory. CheckpointError, ValueError name what cannot be done"
+    """Convert native weights to a checkpoint of the older system without a model in memory. CheckpointError, ValueError name what cannot be done
+
+    Args:
+        src: a native checkpoint: of weights, or of a run
+        dst: the new folder
+        tp: tensor-parallel ranks
+        pp: pipeline stages
+        ffn_order: old: internlm with w3 as the down projection
+        embed_split_hidden: the embedding is cut by hidden, or else by vocabulary
+        progress: a bar over the tensors
+
+    Returns:
+        dst
+    """
     checkpoint = Checkpoint(src)
     cfg = native_config(checkpoint)
     wanted = {part.name: part.shape for part in stage_parts(cfg, range(cfg.num_layers), ffn_order)} if cfg.family != "internlm3" else {}

@@ -24,7 +24,14 @@ SECTION_CLASS = "internlm.core.context.parallel_context.Config"  # a dict with a
 def load_pt(
     path: str | Path,  # a file of torch.save
 ) -> Any:  # tensors are views of the mapped file, on the CPU
-    "Content of a `.pt` file, as data: CheckpointError when it is missing, damaged, or holds more than data. No code of it is run"
+    """Content of a `.pt` file, as data: CheckpointError when it is missing, damaged, or holds more than data. No code of it is run
+
+    Args:
+        path: a file of torch.save
+
+    Returns:
+        tensors are views of the mapped file, on the CPU
+    """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; copy the whole checkpoint folder")
@@ -62,7 +69,12 @@ def check_section(
     section: Any,  # what model_config.pt holds
     where: str,  # file, for messages
 ) -> None:
-    "CheckpointError naming every entry that is missing, unknown, or of a value that has no equal here"
+    """CheckpointError naming every entry that is missing, unknown, or of a value that has no equal here
+
+    Args:
+        section: what model_config.pt holds
+        where: file, for messages
+    """
     if not isinstance(section, Mapping):
         raise CheckpointError(f"{where}: holds {type(section).__name__}, not the model section, a dictionary of settings")
     faults = [f"{name} is missing" for name in SIZES if section.get(name) is None]
@@ -81,7 +93,15 @@ def config_from_section(
     out_bias: bool,  # likewise
     where: str = "model section",  # for messages
 ) -> ModelConfig:
-    "The architecture that a model section describes; CheckpointError naming the entry that cannot be translated"
+    """The architecture that a model section describes; CheckpointError naming the entry that cannot be translated
+
+    Args:
+        section: the model section
+        family: the parameters' names say it; an entry `model_type` must not contradict
+        qkv_bias: is there a bias among the parameters? Used when the section has no `no_bias`
+        out_bias: likewise
+        where: for messages
+    """
     check_section(section, where)
     named = section.get("model_type")
     if named is not None and MODEL_TYPES.get(str(named).upper()) != family:
@@ -111,7 +131,14 @@ def config_from_section(
 def width_ratio(
     cfg: ModelConfig,  # with any feed-forward width
 ) -> tuple[float, int]:  # mlp_ratio and multiple_of
-    "A ratio, and what to round up to, that give the config's feed-forward width"
+    """A ratio, and what to round up to, that give the config's feed-forward width
+
+    Args:
+        cfg: with any feed-forward width
+
+    Returns:
+        mlp_ratio and multiple_of
+    """
     if cfg.intermediate_size is None:
         return cfg.mlp_ratio, cfg.multiple_of
     for multiple in (256, 1):
@@ -125,7 +152,11 @@ def width_ratio(
 def check_translatable(
     cfg: ModelConfig,  # to be exported
 ) -> None:
-    "ValueError naming every field for which the older system has no word"
+    """ValueError naming every field for which the older system has no word
+
+    Args:
+        cfg: to be exported
+    """
     if cfg.num_experts:
         raise ValueError(f"num_experts is {cfg.num_experts}: models with experts are not translated; keep them in this library's own checkpoints")
     v1 = cfg.family == "internlm"
@@ -148,7 +179,16 @@ def section_from_config(
     dtype: torch.dtype,  # of the weights
     embed_split_hidden: bool = True,  # the embedding's shards are cut by hidden, or else by vocabulary
 ) -> dict[str, Any]:  # for model_config.pt, plain values only
-    "The model section of an architecture; ValueError when the older system has no such model"
+    """The model section of an architecture; ValueError when the older system has no such model
+
+    Args:
+        cfg: of the model
+        dtype: of the weights
+        embed_split_hidden: the embedding's shards are cut by hidden, or else by vocabulary
+
+    Returns:
+        for model_config.pt, plain values only
+    """
     check_translatable(cfg)
     ratio, multiple = width_ratio(cfg)
     section: dict[str, Any] = dict(

@@ -23,7 +23,15 @@ FfnOrder = Literal["new", "old"]
 
 @dataclass(frozen=True)
 class Part:
-    "A tensor of ours and its place in the files of one stage"
+    """A tensor of ours and its place in the files of one stage
+
+    Args:
+        name: ours, `model.…`
+        disk: names in the file, below each other
+        shape: ours, whole
+        cut: what a rank has of it
+        older: another name that stood for it
+    """
 
     name: str  # ours, `model.…`
     disk: tuple[str, ...]  # names in the file, below each other
@@ -36,7 +44,15 @@ def ffn_names(
     cfg: ModelConfig,  # architecture
     ffn_order: FfnOrder,  # old: w2 and w3 of internlm the other way round
 ) -> tuple[str, str]:  # of up and down projection
-    "What the file calls our w3 and w2; ValueError for an order that there never was"
+    """What the file calls our w3 and w2; ValueError for an order that there never was
+
+    Args:
+        cfg: architecture
+        ffn_order: old: w2 and w3 of internlm the other way round
+
+    Returns:
+        of up and down projection
+    """
     if ffn_order not in ("new", "old"):
         raise ValueError(f"ffn_order is {ffn_order!r}: choose new, or old for internlm checkpoints from before 2024-01-30")
     if ffn_order == "old" and cfg.family != "internlm":
@@ -50,7 +66,14 @@ def block_parts(
     index: int,  # index in its stage
     ffn_order: FfnOrder = "new",  # which of w2, w3 is the down projection
 ) -> list[Part]:
-    "The tensors of one block"
+    """The tensors of one block
+
+    Args:
+        cfg: architecture
+        layer: index in the whole model
+        index: index in its stage
+        ffn_order: which of w2, w3 is the down projection
+    """
     ours, inner = f"model.blocks.{layer}.", cfg.num_heads * cfg.head_dim
     v1, hidden, ffn = cfg.family == "internlm", cfg.hidden_size, cfg.ffn_size
     theirs = f"blocks.{index}." if v1 else f"layers.{index}."
@@ -76,7 +99,13 @@ def stage_parts(
     layers: range,  # of the stage
     ffn_order: FfnOrder = "new",  # which of w2, w3 is the down projection
 ) -> list[Part]:
-    "The tensors in the files of one pipeline stage"
+    """The tensors in the files of one pipeline stage
+
+    Args:
+        cfg: architecture
+        layers: of the stage
+        ffn_order: which of w2, w3 is the down projection
+    """
     v1, table = cfg.family == "internlm", (cfg.vocab_size, cfg.hidden_size)
     parts = [part for index, layer in enumerate(layers) for part in block_parts(cfg, layer, index, ffn_order)]
     if layers.start == 0:
@@ -92,7 +121,12 @@ def stage_layers(
     num_layers: int,  # of the model
     stages: int,  # pipeline stages
 ) -> list[range]:
-    "The layers of each stage; ValueError when a stage would have none"
+    """The layers of each stage; ValueError when a stage would have none
+
+    Args:
+        num_layers: of the model
+        stages: pipeline stages
+    """
     if not 1 <= stages <= num_layers:
         raise ValueError(f"pp is {stages}, but there are {num_layers} layers: each stage needs one")
     each, more = divmod(num_layers, stages)
@@ -105,7 +139,15 @@ def head_sizes(
     cfg: ModelConfig,  # architecture
     rows: int,  # of wqkv, on one rank
 ) -> tuple[int, int]:  # query heads, key/value heads
-    "Query heads, and key/value heads, in so many rows of wqkv"
+    """Query heads, and key/value heads, in so many rows of wqkv
+
+    Args:
+        cfg: architecture
+        rows: of wqkv, on one rank
+
+    Returns:
+        query heads, key/value heads
+    """
     kv_heads = rows // ((cfg.num_heads // cfg.num_kv_heads + 2) * cfg.head_dim)
     return kv_heads * (cfg.num_heads // cfg.num_kv_heads), kv_heads
 
@@ -115,7 +157,16 @@ def cut_dim(
     cfg: ModelConfig,  # architecture
     shards: Sequence[Sequence[tuple[int, ...]]],  # shapes: for each rank, of each of the part's names in the file
 ) -> int | None:  # dim along which ranks are joined; None: rank 0 has it all
-    "Along which dim the shards make up the whole tensor; ValueError with the shapes when they do not"
+    """Along which dim the shards make up the whole tensor; ValueError with the shapes when they do not
+
+    Args:
+        part: what is looked for
+        cfg: architecture
+        shards: shapes: for each rank, of each of the part's names in the file
+
+    Returns:
+        dim along which ranks are joined; None: rank 0 has it all
+    """
     if part.cut in ("same", "rank 0"):
         fits = all(shapes == [part.shape] for shapes in map(list, shards[:1] if part.cut == "rank 0" else shards))
         if fits:
@@ -142,7 +193,16 @@ def join(
     cfg: ModelConfig,  # architecture
     shards: Sequence[Sequence[Tensor]],  # for each rank, each of the part's names in the file
 ) -> Tensor:  # whole, in our order of rows; fresh memory
-    "One of our tensors from its shards"
+    """One of our tensors from its shards
+
+    Args:
+        part: what it is
+        cfg: architecture
+        shards: for each rank, each of the part's names in the file
+
+    Returns:
+        whole, in our order of rows; fresh memory
+    """
     dim = cut_dim(part, cfg, [[tuple(x.shape) for x in tensors] for tensors in shards])
     if dim is None:
         return shards[0][0].clone()
@@ -157,7 +217,13 @@ def check_cuts(
     tp: int,  # tensor-parallel ranks
     embed_split_hidden: bool = True,  # the embedding is cut by hidden, or else by vocabulary
 ) -> None:
-    "ValueError naming every size that so many ranks do not divide"
+    """ValueError naming every size that so many ranks do not divide
+
+    Args:
+        cfg: architecture
+        tp: tensor-parallel ranks
+        embed_split_hidden: the embedding is cut by hidden, or else by vocabulary
+    """
     if tp < 1:
         raise ValueError(f"tp is {tp}: there is at least 1 rank")
     sizes = {"num_kv_heads": cfg.num_kv_heads, "ffn_size": cfg.ffn_size, "vocab_size": cfg.vocab_size}
@@ -175,7 +241,19 @@ def cut(
     read_box: Callable[[tuple[int, ...], tuple[int, ...]], Tensor],  # (offsets, sizes) -> that box of our tensor
     embed_split_hidden: bool = True,  # the embedding is cut by hidden, or else by vocabulary
 ) -> dict[str, Tensor]:  # by name in the rank's file; empty when another rank holds it
-    "What one rank holds of one of our tensors"
+    """What one rank holds of one of our tensors
+
+    Args:
+        part: what it is
+        cfg: architecture
+        rank: tensor-parallel rank
+        tp: of so many
+        read_box: (offsets, sizes) -> that box of our tensor
+        embed_split_hidden: the embedding is cut by hidden, or else by vocabulary
+
+    Returns:
+        by name in the rank's file; empty when another rank holds it
+    """
     if part.cut == "rank 0" and rank:
         return {}
     offsets, sizes = [0] * len(part.shape), list(part.shape)

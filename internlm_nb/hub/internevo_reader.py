@@ -26,7 +26,15 @@ def shard_grid(
     folder: Path,  # a checkpoint of the older system
     allow_incomplete: bool = False,  # read a folder without its `.step` file
 ) -> list[list[Path]]:  # by stage, then by tensor-parallel rank
-    "The files of all stages and ranks; CheckpointError for an unfinished save, or naming the file that is missing"
+    """The files of all stages and ranks; CheckpointError for an unfinished save, or naming the file that is missing
+
+    Args:
+        folder: a checkpoint of the older system
+        allow_incomplete: read a folder without its `.step` file
+
+    Returns:
+        by stage, then by tensor-parallel rank
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
     found = {(int(m[2]), int(m[1])): path for path in folder.iterdir() if (m := re.fullmatch(r"model_tp(\d+)_pp(\d+)\.pt", path.name))}
@@ -51,7 +59,11 @@ Facts = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and type by name
 def facts_of(
     path: Path,  # a shard
 ) -> Facts:
-    "Names, shapes and types in a shard; CheckpointError when it holds anything but tensors"
+    """Names, shapes and types in a shard; CheckpointError when it holds anything but tensors
+
+    Args:
+        path: a shard
+    """
     content = load_pt(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds {type(content).__name__}, not tensors by name")
@@ -66,7 +78,12 @@ def family_of(
     facts: Facts,  # of a shard
     where: Path,  # the file
 ) -> Family:
-    "The family whose names these are; CheckpointError where they are of none"
+    """The family whose names these are; CheckpointError where they are of none
+
+    Args:
+        facts: of a shard
+        where: the file
+    """
     marks: dict[str, Family] = {r"blocks\.\d+\.mixer\.Wqkv\.weight": "internlm", r"layers\.\d+\.attention\.wqkv\.weight": "internlm2", r"layers\.\d+\.attention\.wq\.weight": "llama"}
     for pattern, family in marks.items():
         if any(re.fullmatch(pattern, name) for name in facts):
@@ -75,7 +92,14 @@ def family_of(
 
 
 class InternEvoFolder(TensorSource):
-    "A checkpoint of the older system, opened: tensors by our names, in our order of rows, read one at a time. CheckpointError tells all that is amiss"
+    """A checkpoint of the older system, opened: tensors by our names, in our order of rows, read one at a time. CheckpointError tells all that is amiss
+
+    Args:
+        folder: of one step
+        ffn_order: old: internlm files from before 2024-01-30, where w3 is the down projection
+        config: instead of model_config.pt
+        allow_incomplete: read a folder without its `.step` file
+    """
 
     def __init__(
         self,
@@ -171,14 +195,22 @@ class InternEvoFolder(TensorSource):
         self,
         name: str,  # of a logical tensor
     ) -> tuple[int, ...]:
-        "Whole shape"
+        """Whole shape
+
+        Args:
+            name: of a logical tensor
+        """
         return self._at(name)[1].shape
 
     def dtype(
         self,
         name: str,  # of a logical tensor
     ) -> torch.dtype:
-        "Element type"
+        """Element type
+
+        Args:
+            name: of a logical tensor
+        """
         stage, part = self._at(name)
         return self._facts[stage][0][part.disk[0]][1]
 
@@ -186,7 +218,11 @@ class InternEvoFolder(TensorSource):
         self,
         name: str,  # of a logical tensor
     ) -> Tensor:
-        "The whole tensor, in fresh memory, in our order of rows"
+        """The whole tensor, in fresh memory, in our order of rows
+
+        Args:
+            name: of a logical tensor
+        """
         stage, part = self._at(name)
         paths = self._grid[stage][:1] if part.cut in ("same", "rank 0") else self._grid[stage]
         for path in paths:

@@ -22,7 +22,16 @@ from ..model.layers import wide_dtype
 # %% ../../nbs/hub/02_keys.ipynb #e855458a
 @dataclass(frozen=True)
 class Entry:
-    "One tensor of ours and the tensors outside that hold the same numbers"
+    """One tensor of ours and the tensors outside that hold the same numbers
+
+    Args:
+        name: ours, as in `Transformer.named_parameters`; None: only the outside has it, all zeros
+        shape: of ours
+        outside: names outside: one, or three for q, k, v
+        outside_shapes: of each
+        export: ours -> outside
+        restore: outside -> ours
+    """
 
     name: str | None  # ours, as in `Transformer.named_parameters`; None: only the outside has it, all zeros
     shape: tuple[int, ...]  # of ours
@@ -37,7 +46,13 @@ def qkv_entry(
     name: str,  # of the fused tensor, ours
     outside: tuple[str, ...],  # names of q, k, v outside; or one name: fused there too
 ) -> Entry:
-    "The entry of a fused weight or bias; outside, q and k are split in halves"
+    """The entry of a fused weight or bias; outside, q and k are split in halves
+
+    Args:
+        cfg: how our rows stand
+        name: of the fused tensor, ours
+        outside: names of q, k, v outside; or one name: fused there too
+    """
     heads, kv_heads, dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     rest = () if name.endswith(".bias") else (cfg.hidden_size,)
 
@@ -57,14 +72,26 @@ def zeros_entry(
     outside: tuple[str, ...],  # names outside
     sizes: tuple[int, ...],  # of these vectors
 ) -> Entry:
-    "The entry of biases that ours does not have; `export` ignores its argument"
+    """The entry of biases that ours does not have; `export` ignores its argument
+
+    Args:
+        outside: names outside
+        sizes: of these vectors
+    """
     return Entry(None, (0,), outside, tuple((n,) for n in sizes), lambda _: tuple(torch.zeros(n) for n in sizes))
 
 # %% ../../nbs/hub/02_keys.ipynb #f44e95c9
 def normalised(
     weight: Tensor,  # (vocab, hidden)
 ) -> Tensor:  # same shape and dtype
-    "Rows of length 1, rounded as the model's own head does it on every forward"
+    """Rows of length 1, rounded as the model's own head does it on every forward
+
+    Args:
+        weight: (vocab, hidden)
+
+    Returns:
+        same shape and dtype
+    """
     return F.normalize(weight.to(wide_dtype(weight.dtype)), dim=1).to(weight.dtype)
 
 
@@ -72,7 +99,15 @@ def head_entries(
     cfg: ModelConfig,  # tied or not, normalised or not
     outside: str,  # name outside
 ) -> list[Entry]:  # none for a head that is the embedding
-    "The output projection; a tied but normalised one becomes a tensor of its own"
+    """The output projection; a tied but normalised one becomes a tensor of its own
+
+    Args:
+        cfg: tied or not, normalised or not
+        outside: name outside
+
+    Returns:
+        none for a head that is the embedding
+    """
     if cfg.tie_embeddings and not cfg.norm_head:
         return []
     shape = (cfg.vocab_size, cfg.hidden_size)
@@ -92,7 +127,15 @@ def llama_entries(
     cfg: ModelConfig,  # architecture
     one_switch: bool = True,  # biases on all of q, k, v, o or on none; False: q, k, v and o apart
 ) -> list[Entry]:  # in the order of the model
-    "Llama's names: also those of InternLM 1 and 3 as released"
+    """Llama's names: also those of InternLM 1 and 3 as released
+
+    Args:
+        cfg: architecture
+        one_switch: biases on all of q, k, v, o or on none; False: q, k, v and o apart
+
+    Returns:
+        in the order of the model
+    """
     hidden, inner, ffn = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.ffn_size
     kv = cfg.num_kv_heads * cfg.head_dim
     out = [_plain("embedding.weight", "model.embed_tokens.weight", cfg.vocab_size, hidden)]
@@ -122,7 +165,14 @@ def llama_entries(
 def internlm2_entries(
     cfg: ModelConfig,  # architecture
 ) -> list[Entry]:  # in the order of the model
-    "InternLM2's names as released: the fused matrix by group, split in halves"
+    """InternLM2's names as released: the fused matrix by group, split in halves
+
+    Args:
+        cfg: architecture
+
+    Returns:
+        in the order of the model
+    """
     hidden, inner, ffn = cfg.hidden_size, cfg.num_heads * cfg.head_dim, cfg.ffn_size
     out = [_plain("embedding.weight", "model.tok_embeddings.weight", cfg.vocab_size, hidden)]
     for i in range(cfg.num_layers):
@@ -152,7 +202,15 @@ def entries(
     cfg: ModelConfig,  # architecture
     layout: Layout = "llama",  # whose names
 ) -> list[Entry]:  # in the order of the model
-    "All entries of a layout; raises `ValueError` for a layout that does not exist"
+    """All entries of a layout; raises `ValueError` for a layout that does not exist
+
+    Args:
+        cfg: architecture
+        layout: whose names
+
+    Returns:
+        in the order of the model
+    """
     if layout not in get_args(Layout):
         raise ValueError(f"layout is {layout!r}: choose one of {', '.join(get_args(Layout))}")
     if cfg.num_experts:

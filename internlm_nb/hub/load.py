@@ -34,7 +34,16 @@ def build_model(
     device: torch.device | str = "cpu",  # where the model runs
     dtype: torch.dtype | None = None,  # of its parameters; None: as saved
 ) -> Transformer:  # without gradients
-    "A model with a folder's weights. CheckpointError names a tensor that is missing, too much or of a wrong shape, before memory is asked for"
+    """A model with a folder's weights. CheckpointError names a tensor that is missing, too much or of a wrong shape, before memory is asked for
+
+    Args:
+        weights: an open folder, which says what its tensors are of
+        device: where the model runs
+        dtype: of its parameters; None: as saved
+
+    Returns:
+        without gradients
+    """
     if weights.config is None:
         raise CheckpointError(
             f"{weights.folder}: its index does not say which model it holds; take a checkpoint of a run, or a folder made by convert.py"
@@ -55,7 +64,14 @@ def build_model(
 def given_stop_ids(
     tokenizer: Tokenizer | JsonTokenizer | None,  # of a folder
 ) -> list[int]:  # empty where the folder says nothing
-    "The ids at which generation ends, from the generation_config.json that came with a tokenizer"
+    """The ids at which generation ends, from the generation_config.json that came with a tokenizer
+
+    Args:
+        tokenizer: of a folder
+
+    Returns:
+        empty where the folder says nothing
+    """
     path = tokenizer_files(tokenizer).get("generation_config.json") if tokenizer is not None else None
     given = read_object(path).get("eos_token_id") if path else None
     return [id for id in (given if isinstance(given, list) else [given]) if type(id) is int and id >= 0]
@@ -64,7 +80,14 @@ def given_stop_ids(
 def default_system(
     folder: Path,  # of the Hugging Face layout
 ) -> str | None:  # None: there is none
-    "The system text that a folder's own chat template begins with when the user gives none. The template is only searched, never run"
+    """The system text that a folder's own chat template begins with when the user gives none. The template is only searched, never run
+
+    Args:
+        folder: of the Hugging Face layout
+
+    Returns:
+        None: there is none
+    """
     jinja, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     text = None
     if jinja.is_file():
@@ -87,7 +110,16 @@ def default_system(
 # %% ../../nbs/hub/13_load.ipynb #3dbcf039
 @dataclass(frozen=True)
 class Loaded:
-    "A model that is ready to run, and what belongs to it"
+    """A model that is ready to run, and what belongs to it
+
+    Args:
+        model: on its device, without gradients
+        tokenizer: None: none was found
+        folder: that the weights were read from
+        kind: "native", "huggingface" or "internevo"
+        system: what the folder's own chat template says first, when nothing else is said
+        stop_ids: at which generation ends, as the folder says
+    """
 
     model: Transformer  # on its device, without gradients
     tokenizer: Tokenizer | JsonTokenizer | None  # None: none was found
@@ -100,7 +132,11 @@ class Loaded:
 def is_huggingface(
     folder: str | Path,  # any folder
 ) -> bool:
-    "Whether a folder looks like one of the Hugging Face layout: it has a config.json and is no run of ours"
+    """Whether a folder looks like one of the Hugging Face layout: it has a config.json and is no run of ours
+
+    Args:
+        folder: any folder
+    """
     return kind_of(folder) == "huggingface"
 
 
@@ -108,7 +144,15 @@ def fit_tokenizer(
     tokenizer: Tokenizer | JsonTokenizer,  # any
     vocab_size: int,  # ids of the model
 ) -> Tokenizer | JsonTokenizer:  # for this model: ids without a piece decode to nothing
-    "ValueError for the tokenizer of another, larger model; a warning where signs were added that the model does not have"
+    """ValueError for the tokenizer of another, larger model; a warning where signs were added that the model does not have
+
+    Args:
+        tokenizer: any
+        vocab_size: ids of the model
+
+    Returns:
+        for this model: ids without a piece decode to nothing
+    """
     if tokenizer.base_size > vocab_size:
         raise ValueError(
             f"the tokenizer {tokenizer.path} has {tokenizer.base_size} pieces, the model {vocab_size}: it belongs to another model; name the right one"
@@ -129,7 +173,14 @@ def load_model(
     dtype: torch.dtype | None = None,  # of its parameters; None: as saved
     tokenizer: str | Path | None = None,  # a file or folder; None: look for one
 ) -> Loaded:
-    "Model and tokenizer of a folder. FileNotFoundError, CheckpointError or ValueError with what is wrong"
+    """Model and tokenizer of a folder. FileNotFoundError, CheckpointError or ValueError with what is wrong
+
+    Args:
+        folder: a native checkpoint, a run (its newest checkpoint), a Hugging Face folder, or a step of the older system
+        device: where the model runs
+        dtype: of its parameters; None: as saved
+        tokenizer: a file or folder; None: look for one
+    """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; give a run, a checkpoint (RUN/checkpoints/STEP) or a Hugging Face folder")

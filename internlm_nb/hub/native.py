@@ -30,7 +30,11 @@ from ..model.config import ModelConfig
 
 # %% ../../nbs/hub/04_native.ipynb #c99bff57
 class TensorSource(ABC):
-    "A folder of weights, read lazily by logical names; answers as a `Checkpoint` does"
+    """A folder of weights, read lazily by logical names; answers as a `Checkpoint` does
+
+    Args:
+        folder: for messages
+    """
 
     folder: Path  # for messages
 
@@ -52,7 +56,11 @@ class TensorSource(ABC):
         "The whole tensor, in CPU memory"
 
     def release(self) -> None:  # noqa: B027, a source that maps no files has nothing to do
-        "Let go of mapped files; they are mapped again when needed"
+        """Let go of mapped files; they are mapped again when needed
+
+        Returns:
+            noqa: B027, a source that maps no files has nothing to do
+        """
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -63,7 +71,16 @@ class TensorSource(ABC):
         target: Tensor | Chunk,  # what it is to fill
         cast: bool = False,  # another element type will do
     ) -> Chunk:  # the target as a chunk
-        "CheckpointError unless the tensor is there with the target's global shape and type; reads nothing"
+        """CheckpointError unless the tensor is there with the target's global shape and type; reads nothing
+
+        Args:
+            name: of a logical tensor
+            target: what it is to fill
+            cast: another element type will do
+
+        Returns:
+            the target as a chunk
+        """
         return check_fit(name, self.shape(name), self.dtype(name), target, cast, self.folder)
 
     def read_into(
@@ -72,7 +89,13 @@ class TensorSource(ABC):
         target: Tensor | Chunk,  # filled in place: all of the tensor, or a part
         cast: bool = False,  # allow another element type
     ) -> None:
-        "Fill a tensor, or a piece of one; any device"
+        """Fill a tensor, or a piece of one; any device
+
+        Args:
+            name: of a logical tensor
+            target: filled in place: all of the tensor, or a part
+            cast: allow another element type
+        """
         chunk = self.require(name, target, cast)
         transfer(self.read(name), whole(self.shape(name)), chunk.tensor.detach(), chunk.region)
 
@@ -80,7 +103,14 @@ class TensorSource(ABC):
 def native_config(
     checkpoint: Checkpoint,  # an open one
 ) -> ModelConfig:  # of the model whose weights it holds
-    "The architecture of a native checkpoint, of weights alone or of a run; CheckpointError when it does not say"
+    """The architecture of a native checkpoint, of weights alone or of a run; CheckpointError when it does not say
+
+    Args:
+        checkpoint: an open one
+
+    Returns:
+        of the model whose weights it holds
+    """
     state = checkpoint.state
     found = state.get("model") or (state.get("run") or {}).get("model")
     if not isinstance(found, dict):
@@ -101,7 +131,12 @@ def deal(
     sizes: Iterable[tuple[str, int]],  # name and bytes, in the order of writing
     limit: int,  # bytes of a group; a larger tensor has a group of its own
 ) -> list[list[str]]:
-    "Names in consecutive groups of limited size"
+    """Names in consecutive groups of limited size
+
+    Args:
+        sizes: name and bytes, in the order of writing
+        limit: bytes of a group; a larger tensor has a group of its own
+    """
     groups: list[list[str]] = [[]]
     held = 0
     for name, size in sizes:
@@ -123,7 +158,21 @@ def write_native(
     shard_bytes: int = 1 << 30,  # of one file, and so of what is held in memory
     progress: bool = False,  # a bar over the bytes
 ) -> Path:  # the folder
-    "Write weights as a native checkpoint, group by group; CheckpointError when it cannot be done, and then nothing is left"
+    """Write weights as a native checkpoint, group by group; CheckpointError when it cannot be done, and then nothing is left
+
+    Args:
+        folder: the new checkpoint's; never one that exists
+        cfg: what the weights are of
+        tensors: shape and type by logical name, `model.…`
+        read: makes one of them; called once for each
+        state: more for the index, e.g. {"step": 100}
+        release: called after each group: files that were read from can be unmapped
+        shard_bytes: of one file, and so of what is held in memory
+        progress: a bar over the bytes
+
+    Returns:
+        the folder
+    """
     sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, (shape, dtype) in tensors.items()}
     groups = deal(sizes.items(), shard_bytes)
     with (
@@ -144,14 +193,25 @@ def write_native(
 def has_tokenizer(
     folder: Path,  # any
 ) -> bool:
-    "Whether a tokenizer lies in a folder"
+    """Whether a tokenizer lies in a folder
+
+    Args:
+        folder: any
+    """
     return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
 def train_folders(
     state: Mapping[str, Any],  # of a checkpoint's index
 ) -> list[Path]:  # none for weights that came from elsewhere
-    "Where the data of a run lay"
+    """Where the data of a run lay
+
+    Args:
+        state: of a checkpoint's index
+
+    Returns:
+        none for weights that came from elsewhere
+    """
     data = ((state.get("run") or {}).get("data") or {}).get("train_folder") or ()
     return [Path(folder) for folder, _ in parse_folders(data)] if data else []
 
@@ -160,7 +220,15 @@ def find_tokenizer(
     checkpoint: Path,  # a checkpoint's folder
     state: Mapping[str, Any],  # of its index
 ) -> Tokenizer | JsonTokenizer | None:  # None: there is none
-    "The tokenizer that belongs to a native checkpoint"
+    """The tokenizer that belongs to a native checkpoint
+
+    Args:
+        checkpoint: a checkpoint's folder
+        state: of its index
+
+    Returns:
+        None: there is none
+    """
     up = checkpoint.absolute().parents
     home = next((i for i in range(min(2, len(up))) if up[i].name == "checkpoints"), -1)  # RUN/checkpoints/STEP, or …/snapshot/0
     places = [checkpoint, *up[: home + 2]] if home >= 0 else [checkpoint]
@@ -176,7 +244,15 @@ def trained_with_bos(
     tokenizer: Tokenizer | JsonTokenizer,  # of the run
     state: Mapping[str, Any],  # of a checkpoint's index
 ) -> bool | None:  # None: the data is not there to be looked at
-    "Whether the documents that a run was trained on begin with bos: a look at the first one of each folder"
+    """Whether the documents that a run was trained on begin with bos: a look at the first one of each folder
+
+    Args:
+        tokenizer: of the run
+        state: of a checkpoint's index
+
+    Returns:
+        None: the data is not there to be looked at
+    """
     found = []
     for folder in train_folders(state):
         files = sorted(folder.rglob("*.bin")) if folder.is_dir() else [folder]

@@ -16,7 +16,16 @@ def split_groups(
     num_heads: int,  # query heads
     num_kv_heads: int,  # key and value heads
 ) -> tuple[Tensor, Tensor, Tensor]:  # q (heads * head_dim, ...), k and v (kv_heads * head_dim, ...)
-    "Fused rows by group -> q, k and v by head; raises `ValueError` when the rows are not of that many heads"
+    """Fused rows by group -> q, k and v by head; raises `ValueError` when the rows are not of that many heads
+
+    Args:
+        wqkv: ((heads + 2 kv_heads) * head_dim, ...), by group
+        num_heads: query heads
+        num_kv_heads: key and value heads
+
+    Returns:
+        q (heads * head_dim, ...), k and v (kv_heads * head_dim, ...)
+    """
     rest, group = wqkv.shape[1:], num_heads // num_kv_heads
     if num_heads % num_kv_heads or wqkv.shape[0] % (num_heads + 2 * num_kv_heads):
         raise ValueError(f"{wqkv.shape[0]} rows are not those of {num_heads} query heads and twice {num_kv_heads} key/value heads")
@@ -31,7 +40,17 @@ def join_groups(
     v: Tensor,  # (kv_heads * head_dim, ...)
     num_kv_heads: int,  # key and value heads
 ) -> Tensor:  # ((heads + 2 kv_heads) * head_dim, ...), by group
-    "q, k and v by head -> fused rows by group: the inverse of `split_groups`; raises `ValueError` when the sizes do not fit together"
+    """q, k and v by head -> fused rows by group: the inverse of `split_groups`; raises `ValueError` when the sizes do not fit together
+
+    Args:
+        q: (heads * head_dim, ...)
+        k: (kv_heads * head_dim, ...)
+        v: (kv_heads * head_dim, ...)
+        num_kv_heads: key and value heads
+
+    Returns:
+        ((heads + 2 kv_heads) * head_dim, ...), by group
+    """
     if k.shape != v.shape or q.shape[1:] != k.shape[1:] or q.shape[0] % k.shape[0] or k.shape[0] % num_kv_heads:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not of {num_kv_heads} key/value heads")
     parts = [x.reshape(num_kv_heads, -1, *q.shape[1:]) for x in (q, k, v)]
@@ -43,7 +62,16 @@ def group_stacked(
     num_heads: int,  # query heads
     num_kv_heads: int,  # key and value heads
 ) -> Tensor:  # same shape, by group
-    "Fused rows q, k, v -> fused rows by group"
+    """Fused rows q, k, v -> fused rows by group
+
+    Args:
+        wqkv: ((heads + 2 kv_heads) * head_dim, ...), all q, all k, all v
+        num_heads: query heads
+        num_kv_heads: key and value heads
+
+    Returns:
+        same shape, by group
+    """
     head_dim = wqkv.shape[0] // (num_heads + 2 * num_kv_heads)
     q, k, v = wqkv.split([num_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * head_dim])
     return join_groups(q, k, v, num_kv_heads)
@@ -54,7 +82,16 @@ def stack_groups(
     num_heads: int,  # query heads
     num_kv_heads: int,  # key and value heads
 ) -> Tensor:  # same shape, all q, all k, all v
-    "Fused rows by group -> fused rows q, k, v: the inverse of `group_stacked`"
+    """Fused rows by group -> fused rows q, k, v: the inverse of `group_stacked`
+
+    Args:
+        wqkv: ((heads + 2 kv_heads) * head_dim, ...), by group
+        num_heads: query heads
+        num_kv_heads: key and value heads
+
+    Returns:
+        same shape, all q, all k, all v
+    """
     return torch.cat(split_groups(wqkv, num_heads, num_kv_heads))
 
 # %% ../../nbs/hub/01_rows.ipynb #b3d1da19
@@ -62,7 +99,15 @@ def to_halves(
     rows: Tensor,  # (heads * head_dim, ...), of q or of k, pairs (2i, 2i + 1)
     head_dim: int,  # rows of one head
 ) -> Tensor:  # same shape, pairs (i, i + head_dim / 2)
-    "Interleaved pairs -> split in halves, within each head"
+    """Interleaved pairs -> split in halves, within each head
+
+    Args:
+        rows: (heads * head_dim, ...), of q or of k, pairs (2i, 2i + 1)
+        head_dim: rows of one head
+
+    Returns:
+        same shape, pairs (i, i + head_dim / 2)
+    """
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.transpose(1, 2).reshape(rows.shape)
 
@@ -71,7 +116,15 @@ def to_pairs(
     rows: Tensor,  # (heads * head_dim, ...), of q or of k, pairs (i, i + head_dim / 2)
     head_dim: int,  # rows of one head
 ) -> Tensor:  # same shape, pairs (2i, 2i + 1)
-    "Split in halves -> interleaved pairs, within each head: the inverse of `to_halves`"
+    """Split in halves -> interleaved pairs, within each head: the inverse of `to_halves`
+
+    Args:
+        rows: (heads * head_dim, ...), of q or of k, pairs (i, i + head_dim / 2)
+        head_dim: rows of one head
+
+    Returns:
+        same shape, pairs (2i, 2i + 1)
+    """
     halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 
@@ -81,7 +134,16 @@ def groups_to_halves(
     num_heads: int,  # query heads
     num_kv_heads: int,  # key and value heads
 ) -> Tensor:  # same shape, q and k split in halves
-    "De-interleave q and k of a fused matrix by group; v stays as it is"
+    """De-interleave q and k of a fused matrix by group; v stays as it is
+
+    Args:
+        wqkv: ((heads + 2 kv_heads) * head_dim, ...), by group, pairs interleaved
+        num_heads: query heads
+        num_kv_heads: key and value heads
+
+    Returns:
+        same shape, q and k split in halves
+    """
     q, k, v = split_groups(wqkv, num_heads, num_kv_heads)
     head_dim = k.shape[0] // num_kv_heads
     return join_groups(to_halves(q, head_dim), to_halves(k, head_dim), v, num_kv_heads)
@@ -92,7 +154,16 @@ def groups_to_pairs(
     num_heads: int,  # query heads
     num_kv_heads: int,  # key and value heads
 ) -> Tensor:  # same shape, pairs interleaved
-    "Interleave q and k of a fused matrix by group: the inverse of `groups_to_halves`"
+    """Interleave q and k of a fused matrix by group: the inverse of `groups_to_halves`
+
+    Args:
+        wqkv: ((heads + 2 kv_heads) * head_dim, ...), by group, q and k split in halves
+        num_heads: query heads
+        num_kv_heads: key and value heads
+
+    Returns:
+        same shape, pairs interleaved
+    """
     q, k, v = split_groups(wqkv, num_heads, num_kv_heads)
     head_dim = k.shape[0] // num_kv_heads
     return join_groups(to_pairs(q, head_dim), to_pairs(k, head_dim), v, num_kv_heads)

@@ -30,7 +30,11 @@ Kind = Literal["native", "huggingface", "internevo", "unknown"]
 def kind_of(
     folder: str | Path,  # any path
 ) -> Kind:
-    "What a folder is, by the files in it"
+    """What a folder is, by the files in it
+
+    Args:
+        folder: any path
+    """
     folder = Path(folder)
     if (folder / "index.json").is_file() or (folder / "checkpoints").is_dir():
         return "native"
@@ -43,7 +47,13 @@ _MEANING = ("rope_base", "rope_scaling", "rope_factor", "norm_eps", "norm_head",
 
 
 class Weights(TensorSource):
-    "Weights of any kind of folder, for a given architecture; reads like a `Checkpoint`"
+    """Weights of any kind of folder, for a given architecture; reads like a `Checkpoint`
+
+    Args:
+        source: an open one
+        found: what its tensors are of; None: it does not say
+        cfg: what they are for; None: for what they are of
+    """
 
     def __init__(
         self,
@@ -78,21 +88,36 @@ class Weights(TensorSource):
         self,
         name: str,  # of a logical tensor
     ) -> tuple[int, ...]:
-        "Global shape"
+        """Global shape
+
+        Args:
+            name: of a logical tensor
+        """
         return self.source.shape(name)
 
     def dtype(
         self,
         name: str,  # of a logical tensor
     ) -> torch.dtype:
-        "Element type as saved"
+        """Element type as saved
+
+        Args:
+            name: of a logical tensor
+        """
         return self.source.dtype(name)
 
     def read(
         self,
         name: str,  # of a logical tensor
     ) -> Tensor:  # in CPU memory
-        "The whole tensor, its rows as the model wants them"
+        """The whole tensor, its rows as the model wants them
+
+        Args:
+            name: of a logical tensor
+
+        Returns:
+            in CPU memory
+        """
         tensor = self.source.read(name)
         if self._move is not None and ".attention.wqkv." in name:
             assert self.config is not None
@@ -109,7 +134,13 @@ class Weights(TensorSource):
         target: Tensor | Chunk,  # filled in place: all of the tensor, or a part
         cast: bool = False,  # allow another element type
     ) -> None:
-        "Fill a tensor, or a piece of one; any device"
+        """Fill a tensor, or a piece of one; any device
+
+        Args:
+            name: of a logical tensor
+            target: filled in place: all of the tensor, or a part
+            cast: allow another element type
+        """
         if isinstance(self.source, Checkpoint) and self._move is None:  # it reads just the piece
             self.source.read_into(name, self.require(name, target, cast), cast)
         else:
@@ -123,7 +154,15 @@ def open_weights(
     say: Callable[[str], object] = print,  # is told of damaged checkpoints that were passed over
     dtype: torch.dtype | None = None,  # that a Hugging Face folder is read as; None: as its files and config.json say
 ) -> Weights:
-    "A reader over a folder of any kind. CheckpointError or ValueError names what is missing, does not fit, or is of no known kind"
+    """A reader over a folder of any kind. CheckpointError or ValueError names what is missing, does not fit, or is of no known kind
+
+    Args:
+        folder: native checkpoint or run, Hugging Face folder, or a step of the older system
+        cfg: of the model to be filled; None: as the source has it
+        verify: compare a native checkpoint's checksums first
+        say: is told of damaged checkpoints that were passed over
+        dtype: that a Hugging Face folder is read as; None: as its files and config.json say
+    """
     folder, kind = Path(folder), kind_of(folder)
     if kind == "huggingface":
         source = HFCheckpoint(folder, dtype)

@@ -31,7 +31,16 @@ def causal_mask(
     keys: Segments,  # of the keys; each sequence has at least as many keys as queries
     causal: bool = True,  # whether later keys are hidden
 ) -> Tensor:  # (query tokens, key tokens) bool, True where a query sees a key
-    "Who sees whom in a pack"
+    """Who sees whom in a pack
+
+    Args:
+        queries: of the queries
+        keys: of the keys; each sequence has at least as many keys as queries
+        causal: whether later keys are hidden
+
+    Returns:
+        (query tokens, key tokens) bool, True where a query sees a key
+    """
     device = queries.cu_seqlens.device
     sequence_q, sequence_k = (
         torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(s.lengths)]) for s in (queries, keys)
@@ -52,7 +61,20 @@ def reference_attention(
     causal: bool,  # whether later keys are hidden
     scale: float,  # of the scores
 ) -> Tensor:  # (query tokens, heads, head_dim), in q's dtype
-    "Masked softmax written out, in float32 or float64; all backends share these arguments"
+    """Masked softmax written out, in float32 or float64; all backends share these arguments
+
+    Args:
+        q: (query tokens, heads, head_dim)
+        k: (key tokens, kv_heads, head_dim)
+        v: (key tokens, kv_heads, head_dim)
+        queries: sequences of the queries
+        keys: sequences of the keys
+        causal: whether later keys are hidden
+        scale: of the scores
+
+    Returns:
+        (query tokens, heads, head_dim), in q's dtype
+    """
     group, dtype = q.shape[1] // k.shape[1], wide_dtype(q.dtype)
     wide_q, wide_k, wide_v = q.to(dtype), *(x.to(dtype).repeat_interleave(group, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,khd->hqk", wide_q, wide_k) * scale
@@ -67,7 +89,18 @@ def one_shape(
     causal: bool,  # whether later keys are hidden
     scale: float,  # of the scores
 ) -> Tensor:  # (batch, queries, heads, head_dim)
-    "SDPA on a batch of equally long sequences"
+    """SDPA on a batch of equally long sequences
+
+    Args:
+        q: (batch, queries, heads, head_dim)
+        k: (batch, keys, kv_heads, head_dim)
+        v: (batch, keys, kv_heads, head_dim)
+        causal: whether later keys are hidden
+        scale: of the scores
+
+    Returns:
+        (batch, queries, heads, head_dim)
+    """
     nq, nk = q.shape[1], k.shape[1]
     mask = None
     if causal and 1 < nq < nk:  # `is_causal` aligns at the top left, a cache needs the bottom right
@@ -149,7 +182,17 @@ def why_not(
     dtype: torch.dtype,  # their type
     head_dim: int,  # their last dimension
 ) -> str | None:  # None: it can run
-    "The reason why a backend cannot run on such tensors; raises `ValueError` for an unknown backend"
+    """The reason why a backend cannot run on such tensors; raises `ValueError` for an unknown backend
+
+    Args:
+        backend: one of `BACKENDS`
+        device: of queries, keys and values
+        dtype: their type
+        head_dim: their last dimension
+
+    Returns:
+        None: it can run
+    """
     device = torch.device(device)
     if backend not in BACKENDS:
         raise ValueError(f"no attention backend named {backend!r}: choose auto or one of {', '.join(BACKENDS)}")
@@ -180,7 +223,17 @@ def why_pass(
     dtype: torch.dtype,  # their type
     head_dim: int,  # their last dimension
 ) -> str | None:  # None: `auto` would take it
-    "The reason why `auto` passes a backend over: it cannot run, or another is faster"
+    """The reason why `auto` passes a backend over: it cannot run, or another is faster
+
+    Args:
+        backend: one of `BACKENDS`
+        device: of queries, keys and values
+        dtype: their type
+        head_dim: their last dimension
+
+    Returns:
+        None: `auto` would take it
+    """
     if backend == "chunked" and dtype != torch.bfloat16:
         return "PyTorch's kernel was measured faster but in bfloat16"
     if backend == "cudnn":
@@ -194,7 +247,17 @@ def choose_backend(
     head_dim: int,  # their last dimension
     training: bool = True,  # whether a gradient is wanted, of causal attention among the tokens of one pass
 ) -> str:  # name of a backend
-    "The fastest backend that can run"
+    """The fastest backend that can run
+
+    Args:
+        device: of queries, keys and values
+        dtype: their type
+        head_dim: their last dimension
+        training: whether a gradient is wanted, of causal attention among the tokens of one pass
+
+    Returns:
+        name of a backend
+    """
     return next(name for name in BACKENDS if why_pass(name, device, dtype, head_dim) is None and (training or name != "chunked"))
 
 
@@ -203,7 +266,16 @@ def describe_backend(
     dtype: torch.dtype,  # their type
     head_dim: int,  # their last dimension
 ) -> str:  # one line for the log
-    "Which backend `auto` takes, and why none of the faster ones"
+    """Which backend `auto` takes, and why none of the faster ones
+
+    Args:
+        device: of queries, keys and values
+        dtype: their type
+        head_dim: their last dimension
+
+    Returns:
+        one line for the log
+    """
     chosen = choose_backend(device, dtype, head_dim)
     passed = itertools.takewhile(lambda name: name != chosen, BACKENDS)
     reasons = "; ".join(f"not {name}: {why_pass(name, device, dtype, head_dim)}" for name in passed)
@@ -224,6 +296,19 @@ def attention(
     """Attention within each sequence of a pack; queries are the last tokens of their sequence's keys
 
     Raises `ValueError` when shapes and segments do not fit together, and `RuntimeError` when a named backend cannot run here.
+
+    Args:
+        q: (query tokens, heads, head_dim)
+        k: (key tokens, kv_heads, head_dim)
+        v: (key tokens, kv_heads, head_dim)
+        segments: sequences of the queries
+        backend: name in `BACKENDS`, or auto
+        key_segments: sequences of the keys when a cache makes them longer; None: as the queries
+        causal: whether a query sees only keys that are not later than itself
+        scale: of the scores; None: head_dim ** -0.5
+
+    Returns:
+        (query tokens, heads, head_dim)
     """
     keys = key_segments or segments
     if q.shape[0] != segments.tokens or k.shape[0] != keys.tokens or k.shape != v.shape:
@@ -244,13 +329,27 @@ def split_heads(
     group: int,  # query heads that share one key head
     head_dim: int,  # width of a head
 ) -> tuple[Tensor, Tensor, Tensor]:  # q (tokens, groups * group, head_dim), k and v (tokens, groups, head_dim)
-    "Take a fused projection apart"
+    """Take a fused projection apart
+
+    Args:
+        qkv: (tokens, groups * (group + 2) * head_dim), rows grouped by key head
+        group: query heads that share one key head
+        head_dim: width of a head
+
+    Returns:
+        q (tokens, groups * group, head_dim), k and v (tokens, groups, head_dim)
+    """
     q, k, v = qkv.unflatten(-1, (-1, group + 2, head_dim)).split([group, 1, 1], 2)  # split, not slices: their gradients are joined by one cat
     return q.flatten(1, 2), k.squeeze(2), v.squeeze(2)
 
 
 class Attention(nn.Module):
-    "Causal grouped-query attention with rotary positions over packed sequences"
+    """Causal grouped-query attention with rotary positions over packed sequences
+
+    Args:
+        cfg: architecture
+        layer: index of the block, the cache's key
+    """
 
     def __init__(
         self,
@@ -273,7 +372,16 @@ class Attention(nn.Module):
         positions: Positions,  # segments and rotary tables of this pass
         cache: KVCache | None = None,  # earlier keys and values; it takes up the new ones
     ) -> Tensor:  # (tokens, hidden)
-        "Project, rotate, attend, project back"
+        """Project, rotate, attend, project back
+
+        Args:
+            x: (tokens, hidden)
+            positions: segments and rotary tables of this pass
+            cache: earlier keys and values; it takes up the new ones
+
+        Returns:
+            (tokens, hidden)
+        """
         turning, v = self.wqkv(x).unflatten(-1, (-1, self.group + 2, self.head_dim)).split([self.group + 1, 1], 2)
         q, k = apply_rope(turning, positions.cos, positions.sin, self.interleaved).split([self.group, 1], 2)  # turned together: one pass
         q, k, v = q.flatten(1, 2), k.squeeze(2), v.squeeze(2)  # (tokens, heads, head_dim)

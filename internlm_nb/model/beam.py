@@ -20,7 +20,13 @@ from .transformer import Transformer
 # %% ../../nbs/model/11_beam.ipynb #15649f1f
 @dataclass(frozen=True)
 class Beam:
-    "One text that a search found"
+    """One text that a search found
+
+    Args:
+        tokens: new tokens, without the stop token
+        score: log-probability of all new tokens, stop token included, over their number ** length_penalty
+        stopped: whether it ended with a stop token rather than at the longest length
+    """
 
     tokens: list[int]  # new tokens, without the stop token
     score: float  # log-probability of all new tokens, stop token included, over their number ** length_penalty
@@ -29,7 +35,16 @@ class Beam:
 
 @dataclass
 class Search:
-    "The state of one prompt's search, on the host"
+    """The state of one prompt's search, on the host
+
+    Args:
+        width: beams that are kept
+        length_penalty: exponent of the length
+        early_stopping: stop as soon as `width` texts are finished, whether or not better ones may come
+        running: (log-probability, new tokens), best first
+        finished: best first, at most `width`
+        done: nothing more can come
+    """
 
     width: int  # beams that are kept
     length_penalty: float  # exponent of the length
@@ -44,7 +59,16 @@ class Search:
         stops: frozenset[int],  # tokens that end a text
         last: bool,  # whether no text may grow further
     ) -> list[tuple[int, int]]:  # of each beam that goes on: the one it continues, and its next token
-        "Finish what ends, keep what goes on"
+        """Finish what ends, keep what goes on
+
+        Args:
+            candidates: (log-probability, beam it continues, its next token), best first
+            stops: tokens that end a text
+            last: whether no text may grow further
+
+        Returns:
+            of each beam that goes on: the one it continues, and its next token
+        """
         length = len(self.running[0][1]) + 1
         ended = [(logp, beam, token) for logp, beam, token in candidates[: self.width] if last or token in stops]
         for logp, beam, token in ended:  # further candidates are only there so that enough of them can go on
@@ -71,7 +95,22 @@ def beam_search(
     stop_ids: Sequence[int] = (),  # tokens that end a text
     suppress_ids: Sequence[int] = (),  # tokens that are never chosen, such as ids without a piece
 ) -> list[list[Beam]]:  # for each prompt its texts, best first
-    "The likeliest continuations of each prompt; raises ValueError for a prompt that cannot be and for numbers below 1, FloatingPointError for logits that are not finite"
+    """The likeliest continuations of each prompt; raises ValueError for a prompt that cannot be and for numbers below 1, FloatingPointError for logits that are not finite
+
+    Args:
+        model: in the state it should run in
+        prompts: token ids of each prompt, at least one
+        max_new_tokens: for each text, at least 1
+        beams: texts kept for each prompt
+        length_penalty: exponent of the length; above 0 favours long texts
+        early_stopping: stop at `beams` finished texts, even if better ones may come
+        repetition_penalty: factor on log-probabilities of tokens that were said; 1: none
+        stop_ids: tokens that end a text
+        suppress_ids: tokens that are never chosen, such as ids without a piece
+
+    Returns:
+        for each prompt its texts, best first
+    """
     if beams < 1 or max_new_tokens < 1:
         raise ValueError(f"beams is {beams} and max_new_tokens {max_new_tokens}: both must be at least 1")
     check_prompts(prompts, model.cfg.vocab_size)

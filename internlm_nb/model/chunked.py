@@ -25,7 +25,12 @@ KEEP = 512  # tokens of the longest row whose probabilities are kept for backwar
 
 @dataclass(frozen=True)
 class Group:
-    "Rows of equal length: which documents lie in each, as (first token, tokens)"
+    """Rows of equal length: which documents lie in each, as (first token, tokens)
+
+    Args:
+        length: tokens of a row
+        rows: documents of each row, one behind the other from its beginning
+    """
 
     length: int  # tokens of a row
     rows: tuple[tuple[tuple[int, int], ...], ...]  # documents of each row, one behind the other from its beginning
@@ -35,7 +40,15 @@ def lay_out(
     lengths: Sequence[int],  # tokens of each document
     chunk: int = CHUNK,  # queries computed together
 ) -> list[Group]:  # shorter rows first
-    "Give each document a place in a row"
+    """Give each document a place in a row
+
+    Args:
+        lengths: tokens of each document
+        chunk: queries computed together
+
+    Returns:
+        shorter rows first
+    """
     begins = itertools.accumulate(lengths, initial=0)
     documents = [(begin, n) for begin, n in zip(begins, lengths) if n]
     shared: list[list[tuple[int, int]]] = []
@@ -58,7 +71,14 @@ def lay_out(
 # %% ../../nbs/model/14_chunked.ipynb #f863b719
 @dataclass(frozen=True, eq=False)
 class Rows:
-    "Where the tokens of a pack lie while attention is computed"
+    """Where the tokens of a pack lie while attention is computed
+
+    Args:
+        gather: (cells,) token of each cell; None: rows and pack are the same
+        filled: (cells, 1, 1) bool, whether the cell holds a token; None: all do
+        place: (tokens,) cell of each token
+        masks: of each group, added to the scores of a chunk with itself: 0 or -inf
+    """
 
     groups: list[Group]
     gather: Tensor | None  # (cells,) token of each cell; None: rows and pack are the same
@@ -74,7 +94,14 @@ class Rows:
         share: int,  # query heads that share a key head
         dtype: torch.dtype,  # of the scores
     ) -> "Rows":
-        "Rows of a pack; all of it from host integers"
+        """Rows of a pack; all of it from host integers
+
+        Args:
+            lengths: tokens of each document
+            chunk: queries computed together
+            share: query heads that share a key head
+            dtype: of the scores
+        """
         groups = lay_out(lengths, chunk)
         cells: list[int] = []
         for group in groups:
@@ -97,7 +124,15 @@ class Rows:
         x: Tensor,  # (tokens, heads, head_dim)
         blank: bool = False,  # whether cells without a token must be zero
     ) -> Tensor:  # (cells, heads, head_dim)
-        "From the pack into rows"
+        """From the pack into rows
+
+        Args:
+            x: (tokens, heads, head_dim)
+            blank: whether cells without a token must be zero
+
+        Returns:
+            (cells, heads, head_dim)
+        """
         if self.gather is None:
             return x
         x = x.index_select(0, self.gather)
@@ -107,7 +142,14 @@ class Rows:
         self,
         parts: list[Tensor],  # of each group (cells of it, heads, head_dim)
     ) -> Tensor:  # (tokens, heads, head_dim)
-        "From rows into the pack"
+        """From rows into the pack
+
+        Args:
+            parts: of each group (cells of it, heads, head_dim)
+
+        Returns:
+            (tokens, heads, head_dim)
+        """
         cells = parts[0] if len(parts) == 1 else torch.cat(parts)
         return cells if self.place is None else cells.index_select(0, self.place)
 
@@ -118,7 +160,17 @@ def own_mask(
     share: int,  # query heads that share a key head
     dtype: torch.dtype,  # of the scores
 ) -> Tensor:  # (1 or rows, 1, chunk * share, chunk)
-    "What a chunk's queries may not see of the chunk itself: later tokens, and in a shared row other documents"
+    """What a chunk's queries may not see of the chunk itself: later tokens, and in a shared row other documents
+
+    Args:
+        group: rows of equal length
+        chunk: queries computed together
+        share: query heads that share a key head
+        dtype: of the scores
+
+    Returns:
+        (1 or rows, 1, chunk * share, chunk)
+    """
     mask = torch.full((chunk, chunk), float("-inf"), dtype=dtype).triu_(1)[None]
     if any(len(row) > 1 for row in group.rows):  # then a row is one chunk
         owner = [[i for i, (_, n) in enumerate(row) for _ in range(n)] for row in group.rows]
@@ -133,7 +185,17 @@ def heads_first(
     share: int,  # heads that share a key head; 1 for keys and values
     chunk: int,  # tokens that are used together
 ) -> Tensor:  # (length / chunk, rows * kv_heads, chunk * share, head_dim), contiguous
-    "From tokens to batches of products: each chunk is one block of memory"
+    """From tokens to batches of products: each chunk is one block of memory
+
+    Args:
+        x: (rows * length, kv_heads * share, head_dim)
+        length: tokens of a row
+        share: heads that share a key head; 1 for keys and values
+        chunk: tokens that are used together
+
+    Returns:
+        (length / chunk, rows * kv_heads, chunk * share, head_dim), contiguous
+    """
     x = x.unflatten(0, (-1, length // chunk, chunk)).unflatten(3, (-1, share))  # (rows, chunks, chunk, kv_heads, share, head_dim)
     return x.permute(1, 0, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2).contiguous()
 
@@ -143,7 +205,16 @@ def tokens_first(
     share: int,  # heads that share a key head
     kv_heads: int,  # number of key heads
 ) -> Tensor:  # (rows * length, kv_heads * share, head_dim)
-    "The inverse of `heads_first`"
+    """The inverse of `heads_first`
+
+    Args:
+        x: (chunks, rows * kv_heads, chunk * share, head_dim)
+        share: heads that share a key head
+        kv_heads: number of key heads
+
+    Returns:
+        (rows * length, kv_heads * share, head_dim)
+    """
     x = x.unflatten(1, (-1, kv_heads)).unflatten(3, (-1, share))  # (chunks, rows, kv_heads, chunk, share, head_dim)
     return x.permute(1, 0, 3, 2, 4, 5).flatten(3, 4).flatten(0, 2)
 
@@ -153,7 +224,16 @@ def probabilities(
     k: Tensor,  # (batch, keys, head_dim): all keys up to the chunk's end
     mask: Tensor,  # as `own_mask` gives it
 ) -> Tensor:  # (batch, queries, keys), in q's dtype
-    "Softmax of a chunk's scores; what lies before the chunk is seen whole"
+    """Softmax of a chunk's scores; what lies before the chunk is seen whole
+
+    Args:
+        q: (batch, queries, head_dim), scaled: queries of one chunk
+        k: (batch, keys, head_dim): all keys up to the chunk's end
+        mask: as `own_mask` gives it
+
+    Returns:
+        (batch, queries, keys), in q's dtype
+    """
     scores = torch.bmm(q, k.transpose(1, 2))
     own = scores[..., scores.shape[-1] - mask.shape[-1] :]
     own.unflatten(0, (mask.shape[0], -1)).add_(mask)
@@ -208,7 +288,19 @@ def grads_of_group(
     p: Sequence[Tensor],  # probabilities of each chunk; empty: to be computed again
     mask: Tensor,  # as `own_mask` gives it
 ) -> tuple[Tensor, Tensor, Tensor]:  # of the scaled q, of k and v, shaped as these
-    "Backward of one group, chunk by chunk"
+    """Backward of one group, chunk by chunk
+
+    Args:
+        grad: (chunks, batch, chunk * share, head_dim), of the output
+        q: (chunks, batch, chunk * share, head_dim), scaled
+        k: (batch, length, head_dim)
+        v: (batch, length, head_dim)
+        p: probabilities of each chunk; empty: to be computed again
+        mask: as `own_mask` gives it
+
+    Returns:
+        of the scaled q, of k and v, shaped as these
+    """
     grad_q, size, several = torch.empty_like(q), k.shape[1] // len(q), len(q) > 1
     grad_k, grad_v = (torch.zeros(x.shape if several else (0,), dtype=wide_dtype(x.dtype)) for x in (k, v))
     for i, (queries, g) in enumerate(zip(q, grad)):
@@ -234,7 +326,19 @@ def attend_by_chunks(
     scale: float,  # of the scores
     chunk: int = CHUNK,  # queries computed together
 ) -> Tensor:  # (tokens, heads, head_dim)
-    "Causal attention within each document of a pack, as batched products over rows of documents"
+    """Causal attention within each document of a pack, as batched products over rows of documents
+
+    Args:
+        q: (tokens, heads, head_dim)
+        k: (tokens, kv_heads, head_dim)
+        v: (tokens, kv_heads, head_dim)
+        lengths: tokens of each document, on the host
+        scale: of the scores
+        chunk: queries computed together
+
+    Returns:
+        (tokens, heads, head_dim)
+    """
     out = ChunkedAttention.apply(q, k, v, lengths, scale, chunk)
     assert isinstance(out, Tensor)
     return out

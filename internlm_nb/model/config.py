@@ -26,7 +26,39 @@ MOST_EXPERTS = 2**16  # of a block
 
 @dataclass(frozen=True)
 class ModelConfig:
-    "A decoder-only transformer's architecture; raises `ValueError` naming the field when sizes do not fit together"
+    """A decoder-only transformer's architecture; raises `ValueError` naming the field when sizes do not fit together
+
+    Args:
+        family: label for importers and exporters
+        vocab_size: rows of the embedding and of the head
+        hidden_size: width of the residual stream
+        num_layers: transformer blocks
+        num_heads: query heads
+        num_kv_heads: key and value heads; equal to num_heads: multi-head, fewer: grouped-query attention
+        mlp_ratio: feed-forward width over hidden_size, before rounding up to multiple_of
+        multiple_of: the feed-forward width is rounded up to a multiple of this
+        intermediate_size: feed-forward width given outright; None: from mlp_ratio
+        head_dim_override: width of one head given outright; None: hidden_size / num_heads
+        max_position_embeddings: longest sequence seen in training; dynamic rope stretches beyond it
+        rope_base: base of the rotary wavelengths
+        rope_scaling: linear: positions / rope_factor; dynamic: NTK, by each sequence's own length
+        rope_factor: of linear or dynamic scaling
+        qkv_bias: bias on the fused query, key, value projection
+        out_bias: bias on the attention's output projection
+        norm_eps: inside the square root of RMSNorm
+        norm_head: rows of the head are L2-normalised on every forward
+        qk_interleaved: rotary pairs are neighbours (2i, 2i+1) rather than (i, i + head_dim/2)
+        tie_embeddings: the head uses the embedding's weight
+        embed_grad_scale: share of the gradient that reaches the embedding
+        init_std: standard deviation of the projections; wo and w2 of block i get it divided by sqrt(2(i + 1))
+        init_std_embedding: of embedding and head; None: init_std
+        num_experts: feed-forward networks of each block, of which a gate chooses; 0: one, for every token
+        experts_per_token: how many of them a token goes to; their weights sum to 1
+        num_shared_experts: beside them, for every token: one network of so many times ffn_size
+        capacity_factor: an expert takes at most this times its even share of a pack when training; 0: every token that comes
+        aux_loss_coef: of the loss that balances experts (0.01: Switch Transformer)
+        z_loss_coef: of the loss that keeps the gate's logits small (ST-MoE has 0.001)
+    """
 
     family: Family  # label for importers and exporters
     vocab_size: int  # rows of the embedding and of the head
@@ -128,7 +160,15 @@ def num_params(
     cfg: ModelConfig,  # architecture
     active: bool = False,  # only those that one token meets: of the experts, its own
 ) -> int:  # number of parameters, a tied weight counted once
-    "Exact number of parameters of a config, in closed form"
+    """Exact number of parameters of a config, in closed form
+
+    Args:
+        cfg: architecture
+        active: only those that one token meets: of the experts, its own
+
+    Returns:
+        number of parameters, a tied weight counted once
+    """
     h, inner = cfg.hidden_size, cfg.num_heads * cfg.head_dim
     attention = cfg.qkv_size * (h + cfg.qkv_bias) + h * (inner + cfg.out_bias)
     networks = (cfg.experts_per_token if active else cfg.num_experts) + cfg.num_shared_experts if cfg.num_experts else 1
@@ -139,7 +179,14 @@ def num_params(
 def family_defaults(
     family: Family,  # name of a model family
 ) -> dict:  # fields of `ModelConfig` that all sizes of the family share
-    "What every model of a family has in common"
+    """What every model of a family has in common
+
+    Args:
+        family: name of a model family
+
+    Returns:
+        fields of `ModelConfig` that all sizes of the family share
+    """
     shared: dict[str, dict] = {
         "internlm": dict(
             vocab_size=103168, mlp_ratio=8 / 3, qkv_bias=True, out_bias=True, rope_scaling="dynamic", init_std=0.006, init_std_embedding=0.0052
@@ -152,7 +199,11 @@ def family_defaults(
 
 # %% ../../nbs/model/01_config.ipynb #78cec176
 def presets() -> dict[str, dict]:  # name -> fields of `ModelConfig`
-    "All presets by name, as fields"
+    """All presets by name, as fields
+
+    Returns:
+        name -> fields of `ModelConfig`
+    """
     return {
         "internlm-7b": family_defaults("internlm") | dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32),
         "internlm-7b-moe4": family_defaults("internlm")
@@ -170,7 +221,14 @@ def presets() -> dict[str, dict]:  # name -> fields of `ModelConfig`
 def preset(
     name: str,  # one of `presets()`
 ) -> ModelConfig:  # the published architecture
-    "The config of a published model; raises `ValueError` with the nearest names for an unknown one"
+    """The config of a published model; raises `ValueError` with the nearest names for an unknown one
+
+    Args:
+        name: one of `presets()`
+
+    Returns:
+        the published architecture
+    """
     known = presets()
     if name not in known:
         close = nearest(name, known)

@@ -20,7 +20,17 @@ def align(
     end: int,  # column at which they will end
     columns: int,  # of the buffer, at least `end`
 ) -> Tensor:  # (sequences, kv_heads, columns, head_dim), zeros where no token is
-    "A pack's sequences in a buffer, all ending at the same column"
+    """A pack's sequences in a buffer, all ending at the same column
+
+    Args:
+        packed: (tokens, kv_heads, head_dim), sequence after sequence
+        lengths: of each sequence
+        end: column at which they will end
+        columns: of the buffer, at least `end`
+
+    Returns:
+        (sequences, kv_heads, columns, head_dim), zeros where no token is
+    """
     buffer, longest = packed.new_zeros(len(lengths), packed.shape[1], columns, packed.shape[2]), max(lengths)
     if min(lengths) == longest:
         buffer[:, :, end - longest : end] = packed.unflatten(0, (len(lengths), longest)).transpose(1, 2)
@@ -35,7 +45,16 @@ def unalign(
     lengths: Sequence[int],  # of each sequence
     end: int,  # column at which they end
 ) -> Tensor:  # (tokens, kv_heads, head_dim); of one sequence a view
-    "The pack again"
+    """The pack again
+
+    Args:
+        buffer: (sequences, kv_heads, columns, head_dim)
+        lengths: of each sequence
+        end: column at which they end
+
+    Returns:
+        (tokens, kv_heads, head_dim); of one sequence a view
+    """
     parts = [row[:, end - n : end].transpose(0, 1) for row, n in zip(buffer, lengths)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -43,7 +62,14 @@ def unalign(
 def with_room(
     end: int,  # columns that must fit
 ) -> int:  # more columns than that
-    "Columns of a new buffer; growing by half, each token is copied about twice over a long text"
+    """Columns of a new buffer; growing by half, each token is copied about twice over a long text
+
+    Args:
+        end: columns that must fit
+
+    Returns:
+        more columns than that
+    """
     return end + max(64, end // 2)
 
 
@@ -52,7 +78,16 @@ def put(
     new: Tensor,  # (sequences, tokens, kv_heads, head_dim), for each sequence
     column: int,  # where the first new token goes
 ) -> Tensor:  # the buffer, or a longer one
-    "Write each sequence's next tokens, in place as long as there is room"
+    """Write each sequence's next tokens, in place as long as there is room
+
+    Args:
+        buffer: (sequences, kv_heads, columns, head_dim)
+        new: (sequences, tokens, kv_heads, head_dim), for each sequence
+        column: where the first new token goes
+
+    Returns:
+        the buffer, or a longer one
+    """
     end = column + new.shape[1]
     if end > buffer.shape[2]:
         longer = buffer.new_zeros(*buffer.shape[:2], with_room(end), buffer.shape[3])
@@ -68,7 +103,17 @@ def take_rows(
     begin: int,  # first column in which a row and the one that takes its place differ
     end: int,  # columns in use
 ) -> Tensor:  # (rows, kv_heads, columns, head_dim), the same memory unless there are more rows than before
-    "Keep some rows; those that stay in their place are not touched"
+    """Keep some rows; those that stay in their place are not touched
+
+    Args:
+        buffer: (sequences, kv_heads, columns, head_dim)
+        rows: to keep, in their new order; a row may be repeated
+        begin: first column in which a row and the one that takes its place differ
+        end: columns in use
+
+    Returns:
+        (rows, kv_heads, columns, head_dim), the same memory unless there are more rows than before
+    """
     device, count = buffer.device, len(rows)
     if count > buffer.shape[0]:
         return buffer[torch.tensor(rows).to(device, non_blocking=True)]
@@ -81,7 +126,11 @@ def take_rows(
 # %% ../../nbs/model/12_decode.ipynb #6cd6caef
 @dataclass(frozen=True, eq=False)
 class Step:
-    "What one decoding step needs in every layer"
+    """What one decoding step needs in every layer
+
+    Args:
+        mask: (sequences, 1, 1, columns) bool, True where a sequence has a token; None: everywhere
+    """
 
     mask: Tensor | None  # (sequences, 1, 1, columns) bool, True where a sequence has a token; None: everywhere
 
@@ -91,7 +140,12 @@ class Step:
         lengths: Sequence[int],  # of each sequence, without the token of this step
         device: torch.device | str | None = None,  # of the buffers
     ) -> "Step":
-        "The step after these lengths"
+        """The step after these lengths
+
+        Args:
+            lengths: of each sequence, without the token of this step
+            device: of the buffers
+        """
         longest = max(lengths)
         if min(lengths) == longest:
             return cls(None)
@@ -105,7 +159,17 @@ def decode_attention(
     v: Tensor,  # (sequences, kv_heads, columns, head_dim)
     mask: Tensor | None = None,  # (sequences, 1, 1, columns) bool, True where a key exists; None: everywhere
 ) -> Tensor:  # (sequences, heads, head_dim)
-    "Attention of each sequence's newest token to all it has, one call for all sequences"
+    """Attention of each sequence's newest token to all it has, one call for all sequences
+
+    Args:
+        q: (sequences, heads, head_dim), one query a head
+        k: (sequences, kv_heads, columns, head_dim)
+        v: (sequences, kv_heads, columns, head_dim)
+        mask: (sequences, 1, 1, columns) bool, True where a key exists; None: everywhere
+
+    Returns:
+        (sequences, heads, head_dim)
+    """
     grouped = q.unflatten(1, (k.shape[1], -1))  # (sequences, kv_heads, group, head_dim)
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).flatten(1, 2)
@@ -125,7 +189,16 @@ def thin_linear(
     weight: Tensor,  # (out, in)
     bias: Tensor | None = None,  # (out,)
 ) -> Tensor:  # (tokens, out)
-    "`F.linear`; on the CPU in float32, few tokens without gradients take the faster of two orders"
+    """`F.linear`; on the CPU in float32, few tokens without gradients take the faster of two orders
+
+    Args:
+        x: (tokens, in)
+        weight: (out, in)
+        bias: (out,)
+
+    Returns:
+        (tokens, out)
+    """
     rows = x.shape[0]
     most = 16 if weight.shape[0] >= weight.shape[1] else 4
     if not 0 < rows <= most or x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() != 2 or torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -139,5 +212,9 @@ class Linear(nn.Linear):
     "`nn.Linear` that is fast for a few tokens too"
 
     def forward(self, input: Tensor) -> Tensor:  # (tokens, in) -> (tokens, out)
-        "The input times the weight, plus the bias"
+        """The input times the weight, plus the bias
+
+        Returns:
+            (tokens, in) -> (tokens, out)
+        """
         return thin_linear(input, self.weight, self.bias)

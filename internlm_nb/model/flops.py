@@ -18,7 +18,16 @@ def published_flops_per_token(
     seq_len: int,  # tokens of a sequence
     recomputed: bool = False,  # whether activations are recomputed
 ) -> float:  # FLOPs per trained token
-    "FLOPs of a training step per token by the formula of InternLM's published throughput tables"
+    """FLOPs of a training step per token by the formula of InternLM's published throughput tables
+
+    Args:
+        cfg: architecture
+        seq_len: tokens of a sequence
+        recomputed: whether activations are recomputed
+
+    Returns:
+        FLOPs per trained token
+    """
     h, ratio = cfg.hidden_size, cfg.mlp_ratio * 3 / 2
     block = (8 + 4 * ratio) * h**2 + 4 * seq_len * h
     return (4 if recomputed else 3) * cfg.num_layers * block + 6 * h * cfg.vocab_size
@@ -27,7 +36,14 @@ def published_flops_per_token(
 def linear_flops(
     cfg: ModelConfig,  # architecture
 ) -> tuple[int, int]:  # of one block, of the head
-    "Forward FLOPs per token in matrix products with weights"
+    """Forward FLOPs per token in matrix products with weights
+
+    Args:
+        cfg: architecture
+
+    Returns:
+        of one block, of the head
+    """
     inner = cfg.num_heads * cfg.head_dim
     networks = cfg.experts_per_token + cfg.num_shared_experts if cfg.num_experts else 1  # of which a token meets so many, and a gate
     block = 2 * cfg.hidden_size * (cfg.qkv_size + inner + 3 * cfg.ffn_size * networks + cfg.num_experts)
@@ -38,12 +54,27 @@ def attention_flops(
     cfg: ModelConfig,  # architecture
     pairs: float,  # query–key pairs: n² for a full sequence of n tokens, n (n + 1) / 2 for a causal one
 ) -> float:  # FLOPs of one block
-    "Forward FLOPs of scores and weighted values"
+    """Forward FLOPs of scores and weighted values
+
+    Args:
+        cfg: architecture
+        pairs: query–key pairs: n² for a full sequence of n tokens, n (n + 1) / 2 for a causal one
+
+    Returns:
+        FLOPs of one block
+    """
     return 4 * pairs * cfg.num_heads * cfg.head_dim
 
 # %% ../../nbs/model/08_flops.ipynb #fefff8e1
 class StepFlops(NamedTuple):
-    "FLOPs of a training step (forward and backward, over the tokens given)"
+    """FLOPs of a training step (forward and backward, over the tokens given)
+
+    Args:
+        published: the published tables' formula; divided by seconds and devices it is the log's `tflops`
+        model: the model's products, attention over whole sequences: for `mfu`
+        causal: only the attention that documents and causality leave: for `mfu_causal`
+        hardware: `model` and what is recomputed: for `hfu`
+    """
 
     published: float  # the published tables' formula; divided by seconds and devices it is the log's `tflops`
     model: float  # the model's products, attention over whole sequences: for `mfu`
@@ -58,7 +89,15 @@ def step_flops(
     recompute_fraction: float = 0.0,  # share of the blocks that are recomputed
     recompute_policy: Literal["full", "selective"] = "full",  # selective keeps all products
 ) -> StepFlops:
-    "All four counts of a step's arithmetic"
+    """All four counts of a step's arithmetic
+
+    Args:
+        cfg: architecture
+        lengths: tokens of each document of the step
+        seq_len: tokens of a nominal sequence
+        recompute_fraction: share of the blocks that are recomputed
+        recompute_policy: selective keeps all products
+    """
     tokens, layers = sum(lengths), cfg.num_layers
     block, head = linear_flops(cfg)
     full = attention_flops(cfg, tokens * seq_len)

@@ -19,7 +19,15 @@ def each_its_own(
     sampling: Sampling | Sequence[Sampling],  # one for all prompts, or one a prompt
     prompts: int,  # how many
 ) -> tuple[list[Sampling], list[int]]:  # a setting for each prompt, and which row's draws it takes
-    "One setting gives each row draws of its own; a setting a prompt gives each what it would draw alone"
+    """One setting gives each row draws of its own; a setting a prompt gives each what it would draw alone
+
+    Args:
+        sampling: one for all prompts, or one a prompt
+        prompts: how many
+
+    Returns:
+        a setting for each prompt, and which row's draws it takes
+    """
     if isinstance(sampling, Sampling):
         return [sampling] * prompts, list(range(prompts))
     if len(sampling) != prompts:
@@ -36,7 +44,19 @@ def stream(
     stop_ids: Sequence[int] = (),  # tokens that end a sequence
     suppress_ids: Sequence[int] = (),  # tokens that are never drawn, such as ids without a piece
 ) -> Iterator[dict[int, int]]:  # in each step: row -> its new token, for rows that go on
-    "Generate step by step; raises ValueError for a prompt that cannot be, FloatingPointError for logits that are not finite"
+    """Generate step by step; raises ValueError for a prompt that cannot be, FloatingPointError for logits that are not finite
+
+    Args:
+        model: in the state it should run in
+        prompts: token ids of each prompt, at least one
+        max_new_tokens: for each sequence
+        sampling: how tokens are chosen: one for all, or one a prompt
+        stop_ids: tokens that end a sequence
+        suppress_ids: tokens that are never drawn, such as ids without a piece
+
+    Returns:
+        in each step: row -> its new token, for rows that go on
+    """
     check_prompts(prompts, model.cfg.vocab_size)
     device, stops = model.embedding.weight.device, frozenset(stop_ids)
     never = suppress_mask(suppress_ids, model.cfg.vocab_size, device)
@@ -76,7 +96,19 @@ def generate(
     stop_ids: Sequence[int] = (),  # tokens that end a sequence
     suppress_ids: Sequence[int] = (),  # tokens that are never drawn
 ) -> list[list[int]]:  # new tokens of each prompt, without the stop token
-    "Generate for a batch of prompts of any lengths; raises what `stream` raises"
+    """Generate for a batch of prompts of any lengths; raises what `stream` raises
+
+    Args:
+        model: in the state it should run in
+        prompts: token ids of each prompt, at least one
+        max_new_tokens: for each sequence
+        sampling: how tokens are chosen: one for all, or one a prompt
+        stop_ids: tokens that end a sequence
+        suppress_ids: tokens that are never drawn
+
+    Returns:
+        new tokens of each prompt, without the stop token
+    """
     out: list[list[int]] = [[] for _ in prompts]
     for step in stream(model, prompts, max_new_tokens, sampling, stop_ids, suppress_ids):
         for row, token in step.items():

@@ -27,7 +27,18 @@ def normal_slice(
     stop: int,  # one past the last
     std: float,  # standard deviation
 ) -> Tensor:  # (stop - start,) float32 on the CPU
-    "Elements `start:stop` of the normal numbers that belong to a parameter; raises `ValueError` for a slice that is none"
+    """Elements `start:stop` of the normal numbers that belong to a parameter; raises `ValueError` for a slice that is none
+
+    Args:
+        seed: of the run
+        name: logical name of the parameter
+        start: first element of the flattened parameter
+        stop: one past the last
+        std: standard deviation
+
+    Returns:
+        (stop - start,) float32 on the CPU
+    """
     if not 0 <= start <= stop:
         raise ValueError(f"slice {start}:{stop} of {name}: it must begin at 0 or later and not end before it begins")
     out = torch.empty(stop - start, dtype=torch.float32, device="cpu")
@@ -48,6 +59,13 @@ def parameter_std(
     """Spread of a parameter's first values; 0 for biases; raises `ValueError` for a name it does not know
 
     That what is added to the residual stream starts smaller is from GPT-2 (Radford et al. 2019), here by depth: 1/sqrt(2(i + 1)) in block i.
+
+    Args:
+        cfg: architecture
+        name: logical name of a parameter
+
+    Returns:
+        standard deviation; None: a norm's weight, all ones
     """
     if name.endswith("norm.weight"):
         return None
@@ -68,7 +86,15 @@ def allocate(
     model: Model,  # whose parameters and buffers have shapes and no memory (device "meta")
     device: torch.device | str,  # where they are to lie
 ) -> Model:  # the same
-    "Memory of any content. `to_empty` does it too, and loads PyTorch's symbolic shapes for it: 0.7 s in every process that starts"
+    """Memory of any content. `to_empty` does it too, and loads PyTorch's symbolic shapes for it: 0.7 s in every process that starts
+
+    Args:
+        model: whose parameters and buffers have shapes and no memory (device "meta")
+        device: where they are to lie
+
+    Returns:
+        the same
+    """
     made: dict[Tensor, nn.Parameter] = {}  # a parameter that two modules share stays one
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -86,7 +112,13 @@ def init_weights(
     seed: int,  # of the run
     piece: int = 64 * BLOCK,  # elements drawn at one time, so that memory stays flat
 ) -> None:
-    "Fill all parameters in place, each from (seed, its name, the element's index)"
+    """Fill all parameters in place, each from (seed, its name, the element's index)
+
+    Args:
+        model: with an attribute `cfg` and logical parameter names
+        seed: of the run
+        piece: elements drawn at one time, so that memory stays flat
+    """
     for name, parameter in model.named_parameters():
         std = parameter_std(model.cfg, name)  # type: ignore[reportArgumentType]
         if parameter.is_meta or isinstance(parameter.data, FakeTensor):

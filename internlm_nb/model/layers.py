@@ -22,13 +22,27 @@ def rms_norm(
     weight: Tensor,  # (hidden,)
     eps: float,  # added to the mean square
 ) -> Tensor:  # (..., hidden), in x's dtype
-    "RMSNorm as the formula says it, in float32 inside"
+    """RMSNorm as the formula says it, in float32 inside
+
+    Args:
+        x: (..., hidden)
+        weight: (hidden,)
+        eps: added to the mean square
+
+    Returns:
+        (..., hidden), in x's dtype
+    """
     wide = x.to(wide_dtype(x.dtype))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
-    "Root mean square normalisation with a learned scale (hidden,)"
+    """Root mean square normalisation with a learned scale (hidden,)
+
+    Args:
+        hidden_size: width of the last dimension
+        eps: added to the mean square
+    """
 
     def __init__(
         self,
@@ -42,7 +56,11 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:  # (..., hidden) -> (..., hidden)
-        "x over its root mean square, times the scale"
+        """x over its root mean square, times the scale
+
+        Returns:
+            (..., hidden) -> (..., hidden)
+        """
         if by_hand(x):
             out = RMSNormNode.apply(x, self.weight, self.eps)
             assert isinstance(out, Tensor)
@@ -60,7 +78,16 @@ def linear(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Linear:  # its parameters are not initialised
-    "An `nn.Linear` whose parameters are left uninitialised"
+    """An `nn.Linear` whose parameters are left uninitialised
+
+    Args:
+        in_features: columns of the weight
+        out_features: rows of the weight
+        bias: whether there is a bias (out_features,)
+
+    Returns:
+        its parameters are not initialised
+    """
     made = Linear(in_features, out_features, bias=bias, device="meta", dtype=dtype)  # on meta nothing is drawn
     for name, p in list(made.named_parameters()):  # replaced one by one, which also works under fake tensors
         setattr(made, name, nn.Parameter(torch.empty(p.shape, device=device or torch.get_default_device(), dtype=p.dtype)))
@@ -68,7 +95,12 @@ def linear(
 
 # %% ../../nbs/model/02_layers.ipynb #4ac9ff2b
 class FeedForward(nn.Module):
-    "SwiGLU: w2(silu(w1 x) * w3 x), without bias"
+    """SwiGLU: w2(silu(w1 x) * w3 x), without bias
+
+    Args:
+        hidden_size: width of the residual stream
+        ffn_size: width in between
+    """
 
     def __init__(
         self,
@@ -83,7 +115,11 @@ class FeedForward(nn.Module):
         self.w3 = linear(hidden_size, ffn_size, device=device, dtype=dtype)  # up
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden) -> (tokens, hidden)
-        "The gated product, on each token alone"
+        """The gated product, on each token alone
+
+        Returns:
+            (tokens, hidden) -> (tokens, hidden)
+        """
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
 # %% ../../nbs/model/02_layers.ipynb #5f9056e0
@@ -93,7 +129,17 @@ def apply_rope(
     sin: Tensor,  # (tokens, head_dim / 2)
     interleaved: bool = False,  # pairs are (2i, 2i+1) rather than (i, i + head_dim/2)
 ) -> Tensor:  # (tokens, ..., head_dim), in x's dtype, pairs half-split
-    "Turn each pair of channels by its token's angle; when training on a CPU as one node"
+    """Turn each pair of channels by its token's angle; when training on a CPU as one node
+
+    Args:
+        x: (tokens, ..., head_dim), queries, keys, or both
+        cos: (tokens, head_dim / 2), float32 or float64
+        sin: (tokens, head_dim / 2)
+        interleaved: pairs are (2i, 2i+1) rather than (i, i + head_dim/2)
+
+    Returns:
+        (tokens, ..., head_dim), in x's dtype, pairs half-split
+    """
     if by_hand(x) and x.requires_grad:
         turned = RopeNode.apply(x, cos, sin, interleaved)
         assert isinstance(turned, Tensor)
@@ -107,7 +153,15 @@ def dynamic_base(
     cfg: ModelConfig,  # architecture
     length: int,  # the sequence's length in tokens
 ) -> float:  # base of its rotary wavelengths
-    "The base that a sequence of this length gets: enlarged only under dynamic scaling and beyond the trained length"
+    """The base that a sequence of this length gets: enlarged only under dynamic scaling and beyond the trained length
+
+    Args:
+        cfg: architecture
+        length: the sequence's length in tokens
+
+    Returns:
+        base of its rotary wavelengths
+    """
     if cfg.rope_scaling != "dynamic" or length <= cfg.max_position_embeddings:
         return cfg.rope_base
     stretch = cfg.rope_factor * length / cfg.max_position_embeddings - (cfg.rope_factor - 1)
@@ -122,7 +176,18 @@ def rope_tables(
     dtype: torch.dtype = torch.float32,  # float64 for a float64 model
     document_lengths: Sequence[int] | None = None,  # of the documents of which the sequences are pieces; None: they are whole
 ) -> tuple[Tensor, Tensor]:  # cos and sin, each (tokens, head_dim / 2)
-    "Cosines and sines of all angles of a pack; made once for a forward pass and shared by all blocks"
+    """Cosines and sines of all angles of a pack; made once for a forward pass and shared by all blocks
+
+    Args:
+        cfg: architecture
+        indexes: (tokens,) position of each token in its sequence
+        lengths: tokens of each packed sequence, on the host
+        dtype: float64 for a float64 model
+        document_lengths: of the documents of which the sequences are pieces; None: they are whole
+
+    Returns:
+        cos and sin, each (tokens, head_dim / 2)
+    """
     dtype = wide_dtype(dtype)
     bases = [dynamic_base(cfg, n) for n in (lengths if document_lengths is None else document_lengths)]
     exponent = torch.arange(0, cfg.head_dim, 2, dtype=dtype, device=indexes.device) / cfg.head_dim

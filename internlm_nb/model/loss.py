@@ -20,7 +20,16 @@ from .layers import wide_dtype
 
 # %% ../../nbs/model/05_loss.ipynb #8764c310
 class LossOutput(NamedTuple):
-    "Loss of a pack"
+    """Loss of a pack
+
+    Args:
+        loss_sum: () float32 or float64, sum over targets, smoothed if asked; the only one with a gradient
+        token_loss: (tokens,) negative log likelihood in nats, 0 where ignored; detached
+        correct: (tokens,) bool, no word was likelier than the target; False where ignored; detached
+        extra_sum: () what blocks add, coefficients and tokens multiplied in: (loss_sum + extra_sum) / targets is to be minimised; None: nothing
+        expert_tokens: (layers, experts) int64, how many of this rank's tokens chose an expert; None: no experts
+        expert_dropped: (layers,) int64, choices that found their expert full
+    """
 
     loss_sum: Tensor  # () float32 or float64, sum over targets, smoothed if asked; the only one with a gradient
     token_loss: Tensor  # (tokens,) negative log likelihood in nats, 0 where ignored; detached
@@ -32,7 +41,13 @@ class LossOutput(NamedTuple):
 # %% ../../nbs/model/05_loss.ipynb #a636f6e8
 @dataclass(eq=False)
 class ExtraLosses:
-    "What blocks add to a pack's loss, beside the head: collected by layer in one forward pass. A block that is recomputed later adds nothing a second time"
+    """What blocks add to a pack's loss, beside the head: collected by layer in one forward pass. A block that is recomputed later adds nothing a second time
+
+    Args:
+        terms: layer -> () with a gradient
+        tokens: layer -> (experts,) int64
+        dropped: layer -> () int64
+    """
 
     terms: dict[int, Tensor] = field(default_factory=dict)  # layer -> () with a gradient
     tokens: dict[int, Tensor] = field(default_factory=dict)  # layer -> (experts,) int64
@@ -45,21 +60,36 @@ class ExtraLosses:
         tokens: Tensor,  # (experts,) int64, choices by expert
         dropped: Tensor,  # () int64, choices that were dropped
     ) -> None:
-        "Take up a layer's figures, the first time: those of a recomputation would only keep its graph alive"
+        """Take up a layer's figures, the first time: those of a recomputation would only keep its graph alive
+
+        Args:
+            layer: index of the block in the whole model
+            term: () summand of the loss; None: coefficients are 0
+            tokens: (experts,) int64, choices by expert
+            dropped: () int64, choices that were dropped
+        """
         if layer not in self.tokens:
             self.tokens[layer], self.dropped[layer] = tokens, dropped
             if term is not None:
                 self.terms[layer] = term
 
     def total(self) -> Tensor | None:  # () in float32 or float64; None where no layer added anything
-        "The sum over layers, with its gradient: what a pipeline stage without a head calls backward on, beside its output"
+        """The sum over layers, with its gradient: what a pipeline stage without a head calls backward on, beside its output
+
+        Returns:
+            () in float32 or float64; None where no layer added anything
+        """
         return sum(self.terms.values(), torch.zeros_like(next(iter(self.terms.values())))) if self.terms else None
 
     def put_into(
         self,
         out: LossOutput,  # of the head
     ) -> LossOutput:
-        "A head's output with what the blocks before it have added"
+        """A head's output with what the blocks before it have added
+
+        Args:
+            out: of the head
+        """
         if not self.tokens:
             return out
         return out._replace(extra_sum=self.total(), expert_tokens=torch.stack(list(self.tokens.values())), expert_dropped=torch.stack(list(self.dropped.values())))
@@ -70,7 +100,13 @@ def cross_entropy_reference(
     labels: Tensor,  # (tokens,) int64, `IGNORE_INDEX` where there is no target
     label_smoothing: float = 0.0,  # share of the target spread evenly over the vocabulary
 ) -> LossOutput:
-    "Cross entropy from whole logits"
+    """Cross entropy from whole logits
+
+    Args:
+        logits: (tokens, vocab)
+        labels: (tokens,) int64, `IGNORE_INDEX` where there is no target
+        label_smoothing: share of the target spread evenly over the vocabulary
+    """
     wide = logits.to(wide_dtype(logits.dtype))
     loss_sum = F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing)
     token_loss = F.cross_entropy(wide.detach(), labels, ignore_index=IGNORE_INDEX, reduction="none")
@@ -82,7 +118,12 @@ def check_labels(
     labels: Tensor,  # (tokens,)
     vocab_size: int,  # number of words
 ) -> None:
-    "Raise `ValueError` naming a label outside the vocabulary; only for real tensors on the CPU, so nothing ever waits"
+    """Raise `ValueError` naming a label outside the vocabulary; only for real tensors on the CPU, so nothing ever waits
+
+    Args:
+        labels: (tokens,)
+        vocab_size: number of words
+    """
     if type(labels) is not Tensor or labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     bad = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= vocab_size)
@@ -97,7 +138,17 @@ def chunk_loss(
     label_smoothing: float,  # share spread over the vocabulary
     want_grad: bool,  # whether to turn the logits into their gradient
 ) -> tuple[Tensor, Tensor, Tensor]:  # optimised loss, plain loss and correctness, each (chunk,)
-    "Loss of a chunk from its logits, and their gradient in place"
+    """Loss of a chunk from its logits, and their gradient in place
+
+    Args:
+        logits: (chunk, vocab), float32 or float64; overwritten, with the gradient when that is wanted
+        labels: (chunk,)
+        label_smoothing: share spread over the vocabulary
+        want_grad: whether to turn the logits into their gradient
+
+    Returns:
+        optimised loss, plain loss and correctness, each (chunk,)
+    """
     valid = labels != IGNORE_INDEX
     target = labels.where(valid, 0).unsqueeze(1)  # (chunk, 1)
     top = logits.amax(-1, keepdim=True)
@@ -124,7 +175,14 @@ SLAB_BYTES = 4 * 2**20  # wide logits that exist at one time on a CPU: inside th
 def slab_rows(
     logits: Tensor,  # (chunk, vocab)
 ) -> int:  # rows that are computed together
-    "All rows on a GPU, which wants few large kernels; on a CPU as many as stay in the cache"
+    """All rows on a GPU, which wants few large kernels; on a CPU as many as stay in the cache
+
+    Args:
+        logits: (chunk, vocab)
+
+    Returns:
+        rows that are computed together
+    """
     return max(1, SLAB_BYTES // (logits.shape[1] * wide_dtype(logits.dtype).itemsize)) if logits.device.type == "cpu" else max(1, logits.shape[0])
 
 
@@ -135,7 +193,15 @@ def through_slabs(
     want_grad: bool,  # whether to turn the logits into their gradient
     out: tuple[Tensor, Tensor, Tensor],  # optimised loss, plain loss and correctness, each (chunk,): filled
 ) -> None:
-    "`chunk_loss` of a chunk, a slab of rows at a time"
+    """`chunk_loss` of a chunk, a slab of rows at a time
+
+    Args:
+        logits: (chunk, vocab) in the model's type; overwritten with the gradient when that is wanted
+        labels: (chunk,)
+        label_smoothing: share spread over the vocabulary
+        want_grad: whether to turn the logits into their gradient
+        out: optimised loss, plain loss and correctness, each (chunk,): filled
+    """
     rows, wide = slab_rows(logits), wide_dtype(logits.dtype)
     room = logits if logits.dtype == wide else logits.new_empty(min(rows, len(logits)), logits.shape[1], dtype=wide)  # one slab's, used again
     for part, label, *result in zip(logits.split(rows), labels.split(rows), *(o.split(rows) for o in out)):
@@ -189,7 +255,16 @@ def times(
     upstream: Tensor,  # () one number
     dtype: torch.dtype | None,  # of the result; None: as grad
 ) -> Tensor | None:  # new: a graph that is kept may be walked again
-    "A gradient times a number, its product wide, without a wide copy of all of it on a CPU"
+    """A gradient times a number, its product wide, without a wide copy of all of it on a CPU
+
+    Args:
+        grad: (rows, columns)
+        upstream: () one number
+        dtype: of the result; None: as grad
+
+    Returns:
+        new: a graph that is kept may be walked again
+    """
     if grad is None:
         return None
     out = torch.empty(grad.shape, dtype=dtype or grad.dtype, device=grad.device)
@@ -205,7 +280,14 @@ def times(
 def chunk_tokens(
     vocab_size: int,  # number of words
 ) -> int:  # tokens
-    "How many rows of logits are worth having at one time: 64 Mi elements, for then a small vocabulary's pack is one chunk; never fewer than 1024 rows, which the weight's gradient wants"
+    """How many rows of logits are worth having at one time: 64 Mi elements, for then a small vocabulary's pack is one chunk; never fewer than 1024 rows, which the weight's gradient wants
+
+    Args:
+        vocab_size: number of words
+
+    Returns:
+        tokens
+    """
     return max(1024, 2**26 // vocab_size)
 
 
@@ -216,7 +298,15 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,  # share of the target spread evenly over the vocabulary
     chunk: int = 0,  # tokens whose logits exist at one time; 0: by `chunk_tokens`
 ) -> LossOutput:
-    "Cross entropy of `x @ weight.T` that never holds more than `chunk` rows of logits; raises `ValueError` for a label outside the vocabulary"
+    """Cross entropy of `x @ weight.T` that never holds more than `chunk` rows of logits; raises `ValueError` for a label outside the vocabulary
+
+    Args:
+        x: (tokens, hidden), normalised hidden states
+        weight: (vocab, hidden), the head
+        labels: (tokens,) int64, `IGNORE_INDEX` where there is no target
+        label_smoothing: share of the target spread evenly over the vocabulary
+        chunk: tokens whose logits exist at one time; 0: by `chunk_tokens`
+    """
     if labels.shape != x.shape[:1]:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, but there are {x.shape[0]} tokens: give one label a token")
     check_labels(labels, weight.shape[0])

@@ -43,7 +43,12 @@ class _WideProduct(torch.autograd.Function):
 
 
 class Gate(nn.Module):
-    "A score for each expert, (experts, hidden)"
+    """A score for each expert, (experts, hidden)
+
+    Args:
+        hidden_size: width of the residual stream
+        experts: how many
+    """
 
     def __init__(
         self,
@@ -56,7 +61,11 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.empty(experts, hidden_size, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden) -> (tokens, experts) float32 or float64
-        "Logits, in wide arithmetic: two experts' scores may be close, and bf16 would toss a coin"
+        """Logits, in wide arithmetic: two experts' scores may be close, and bf16 would toss a coin
+
+        Returns:
+            (tokens, hidden) -> (tokens, experts) float32 or float64
+        """
         out = _WideProduct.apply(x, self.weight)
         assert isinstance(out, Tensor)
         return out
@@ -66,7 +75,15 @@ def choose(
     logits: Tensor,  # (tokens, experts), of the gate
     count: int,  # experts a token goes to
 ) -> tuple[Tensor, Tensor, Tensor]:  # probabilities (tokens, experts); weights (tokens, count); choices (tokens, count) int64, the likeliest first
-    "Softmax over all experts, the likeliest few, and their probabilities divided by their sum; of one alone the probability itself"
+    """Softmax over all experts, the likeliest few, and their probabilities divided by their sum; of one alone the probability itself
+
+    Args:
+        logits: (tokens, experts), of the gate
+        count: experts a token goes to
+
+    Returns:
+        probabilities (tokens, experts); weights (tokens, count); choices (tokens, count) int64, the likeliest first
+    """
     probs = logits.softmax(-1)
     top, choices = probs.topk(count, dim=-1)
     return probs, top if count == 1 else top / top.sum(-1, keepdim=True), choices
@@ -76,7 +93,15 @@ def chosen(
     choices: Tensor,  # (tokens, count) int64
     experts: int,  # how many there are
 ) -> Tensor:  # (experts,) int64, on the device
-    "How many tokens chose each expert"
+    """How many tokens chose each expert
+
+    Args:
+        choices: (tokens, count) int64
+        experts: how many there are
+
+    Returns:
+        (experts,) int64, on the device
+    """
     flat = choices.flatten()
     return torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
 
@@ -91,6 +116,16 @@ def extra_term(
     """Balance and z-loss of a pack times its tokens, or what the tokens here add to it
 
     Balance: E/(T k) sum_e tokens_e mean_gate_e (Switch Transformer, section 2.2, over k choices), 1 when even. z-loss: mean(logsumexp(logits)^2) (ST-MoE, equation 5). Times T, both are sums over tokens.
+
+    Args:
+        cfg: with the coefficients
+        logits: (tokens, experts), of the tokens here
+        probs: (tokens, experts), their softmax
+        counts: (experts,) int64, choices of the whole pack
+        pack_tokens: of the whole pack
+
+    Returns:
+        () float32 or float64
     """
     share = counts.to(probs.dtype) * (cfg.num_experts / (pack_tokens * cfg.experts_per_token))  # 1 for each expert when even; has no gradient
     return cfg.aux_loss_coef * (probs.sum(0) * share).sum() + cfg.z_loss_coef * logits.logsumexp(-1).square().sum()
@@ -101,7 +136,16 @@ def places(
     experts: int,  # how many there are
     keep: Tensor | None = None,  # (tokens, count) bool, choices that queue at all; None: all
 ) -> Tensor:  # (tokens, count) int64
-    "Each choice's place in its expert's queue, from 0: how many earlier tokens chose the same"
+    """Each choice's place in its expert's queue, from 0: how many earlier tokens chose the same
+
+    Args:
+        choices: (tokens, count) int64, tokens in the order in which they are served
+        experts: how many there are
+        keep: (tokens, count) bool, choices that queue at all; None: all
+
+    Returns:
+        (tokens, count) int64
+    """
     ones = torch.ones_like(choices) if keep is None else keep.long()
     asked = choices.new_zeros(choices.shape[0], experts).scatter_(1, choices, ones)  # a token never chooses an expert twice
     return (asked.cumsum(0) - asked).gather(1, choices)
@@ -111,12 +155,27 @@ def capacity_of(
     cfg: ModelConfig,  # with a capacity factor above 0
     tokens: int,  # of the pack
 ) -> int:  # tokens
-    "What an expert takes of a pack at most: so many times its even share, rounded up"
+    """What an expert takes of a pack at most: so many times its even share, rounded up
+
+    Args:
+        cfg: with a capacity factor above 0
+        tokens: of the pack
+
+    Returns:
+        tokens
+    """
     return min(tokens, math.ceil(cfg.capacity_factor * tokens * cfg.experts_per_token / cfg.num_experts))
 
 # %% ../../nbs/model/15_moe.ipynb #d0a3642b
 class Plan(NamedTuple):
-    "Where each choice goes among rows that lie expert after expert"
+    """Where each choice goes among rows that lie expert after expert
+
+    Args:
+        to: (tokens, count) int64; `rows` where dropped
+        rows: of all experts together
+        sizes: rows of each expert: (experts,) int64; or one number for all, free ones zero
+        kept: (tokens, count) bool; None: all
+    """
 
     to: Tensor  # (tokens, count) int64; `rows` where dropped
     rows: int  # of all experts together
@@ -128,7 +187,12 @@ def plan_dropless(
     choices: Tensor,  # (tokens, count) int64
     counts: Tensor,  # (experts,) int64
 ) -> Plan:
-    "Tokens sorted by expert, within it by position: a sort by counting, and the device alone knows where each expert begins"
+    """Tokens sorted by expert, within it by position: a sort by counting, and the device alone knows where each expert begins
+
+    Args:
+        choices: (tokens, count) int64
+        counts: (experts,) int64
+    """
     starts = counts.cumsum(0) - counts
     return Plan(starts[choices] + places(choices, counts.shape[0]), choices.numel(), counts, None)
 
@@ -139,7 +203,14 @@ def plan_capacity(
     experts: int,  # how many there are
     slots: int,  # rows of each expert, at least as many as are kept
 ) -> Plan:
-    "An equal number of rows for each expert, its tokens first: no size depends on the data"
+    """An equal number of rows for each expert, its tokens first: no size depends on the data
+
+    Args:
+        choices: (tokens, count) int64, of the tokens here
+        kept: (tokens, count) bool, which found room
+        experts: how many there are
+        slots: rows of each expert, at least as many as are kept
+    """
     to = choices * slots + places(choices, experts, kept)
     return Plan(to.where(kept, experts * slots), experts * slots, slots, kept)
 
@@ -185,7 +256,15 @@ def to_experts(
     x: Tensor,  # (tokens, hidden)
     plan: Plan,  # where each goes
 ) -> Tensor:  # (rows, hidden), expert after expert
-    "A copy of each token for each expert it goes to. Backward: their gradients, added up in a fixed order"
+    """A copy of each token for each expert it goes to. Backward: their gradients, added up in a fixed order
+
+    Args:
+        x: (tokens, hidden)
+        plan: where each goes
+
+    Returns:
+        (rows, hidden), expert after expert
+    """
     out = _Put.apply(x, plan)
     assert isinstance(out, Tensor)
     return out
@@ -195,7 +274,15 @@ def from_experts(
     rows: Tensor,  # (rows, hidden), expert after expert
     plan: Plan,  # where each token's are
 ) -> Tensor:  # (tokens, count, hidden), zeros where dropped
-    "The results back at their tokens"
+    """The results back at their tokens
+
+    Args:
+        rows: (rows, hidden), expert after expert
+        plan: where each token's are
+
+    Returns:
+        (tokens, count, hidden), zeros where dropped
+    """
     out = _Take.apply(rows, plan)
     assert isinstance(out, Tensor)
     return out
@@ -206,7 +293,16 @@ def why_not_grouped(
     dtype: torch.dtype,  # of their weights
     *widths: int,  # of the products
 ) -> str | None:  # None: it can run
-    "The reason why the experts' products are a loop, which on a GPU waits for the number of each expert's tokens"
+    """The reason why the experts' products are a loop, which on a GPU waits for the number of each expert's tokens
+
+    Args:
+        device: where the experts are
+        dtype: of their weights
+        *widths: of the products
+
+    Returns:
+        None: it can run
+    """
     device = torch.device(device)
     if device.type != "cuda":
         return f"grouped products run on CUDA devices, not {device.type}"
@@ -223,7 +319,15 @@ def host_sizes(
     counts: Tensor,  # (groups,) int64, or several such rows
     rows: int,  # their sum
 ) -> list:  # of numbers, or of lists of them
-    "The counts on the host, which waits for them on a GPU; under fake tensors, which know none, an even share"
+    """The counts on the host, which waits for them on a GPU; under fake tensors, which know none, an even share
+
+    Args:
+        counts: (groups,) int64, or several such rows
+        rows: their sum
+
+    Returns:
+        of numbers, or of lists of them
+    """
     if counts.is_meta or isinstance(counts, FakeTensor):
         groups = counts.shape[-1]
         even = [rows // groups + (i < rows % groups) for i in range(groups)]
@@ -236,14 +340,29 @@ def grouped_linear(
     weight: Tensor,  # (groups, out, in)
     sizes: Tensor | list[int],  # rows of each group: int32 ends of the groups on the device; or the numbers on the host
 ) -> Tensor:  # (rows, out)
-    "Each group of rows times its own matrix: one grouped kernel, or a loop"
+    """Each group of rows times its own matrix: one grouped kernel, or a loop
+
+    Args:
+        x: (rows, in), group after group
+        weight: (groups, out, in)
+        sizes: rows of each group: int32 ends of the groups on the device; or the numbers on the host
+
+    Returns:
+        (rows, out)
+    """
     if isinstance(sizes, Tensor):
         return F.grouped_mm(x, weight.transpose(1, 2), offs=sizes)
     return torch.cat([thin_linear(part, matrix) for part, matrix in zip(x.split(sizes), weight.unbind(0))])
 
 # %% ../../nbs/model/15_moe.ipynb #35e52432
 class Experts(nn.Module):
-    "SwiGLU networks side by side: w1 and w3 (experts, ffn, hidden), w2 (experts, hidden, ffn)"
+    """SwiGLU networks side by side: w1 and w3 (experts, ffn, hidden), w2 (experts, hidden, ffn)
+
+    Args:
+        experts: how many
+        hidden_size: width of the residual stream
+        ffn_size: width in between, of each
+    """
 
     def __init__(
         self,
@@ -263,7 +382,15 @@ class Experts(nn.Module):
         x: Tensor,  # (rows, hidden), expert after expert
         sizes: Tensor | int,  # rows of each expert: (experts,) int64 on the device; or one number for all
     ) -> Tensor:  # (rows, hidden)
-        "Each expert on its rows"
+        """Each expert on its rows
+
+        Args:
+            x: (rows, hidden), expert after expert
+            sizes: rows of each expert: (experts,) int64 on the device; or one number for all
+
+        Returns:
+            (rows, hidden)
+        """
         experts, ffn, hidden = self.w1.shape
         if x.shape[0] and why_not_grouped(x.device, x.dtype, hidden, ffn) is None:
             counts = torch.full((experts,), sizes, device=x.device) if isinstance(sizes, int) else sizes
@@ -277,7 +404,12 @@ class Experts(nn.Module):
 
 # %% ../../nbs/model/15_moe.ipynb #750e8217
 class MixtureOfExperts(nn.Module):
-    "A feed-forward of many experts: a gate sends each token to a few, and adds up what they return by its weights"
+    """A feed-forward of many experts: a gate sends each token to a few, and adds up what they return by its weights
+
+    Args:
+        cfg: architecture
+        layer: index of the block in the whole model
+    """
 
     def __init__(
         self,
@@ -295,11 +427,19 @@ class MixtureOfExperts(nn.Module):
     pack_parts = 1  # ranks that have parts of one pack; more in parallel/expert.py
 
     def pack_counts(self, counts: Tensor) -> Tensor:  # (experts,) int64 of the tokens here -> of the whole pack
-        "Choices of the whole pack: all of it is here"
+        """Choices of the whole pack: all of it is here
+
+        Returns:
+            (experts,) int64 of the tokens here -> of the whole pack
+        """
         return counts
 
     def pack_places(self, choices: Tensor, order: Tensor | None) -> Tensor:  # both of the tokens here; (tokens, count) int64
-        "Places in the queues of the whole pack: all of it is here"
+        """Places in the queues of the whole pack: all of it is here
+
+        Returns:
+            both of the tokens here; (tokens, count) int64
+        """
         return places(choices, self.cfg.num_experts)
 
     def plan(
@@ -308,7 +448,13 @@ class MixtureOfExperts(nn.Module):
         counts: Tensor,  # (experts,) int64
         positions: Positions | None,  # of this pass
     ) -> Plan:
-        "Who goes where. Capacity counts in training only, and never with a cache: what a token becomes may then not depend on its neighbours"
+        """Who goes where. Capacity counts in training only, and never with a cache: what a token becomes may then not depend on its neighbours
+
+        Args:
+            choices: (tokens, count) int64
+            counts: (experts,) int64
+            positions: of this pass
+        """
         if not (self.cfg.capacity_factor and self.training and (positions is None or positions.key_segments is None)):
             return plan_dropless(choices, counts)
         capacity = capacity_of(self.cfg, choices.shape[0] * self.pack_parts)
@@ -320,7 +466,15 @@ class MixtureOfExperts(nn.Module):
         x: Tensor,  # (tokens, hidden)
         positions: Positions | None = None,  # of this pass, where losses are collected
     ) -> Tensor:  # (tokens, hidden)
-        "Each token's experts, weighed by the gate, and the shared one"
+        """Each token's experts, weighed by the gate, and the shared one
+
+        Args:
+            x: (tokens, hidden)
+            positions: of this pass, where losses are collected
+
+        Returns:
+            (tokens, hidden)
+        """
         logits = self.gate(x)
         probs, weights, choices = choose(logits, self.cfg.experts_per_token)
         counts = chosen(choices, self.cfg.num_experts)
@@ -350,7 +504,15 @@ def experts_reference(
     moe: MixtureOfExperts,  # whose weights to take
     x: Tensor,  # (tokens, hidden)
 ) -> Tensor:  # (tokens, hidden)
-    "Every expert on every token, and the weights of those not chosen zero; dropless"
+    """Every expert on every token, and the weights of those not chosen zero; dropless
+
+    Args:
+        moe: whose weights to take
+        x: (tokens, hidden)
+
+    Returns:
+        (tokens, hidden)
+    """
     _, weights, choices = choose(F.linear(x.to(wide_dtype(x.dtype)), moe.gate.weight.to(wide_dtype(x.dtype))), moe.cfg.experts_per_token)
     every = torch.zeros(x.shape[0], moe.cfg.num_experts, dtype=weights.dtype, device=x.device).scatter(1, choices, weights).to(x.dtype)
     w1, w2, w3 = moe.experts.w1, moe.experts.w2, moe.experts.w3

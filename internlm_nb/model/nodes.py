@@ -16,14 +16,25 @@ from torch.autograd.function import once_differentiable
 def wide_dtype(
     dtype: torch.dtype,  # of the values at hand
 ) -> torch.dtype:  # float64 stays float64, everything else becomes float32
-    "The type in which sums, angles and probabilities are computed"
+    """The type in which sums, angles and probabilities are computed
+
+    Args:
+        dtype: of the values at hand
+
+    Returns:
+        float64 stays float64, everything else becomes float32
+    """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def by_hand(
     x: Tensor,  # any input of the node
 ) -> bool:
-    "Whether a node of this page is worth taking: on a CPU, in eager mode, when a gradient is wanted"
+    """Whether a node of this page is worth taking: on a CPU, in eager mode, when a gradient is wanted
+
+    Args:
+        x: any input of the node
+    """
     return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 # %% ../../nbs/model/13_nodes.ipynb #f6fe6815
@@ -55,7 +66,15 @@ def over_heads(
     table: Tensor,  # (tokens, n)
     x: Tensor,  # (tokens, ..., head_dim)
 ) -> Tensor:  # (tokens, 1, ..., n)
-    "A table that broadcasts over what lies between tokens and channels"
+    """A table that broadcasts over what lies between tokens and channels
+
+    Args:
+        table: (tokens, n)
+        x: (tokens, ..., head_dim)
+
+    Returns:
+        (tokens, 1, ..., n)
+    """
     return table.reshape(table.shape[0], *[1] * (x.dim() - 2), table.shape[1])
 
 
@@ -64,7 +83,16 @@ def turn(
     cos: Tensor,  # (tokens, head_dim / 2), float32 or float64
     sin: Tensor,  # (tokens, head_dim / 2)
 ) -> Tensor:  # (tokens, ..., head_dim), in x's dtype
-    "Turn each pair of channels (i, i + head_dim/2) by its token's angle"
+    """Turn each pair of channels (i, i + head_dim/2) by its token's angle
+
+    Args:
+        x: (tokens, ..., head_dim), pairs half-split
+        cos: (tokens, head_dim / 2), float32 or float64
+        sin: (tokens, head_dim / 2)
+
+    Returns:
+        (tokens, ..., head_dim), in x's dtype
+    """
     wide = x.to(cos.dtype).unflatten(-1, (2, -1))  # (tokens, ..., 2, head_dim / 2)
     cos, sin = over_heads(cos, x), over_heads(sin, x)
     out = wide * cos.unsqueeze(-2)

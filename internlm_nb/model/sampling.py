@@ -19,7 +19,15 @@ from .layers import wide_dtype
 # %% ../../nbs/model/09_sampling.ipynb #91adccf3
 @dataclass(frozen=True)
 class Sampling:
-    "How the next token is chosen; raises `ValueError` naming a field that is out of range"
+    """How the next token is chosen; raises `ValueError` naming a field that is out of range
+
+    Args:
+        temperature: logits are divided by it; 0 is greedy
+        top_k: only the k likeliest tokens, and those as likely as the k-th; 0: all
+        top_p: only the likeliest tokens that together reach this probability; 1: all
+        repetition_penalty: factor against tokens of the prompt and of the text so far; 1: none
+        seed: of the draws
+    """
 
     temperature: float = 1.0  # logits are divided by it; 0 is greedy
     top_k: int = 0  # only the k likeliest tokens, and those as likely as the k-th; 0: all
@@ -45,7 +53,12 @@ def check_prompts(
     prompts: Sequence[Sequence[int]],  # token ids of each sequence
     vocab_size: int,  # words of the model
 ) -> None:
-    "Raise ValueError for an empty prompt, or an id that the model does not have, by the prompt's number"
+    """Raise ValueError for an empty prompt, or an id that the model does not have, by the prompt's number
+
+    Args:
+        prompts: token ids of each sequence
+        vocab_size: words of the model
+    """
     for row, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {row} is empty: begin with at least one token, such as the tokenizer's bos")
@@ -59,7 +72,16 @@ def suppress_mask(
     vocab_size: int,  # words of the model
     device: torch.device | str | None = None,  # of the result
 ) -> Tensor | None:  # (vocab,) bool; None where every token may be drawn
-    "Which logits are to become -inf; raises ValueError when nothing would be left, or for an id that the model does not have"
+    """Which logits are to become -inf; raises ValueError when nothing would be left, or for an id that the model does not have
+
+    Args:
+        ids: tokens that are never to be drawn
+        vocab_size: words of the model
+        device: of the result
+
+    Returns:
+        (vocab,) bool; None where every token may be drawn
+    """
     if not len(ids):
         return None
     bad = [id for id in ids if not 0 <= id < vocab_size]
@@ -76,7 +98,16 @@ def not_finite(
     row: int,  # of the prompt
     step: int,  # number of the new token
 ) -> FloatingPointError:  # to be raised
-    "What to say of logits that are NaN or infinite: which prompt, and the first parameter that is not finite either"
+    """What to say of logits that are NaN or infinite: which prompt, and the first parameter that is not finite either
+
+    Args:
+        model: that gave such logits
+        row: of the prompt
+        step: number of the new token
+
+    Returns:
+        to be raised
+    """
     where = next((name for name, p in model.named_parameters() if not bool(p.detach().isfinite().all())), None)
     why = f"its parameter {where} is not finite either: take another checkpoint" if where else "its weights are finite: run it in float32"
     return FloatingPointError(f"prompt {row}: the model's logits for new token {step} are not finite (NaN or infinite); {why}")
@@ -86,7 +117,15 @@ def column(
     values: Sequence[float],  # one a sequence
     like: Tensor,  # gives device and type
 ) -> Tensor:  # (sequences, 1)
-    "Numbers of the host as a column on the device, without waiting for it"
+    """Numbers of the host as a column on the device, without waiting for it
+
+    Args:
+        values: one a sequence
+        like: gives device and type
+
+    Returns:
+        (sequences, 1)
+    """
     return torch.tensor(values, dtype=like.dtype).unsqueeze(1).to(like.device, non_blocking=True)
 
 
@@ -95,7 +134,16 @@ def seen_tokens(
     vocab_size: int,  # words of the model
     device: torch.device | str | None = None,  # of the result
 ) -> Tensor:  # (sequences, vocab) bool
-    "Which tokens occur in each prompt"
+    """Which tokens occur in each prompt
+
+    Args:
+        prompts: token ids of each sequence
+        vocab_size: words of the model
+        device: of the result
+
+    Returns:
+        (sequences, vocab) bool
+    """
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool)
     for row, prompt in zip(seen, prompts):
         row[torch.as_tensor(prompt, dtype=torch.int64)] = True
@@ -107,7 +155,16 @@ def penalise(
     seen: Tensor,  # (sequences, vocab) bool, True for tokens that were said
     penalties: Sequence[float],  # one a sequence
 ) -> Tensor:  # (sequences, vocab), float32 or float64
-    "Make tokens that were said less likely"
+    """Make tokens that were said less likely
+
+    Args:
+        logits: (sequences, vocab)
+        seen: (sequences, vocab) bool, True for tokens that were said
+        penalties: one a sequence
+
+    Returns:
+        (sequences, vocab), float32 or float64
+    """
     wide = logits.to(wide_dtype(logits.dtype))
     by = column(penalties, wide)
     return torch.where(seen, torch.where(wide < 0, wide * by, wide / by), wide)
@@ -117,7 +174,15 @@ def probabilities(
     logits: Tensor,  # (sequences, vocab)
     sampling: Sampling | Sequence[Sampling],  # one for all, or one a sequence; temperature 0 counts as 1 here
 ) -> tuple[Tensor, Tensor]:  # probabilities in falling order and the tokens they belong to, both (sequences, vocab)
-    "The distribution that is drawn from, after temperature, top_k and top_p"
+    """The distribution that is drawn from, after temperature, top_k and top_p
+
+    Args:
+        logits: (sequences, vocab)
+        sampling: one for all, or one a sequence; temperature 0 counts as 1 here
+
+    Returns:
+        probabilities in falling order and the tokens they belong to, both (sequences, vocab)
+    """
     each = [sampling] * len(logits) if isinstance(sampling, Sampling) else sampling
     wide = logits.to(wide_dtype(logits.dtype))
     if any(0 < s.temperature < 1e-3 for s in each):
@@ -141,7 +206,16 @@ def uniform(
     row: int,  # sequence in the batch
     step: int,  # number of the draw
 ) -> float:  # in [0, 1)
-    "One uniform number for each (seed, row, step)"
+    """One uniform number for each (seed, row, step)
+
+    Args:
+        seed: of the sampling
+        row: sequence in the batch
+        step: number of the draw
+
+    Returns:
+        in [0, 1)
+    """
     digest = hashlib.blake2b(f"{seed}:{row}:{step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
@@ -152,7 +226,17 @@ def choose(
     rows: Sequence[int],  # of each sequence in the batch, for its draws
     step: int,  # number of the draw
 ) -> Tensor:  # (sequences,) int64
-    "The next token of each sequence"
+    """The next token of each sequence
+
+    Args:
+        logits: (sequences, vocab)
+        sampling: one for all, or one a sequence
+        rows: of each sequence in the batch, for its draws
+        step: number of the draw
+
+    Returns:
+        (sequences,) int64
+    """
     each = [sampling] * len(rows) if isinstance(sampling, Sampling) else sampling
     if all(s.temperature == 0 for s in each):
         return logits.argmax(-1)

@@ -24,14 +24,29 @@ def positions_from(
     lengths: Sequence[int],  # of each run
     device: torch.device | str | None = None,  # of the result
 ) -> Tensor:  # (sum of lengths,) int64
-    "Runs of consecutive positions, counted on the host and copied to the device at once"
+    """Runs of consecutive positions, counted on the host and copied to the device at once
+
+    Args:
+        begins: first position of each run
+        lengths: of each run
+        device: of the result
+
+    Returns:
+        (sum of lengths,) int64
+    """
     runs = [torch.arange(a, a + n, device="cpu") for a, n in zip(begins, lengths)]
     return torch.cat(runs).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    "Where each sequence of a pack begins and ends, on the device and on the host"
+    """Where each sequence of a pack begins and ends, on the device and on the host
+
+    Args:
+        cu_seqlens: (sequences + 1,) int32, on the device of the tokens
+        lengths: tokens of each sequence
+        max_seqlen: the longest of them
+    """
 
     cu_seqlens: Tensor  # (sequences + 1,) int32, on the device of the tokens
     lengths: tuple[int, ...]  # tokens of each sequence
@@ -43,7 +58,12 @@ class Segments:
         lengths: Sequence[int],  # tokens of each sequence, not negative
         device: torch.device | str | None = None,  # of the tokens
     ) -> "Segments":
-        "Segments from lengths known on the host: nothing waits for the device; raises `ValueError` for no sequence or a negative length"
+        """Segments from lengths known on the host: nothing waits for the device; raises `ValueError` for no sequence or a negative length
+
+        Args:
+            lengths: tokens of each sequence, not negative
+            device: of the tokens
+        """
         lengths = tuple(int(n) for n in lengths)
         if not lengths or min(lengths) < 0:
             raise ValueError(f"lengths {lengths}: give at least one sequence, and no negative length")
@@ -56,7 +76,12 @@ class Segments:
         cu_seqlens: Tensor | Sequence[int],  # (sequences + 1,) cumulative lengths, from 0 to the number of tokens
         device: torch.device | str | None = None,  # of the tokens; None: where `cu_seqlens` is
     ) -> "Segments":
-        "Segments from cumulative lengths, a GPU tensor's read back once (which waits); raises `ValueError` unless they begin with 0 and never decrease"
+        """Segments from cumulative lengths, a GPU tensor's read back once (which waits); raises `ValueError` unless they begin with 0 and never decrease
+
+        Args:
+            cu_seqlens: (sequences + 1,) cumulative lengths, from 0 to the number of tokens
+            device: of the tokens; None: where `cu_seqlens` is
+        """
         offsets = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
         if len(offsets) < 2 or offsets[0] != 0:
             raise ValueError(f"cu_seqlens {offsets[:4]}…: it must begin with 0 and hold one more number than there are sequences")
@@ -83,7 +108,11 @@ class Segments:
         return None
 
     def indexes(self) -> Tensor:  # (tokens,) int64
-        "Position of each token in its own sequence, from 0"
+        """Position of each token in its own sequence, from 0
+
+        Returns:
+            (tokens,) int64
+        """
         return positions_from([0] * len(self.lengths), self.lengths, self.cu_seqlens.device)
 
 # %% ../../nbs/model/03_segments.ipynb #aba94f37
@@ -93,7 +122,17 @@ def interleave(
     new: Tensor,  # (new tokens, ...)
     new_lengths: Sequence[int],  # of each sequence
 ) -> Tensor:  # (old + new tokens, ...)
-    "Append to each sequence of a pack its part of another pack"
+    """Append to each sequence of a pack its part of another pack
+
+    Args:
+        old: (old tokens, ...)
+        old_lengths: of each sequence
+        new: (new tokens, ...)
+        new_lengths: of each sequence
+
+    Returns:
+        (old + new tokens, ...)
+    """
     if len(old_lengths) == 1:
         return torch.cat((old, new))
     pairs = zip(old.split(list(old_lengths)), new.split(list(new_lengths)))
@@ -102,7 +141,17 @@ def interleave(
 
 @dataclass(eq=False)
 class KVCache:
-    "Keys and values of all layers for the tokens seen so far, packed by sequence; `KVCache.empty(n)` starts n sequences"
+    """Keys and values of all layers for the tokens seen so far, packed by sequence; `KVCache.empty(n)` starts n sequences
+
+    Args:
+        lengths: cached tokens of each sequence
+        input_ids: (cached tokens,); kept under dynamic scaling only, where a pass may have to run them again
+        indexes: (cached tokens,) their positions; as the ids
+        entries: layer -> keys and values (cached tokens, kv_heads, head_dim)
+        room: layer -> buffers (sequences, kv_heads, columns, head_dim) in its stead
+        begin: first column of the buffers that a sequence may use
+        alike: for two sequences: the column up to which they are copies of one; None: none is
+    """
 
     lengths: tuple[int, ...]  # cached tokens of each sequence
     input_ids: Tensor | None = None  # (cached tokens,); kept under dynamic scaling only, where a pass may have to run them again
@@ -117,7 +166,11 @@ class KVCache:
         cls,
         sequences: int,  # how many it will hold
     ) -> "KVCache":
-        "A cache for this many sequences, with nothing in it"
+        """A cache for this many sequences, with nothing in it
+
+        Args:
+            sequences: how many it will hold
+        """
         return cls((0,) * sequences)
 
     @property
@@ -131,7 +184,16 @@ class KVCache:
         new: Tensor,  # (new tokens, ...)
         segments: Segments,  # of the new tokens
     ) -> Tensor:  # (cached + new tokens, ...)
-        "Each sequence's cached part followed by its new one"
+        """Each sequence's cached part followed by its new one
+
+        Args:
+            old: (cached tokens, ...); None: nothing is cached yet
+            new: (new tokens, ...)
+            segments: of the new tokens
+
+        Returns:
+            (cached + new tokens, ...)
+        """
         return new if old is None else interleave(old, self.lengths, new, segments.lengths)
 
     def put(
@@ -140,7 +202,16 @@ class KVCache:
         k: Tensor,  # (sequences, new tokens, kv_heads, head_dim), rotated; equally many for each sequence
         v: Tensor,  # (sequences, new tokens, kv_heads, head_dim)
     ) -> tuple[Tensor, Tensor]:  # keys and values (sequences, kv_heads, columns in use, head_dim)
-        "Add a layer's new keys and values in place; a gradient must not need the old ones"
+        """Add a layer's new keys and values in place; a gradient must not need the old ones
+
+        Args:
+            layer: index of the block, with something cached
+            k: (sequences, new tokens, kv_heads, head_dim), rotated; equally many for each sequence
+            v: (sequences, new tokens, kv_heads, head_dim)
+
+        Returns:
+            keys and values (sequences, kv_heads, columns in use, head_dim)
+        """
         end = self.end + k.shape[1]
         if layer not in self.room:
             packed_k, packed_v = self.entries.pop(layer)
@@ -154,7 +225,14 @@ class KVCache:
         self,
         layer: int,  # index of the block
     ) -> tuple[Tensor | None, Tensor | None]:  # keys and values (cached tokens, kv_heads, head_dim); None: nothing is cached
-        "A layer's keys and values as a pack, wherever they are"
+        """A layer's keys and values as a pack, wherever they are
+
+        Args:
+            layer: index of the block
+
+        Returns:
+            keys and values (cached tokens, kv_heads, head_dim); None: nothing is cached
+        """
         if layer not in self.room:
             return self.entries.get(layer, (None, None))
         k, v = self.room[layer]
@@ -167,7 +245,17 @@ class KVCache:
         v: Tensor,  # (new tokens, kv_heads, head_dim)
         new: Segments,  # of the new tokens
     ) -> tuple[Tensor, Tensor]:  # keys and values of cached and new tokens, packed
-        "Add a layer's new keys and values, any number for each sequence; returns all of them"
+        """Add a layer's new keys and values, any number for each sequence; returns all of them
+
+        Args:
+            layer: index of the block
+            k: (new tokens, kv_heads, head_dim), rotated
+            v: (new tokens, kv_heads, head_dim)
+            new: of the new tokens
+
+        Returns:
+            keys and values of cached and new tokens, packed
+        """
         known = layer in self.room or layer in self.entries
         if known and len(self.lengths) == 1 and not torch.is_grad_enabled():  # a gradient needs the old tensors as they were
             k, v = self.put(layer, k[None], v[None])
@@ -182,7 +270,11 @@ class KVCache:
         self,
         rows: Sequence[int],  # of the sequences to keep, in their new order; a row may be repeated
     ) -> None:
-        "Keep some of the sequences: finished ones go, the branches of a search multiply"
+        """Keep some of the sequences: finished ones go, the branches of a search multiply
+
+        Args:
+            rows: of the sequences to keep, in their new order; a row may be repeated
+        """
         offsets, end = list(itertools.accumulate(self.lengths, initial=0)), self.end
         pick = lambda x: torch.cat([x[:0], *(x[offsets[r] : offsets[r + 1]] for r in rows)])  # noqa: E731
         self.entries = {layer: (pick(k), pick(v)) for layer, (k, v) in self.entries.items()}
@@ -198,7 +290,17 @@ class KVCache:
 # %% ../../nbs/model/03_segments.ipynb #dc3b3f31
 @dataclass(frozen=True, eq=False)
 class Positions:
-    "Segments and rotary tables of one forward pass, shared by all blocks"
+    """Segments and rotary tables of one forward pass, shared by all blocks
+
+    Args:
+        segments: of the tokens of this pass
+        cos: (tokens, head_dim / 2)
+        sin: (tokens, head_dim / 2)
+        key_segments: of cached and new keys together; None: no cache, keys are those of this pass
+        step: when this pass adds one token to each sequence of a cache, and no gradient is wanted
+        extra: where blocks with experts leave their losses and figures; None: nobody asks
+        order: (tokens,) int64, places of these tokens in the pack when ranks have parts of it; None: all of it is here, in order
+    """
 
     segments: Segments  # of the tokens of this pass
     cos: Tensor  # (tokens, head_dim / 2)
@@ -211,7 +313,16 @@ class Positions:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    "Tokens to run in one forward pass"
+    """Tokens to run in one forward pass
+
+    Args:
+        input_ids: (tokens,)
+        indexes: (tokens,) positions
+        segments: of these tokens
+        key_segments: of cached and new tokens together
+        wanted: (new tokens,) rows whose result is asked for; None: all
+        step: when one token is added to each sequence of a cache, and no gradient is wanted
+    """
 
     input_ids: Tensor  # (tokens,)
     indexes: Tensor  # (tokens,) positions
@@ -229,7 +340,15 @@ class Inputs:
         indexes: Tensor | None = None,  # (tokens,) positions; None: counted within each sequence, after what is cached
         cache: KVCache | None = None,  # earlier tokens; it takes up ids and positions of the new ones (its lengths move when the pass is done)
     ) -> "Inputs":
-        "What has to run, given what is cached; raises `ValueError` when cache and tokens differ in the number of sequences"
+        """What has to run, given what is cached; raises `ValueError` when cache and tokens differ in the number of sequences
+
+        Args:
+            cfg: architecture
+            input_ids: (tokens,) new tokens
+            segments: of the new tokens
+            indexes: (tokens,) positions; None: counted within each sequence, after what is cached
+            cache: earlier tokens; it takes up ids and positions of the new ones (its lengths move when the pass is done)
+        """
         if cache is None:
             return cls(input_ids, segments.indexes() if indexes is None else indexes, segments)
         if len(segments.lengths) != len(cache.lengths):
@@ -257,7 +376,12 @@ class Inputs:
         cfg: ModelConfig,  # architecture
         dtype: torch.dtype = torch.float32,  # of the model
     ) -> Positions:
-        "Rotary tables for these tokens"
+        """Rotary tables for these tokens
+
+        Args:
+            cfg: architecture
+            dtype: of the model
+        """
         tables = rope_tables(cfg, self.indexes, self.segments.lengths, dtype, self.segments.document_lengths)
         extra = ExtraLosses() if cfg.num_experts and self.key_segments is None else None
         return Positions(self.segments, *tables, self.key_segments, self.step, extra, self.segments.order)

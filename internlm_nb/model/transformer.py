@@ -27,7 +27,11 @@ from .segments import Inputs, KVCache, Positions, Segments
 
 # %% ../../nbs/model/07_transformer.ipynb #ebdb4518
 class Embedding(nn.Module):
-    "Token embedding (vocab, hidden), with an optional damping of its gradient"
+    """Token embedding (vocab, hidden), with an optional damping of its gradient
+
+    Args:
+        cfg: architecture
+    """
 
     def __init__(
         self,
@@ -40,7 +44,11 @@ class Embedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(cfg.vocab_size, cfg.hidden_size, device=device, dtype=dtype))
 
     def forward(self, input_ids: Tensor) -> Tensor:  # (tokens,) -> (tokens, hidden)
-        "Rows of the table, one a token"
+        """Rows of the table, one a token
+
+        Returns:
+            (tokens,) -> (tokens, hidden)
+        """
         x = F.embedding(input_ids, self.weight)
         return x if self.grad_scale == 1.0 else self.grad_scale * x + (1 - self.grad_scale) * x.detach()
 
@@ -56,7 +64,12 @@ def keep_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPol
 
 # %% ../../nbs/model/07_transformer.ipynb #23a205b8
 class Block(nn.Module):
-    "x + attention(norm(x)), then x + feed_forward(norm(x))"
+    """x + attention(norm(x)), then x + feed_forward(norm(x))
+
+    Args:
+        cfg: architecture
+        layer: index of the block in the whole model
+    """
 
     def __init__(
         self,
@@ -78,7 +91,16 @@ class Block(nn.Module):
         positions: Positions,  # segments and rotary tables of this pass
         cache: KVCache | None = None,  # earlier keys and values
     ) -> Tensor:  # (tokens, hidden)
-        "The block itself"
+        """The block itself
+
+        Args:
+            x: (tokens, hidden)
+            positions: segments and rotary tables of this pass
+            cache: earlier keys and values
+
+        Returns:
+            (tokens, hidden)
+        """
         x = x + self.attention(self.attention_norm(x), positions, cache)
         y = self.ffn_norm(x)
         return x + (self.feed_forward(y, positions) if isinstance(self.feed_forward, MixtureOfExperts) else self.feed_forward(y))
@@ -96,7 +118,11 @@ class Block(nn.Module):
 
 # %% ../../nbs/model/07_transformer.ipynb #8aafe046
 class Head(nn.Module):
-    "Final norm, output projection and loss"
+    """Final norm, output projection and loss
+
+    Args:
+        cfg: architecture
+    """
 
     weight: nn.Parameter | None  # (vocab, hidden); None when tied
 
@@ -120,7 +146,16 @@ class Head(nn.Module):
         labels: Tensor | None = None,  # (tokens,) int64, -100 where there is no target
         weight: Tensor | None = None,  # (vocab, hidden), the embedding's, when tied
     ) -> Tensor | LossOutput:  # logits (tokens, vocab), or the loss when labels are given
-        "Logits, or with labels the loss"
+        """Logits, or with labels the loss
+
+        Args:
+            x: (tokens, hidden)
+            labels: (tokens,) int64, -100 where there is no target
+            weight: (vocab, hidden), the embedding's, when tied
+
+        Returns:
+            logits (tokens, vocab), or the loss when labels are given
+        """
         weight = self.weight if weight is None else weight
         assert weight is not None, "a tied head is called with the embedding's weight"
         if self.norm_head:
@@ -133,7 +168,12 @@ def check_ids(
     input_ids: Tensor,  # (tokens,)
     vocab_size: int,  # number of words
 ) -> None:
-    "Raise `ValueError` for ids of a wrong shape or type, or (on the CPU) outside the vocabulary"
+    """Raise `ValueError` for ids of a wrong shape or type, or (on the CPU) outside the vocabulary
+
+    Args:
+        input_ids: (tokens,)
+        vocab_size: number of words
+    """
     if input_ids.dim() != 1 or input_ids.is_floating_point() or not input_ids.numel():
         raise ValueError(f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}: give packed integer ids (tokens,) and cu_seqlens, not a batch")
     if type(input_ids) is Tensor and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -147,7 +187,16 @@ def as_segments(
     cu_seqlens: Tensor | Segments | None,  # None: one sequence
     max_seqlen: int | None = None,  # longest sequence, if the caller states it
 ) -> Segments:  # on the device of the ids
-    "Segments of a pack; raises `ValueError` when they do not cover the ids"
+    """Segments of a pack; raises `ValueError` when they do not cover the ids
+
+    Args:
+        input_ids: (tokens,)
+        cu_seqlens: None: one sequence
+        max_seqlen: longest sequence, if the caller states it
+
+    Returns:
+        on the device of the ids
+    """
     tokens, device = input_ids.shape[0], input_ids.device
     if cu_seqlens is None:
         segments = Segments.from_lengths([tokens], device)
@@ -161,7 +210,13 @@ def as_segments(
 
 # %% ../../nbs/model/07_transformer.ipynb #003baa40
 class Transformer(nn.Module):
-    "A decoder-only transformer over packed tokens; initialises itself with seed 0 unless it is on the meta device"
+    """A decoder-only transformer over packed tokens; initialises itself with seed 0 unless it is on the meta device
+
+    Args:
+        cfg: architecture
+        device: "meta": shapes only, fill later with `allocate` and `init_weights`
+        dtype: of the parameters
+    """
 
     def __init__(
         self,
@@ -186,7 +241,20 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,  # earlier tokens of the same sequences; it takes up the new ones
         last_only: bool = False,  # logits of each sequence's last token only, (sequences, vocab): all that generation needs
     ) -> Tensor | LossOutput:  # logits (tokens, vocab), or the loss when labels are given
-        "Logits of a pack, or its loss; raises `ValueError` when ids, positions or lengths do not fit together"
+        """Logits of a pack, or its loss; raises `ValueError` when ids, positions or lengths do not fit together
+
+        Args:
+            input_ids: (tokens,) int64
+            cu_seqlens: (sequences + 1,) cumulative lengths; None: one sequence
+            indexes: (tokens,) positions; None: counted within each sequence
+            max_seqlen: longest sequence; only checked, the lengths say it already
+            labels: (tokens,) targets, -100 where there is none
+            cache: earlier tokens of the same sequences; it takes up the new ones
+            last_only: logits of each sequence's last token only, (sequences, vocab): all that generation needs
+
+        Returns:
+            logits (tokens, vocab), or the loss when labels are given
+        """
         check_ids(input_ids, self.cfg.vocab_size)
         segments = as_segments(input_ids, cu_seqlens, max_seqlen)
         if indexes is not None and indexes.shape != input_ids.shape:
@@ -211,7 +279,14 @@ class Transformer(nn.Module):
 def parameter_names(
     cfg: ModelConfig,  # architecture
 ) -> list[str]:  # in the model's order, a tied weight once
-    "Logical names of all parameters, without a model in memory"
+    """Logical names of all parameters, without a model in memory
+
+    Args:
+        cfg: architecture
+
+    Returns:
+        in the model's order, a tied weight once
+    """
     return [name for name, _ in Transformer(cfg, device="meta").named_parameters()]
 
 
@@ -220,7 +295,13 @@ def recompute(
     fraction: float,  # share of the blocks, 0 to 1
     policy: Literal["full", "selective"] = "full",  # keep only the block's input, or also the results of matrix products
 ) -> None:
-    "Switch recomputation on in the first floor(L * fraction) blocks, and off in the others; raises `ValueError` for a fraction or policy that is none"
+    """Switch recomputation on in the first floor(L * fraction) blocks, and off in the others; raises `ValueError` for a fraction or policy that is none
+
+    Args:
+        model: with `cfg` and `blocks`: all of the model, or some of its layers
+        fraction: share of the blocks, 0 to 1
+        policy: keep only the block's input, or also the results of matrix products
+    """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction}: it is a share of the layers, between 0 and 1")
     if policy not in ("full", "selective"):

@@ -25,7 +25,14 @@ WINDOWS = (10, 50)
 
 @dataclass(frozen=True)
 class Throughput:
-    "Tokens and seconds of the steps so far, in this process's part of the run"
+    """Tokens and seconds of the steps so far, in this process's part of the run
+
+    Args:
+        ranks: GPUs (or processes) that share the tokens
+        recent: (tokens over all ranks, seconds) of the last steps, newest last
+        tokens: of all steps
+        seconds: of all steps
+    """
 
     ranks: int = 1  # GPUs (or processes) that share the tokens
     recent: tuple[tuple[int, float], ...] = ()  # (tokens over all ranks, seconds) of the last steps, newest last
@@ -37,7 +44,12 @@ class Throughput:
         tokens: int,  # tokens of the step over all ranks, padding left out
         seconds: float,  # wall time of the step
     ) -> "Throughput":
-        "With one more step. ValueError when the step took no time"
+        """With one more step. ValueError when the step took no time
+
+        Args:
+            tokens: tokens of the step over all ranks, padding left out
+            seconds: wall time of the step
+        """
         if not seconds > 0:
             raise ValueError(f"a step took {seconds} s: the clock must move between steps (use time.perf_counter)")
         recent = (*self.recent, (tokens, seconds))[-max(WINDOWS) :]
@@ -47,7 +59,11 @@ class Throughput:
         self,
         n: int = 1,  # number of steps; fewer are used when there are fewer
     ) -> float:
-        "Tokens per rank and second over the last `n` steps; 0 before the first"
+        """Tokens per rank and second over the last `n` steps; 0 before the first
+
+        Args:
+            n: number of steps; fewer are used when there are fewer
+        """
         window = self.recent[-n:]
         seconds = sum(s for _, s in window)
         return sum(t for t, _ in window) / self.ranks / seconds if seconds else 0.0
@@ -70,7 +86,17 @@ def flop_rates(
     causal: float,  # the same with the attention that is really computed
     hardware: float,  # `model` with recomputation
 ) -> dict[str, float]:
-    "`tflops` (TFLOP/s a rank) and, where the peak is known, `mfu`, `mfu_causal`, `hfu` (shares of it). ValueError when the step took no time"
+    """`tflops` (TFLOP/s a rank) and, where the peak is known, `mfu`, `mfu_causal`, `hfu` (shares of it). ValueError when the step took no time
+
+    Args:
+        seconds: wall time of the step
+        ranks: GPUs (or processes) that share the work
+        peak: peak of one device, TFLOP/s; None when it is not known
+        formula: FLOPs of the step over all ranks by the published formula
+        model: FLOPs of the step over all ranks counted on the model, full attention
+        causal: the same with the attention that is really computed
+        hardware: `model` with recomputation
+    """
     if not seconds > 0:
         raise ValueError(f"a step took {seconds} s: the clock must move between steps (use time.perf_counter)")
 
@@ -97,7 +123,12 @@ def datasheet_tflops(
     device_name: str,  # as torch.cuda.get_device_name gives it
     precision: str,  # bfloat16, float16 or tf32; others have no tensor-core entry here
 ) -> float | None:
-    "Dense peak of a known device in TFLOP/s, or None"
+    """Dense peak of a known device in TFLOP/s, or None
+
+    Args:
+        device_name: as torch.cuda.get_device_name gives it
+        precision: bfloat16, float16 or tf32; others have no tensor-core entry here
+    """
     words = set(re.split(r"[\s-]+", device_name.lower()))
     known = [key for key in DATASHEET if set(key.lower().split()) <= words]
     share = {"bfloat16": 1.0, "float16": 1.0, "tf32": 0.5}.get(precision)
@@ -109,7 +140,13 @@ def measured_tflops(
     size: int = 1024,  # rows and columns
     spend_s: float = 0.2,  # seconds to measure for; the fastest product counts, so that a busy machine does the least harm
 ) -> float:
-    "TFLOP/s of a square matrix product on the CPU"
+    """TFLOP/s of a square matrix product on the CPU
+
+    Args:
+        dtype: of the product
+        size: rows and columns
+        spend_s: seconds to measure for; the fastest product counts, so that a busy machine does the least harm
+    """
     a = torch.ones(size, size, dtype=dtype)
     b = torch.ones(size, size, dtype=dtype)
     out = torch.mm(a, b)  # the first product sets up the library
@@ -126,7 +163,12 @@ def peak_tflops(
     device: torch.device,  # where the run computes
     precision: str,  # float32, float64, bfloat16, float16 or tf32
 ) -> float | None:
-    "Peak of one device: measured on a CPU, from the datasheet on a known GPU, else None (and the shares of peak are not reported)"
+    """Peak of one device: measured on a CPU, from the datasheet on a known GPU, else None (and the shares of peak are not reported)
+
+    Args:
+        device: where the run computes
+        precision: float32, float64, bfloat16, float16 or tf32
+    """
     if device.type == "cpu":
         return measured_tflops(torch.float32 if precision == "tf32" else getattr(torch, precision))
     if device.type == "cuda":
@@ -139,7 +181,13 @@ def figures_by_type(
     sums: Tensor,  # (3, types) float64: loss, right answers, targets
     prefix: str = "",  # put before every name, "valid_" for instance
 ) -> dict[str, float]:
-    "Means of sums by type, and over all types. Waits for the device that the sums are on"
+    """Means of sums by type, and over all types. Waits for the device that the sums are on
+
+    Args:
+        names: type names
+        sums: (3, types) float64: loss, right answers, targets
+        prefix: put before every name, "valid_" for instance
+    """
     sums = torch.cat([sums.sum(1, keepdim=True), sums], 1)
     mean_loss, accuracy = sums[0] / sums[2], sums[1] / sums[2]
     rows = torch.stack([mean_loss, accuracy, mean_loss.exp(), sums[2]]).tolist()
@@ -152,7 +200,12 @@ def figures_by_type(
 
 
 class TypeMeter:
-    "Sums of loss, right answers and targets by data type, kept on the device until they are read"
+    """Sums of loss, right answers and targets by data type, kept on the device until they are read
+
+    Args:
+        names: type names; a type's id is its place
+        device: where the losses are
+    """
 
     def __init__(
         self,
@@ -169,7 +222,14 @@ class TypeMeter:
         type_ids: Tensor,  # (tokens,) data type of each token
         labels: Tensor,  # (tokens,) IGNORE_INDEX where there is no target
     ) -> None:
-        "Count one micro-batch, without waiting for the device"
+        """Count one micro-batch, without waiting for the device
+
+        Args:
+            token_loss: (tokens,) loss of each token
+            correct: (tokens,) bool: was the most likely token the label?
+            type_ids: (tokens,) data type of each token
+            labels: (tokens,) IGNORE_INDEX where there is no target
+        """
         target = labels != IGNORE_INDEX
         rows = torch.stack([torch.where(target, token_loss.double(), 0.0), (correct & target).double(), target.double()])
         self.sums.index_add_(1, torch.where(target, type_ids, 0).long(), rows.detach())
@@ -179,14 +239,40 @@ class TypeMeter:
         prefix: str = "",  # put before every name, "valid_" for instance
         axis: Axis | None = None,  # ranks that measured other tokens: their sums are added, so all of them must read
     ) -> dict[str, float]:
-        "Figures with keys as `loss/en`, `accuracy/en`, `perplexity/en`, `tokens/en` (targets), and `loss`, … over all types. Waits for the device"
+        """Figures with keys as `loss/en`, `accuracy/en`, `perplexity/en`, `tokens/en` (targets), and `loss`, … over all types. Waits for the device
+
+        Args:
+            prefix: put before every name, "valid_" for instance
+            axis: ranks that measured other tokens: their sums are added, so all of them must read
+        """
         mine = self.sums if axis is None else all_reduce(self.sums, axis, "figures by type")
         return figures_by_type(self.names, mine, prefix)
 
 # %% ../../nbs/observe/01_metrics.ipynb #0b5a3a62
 @dataclass(frozen=True)
 class StepRecord:
-    "One training step in numbers. Counts are over all ranks"
+    """One training step in numbers. Counts are over all ranks
+
+    Args:
+        step: number of the step, from 0
+        loss: mean over all targets of the step
+        grad_norm: global norm before clipping
+        lr: learning rate of the step
+        tokens: tokens of this step, padding left out
+        tgs: tokens per rank and second of this step
+        tflops: TFLOP/s a rank, by the published formula
+        num_consumed_tokens: tokens of all steps so far that were not skipped
+        loss_scale: 1 unless fp16
+        micro_num: micro-batches in the step
+        inf_nan_skip_batches: steps skipped so far for an overflow
+        num_samples_in_batch: documents in the step
+        largest_length: tokens of the longest document in the step
+        largest_batch: most documents in a micro-batch
+        smallest_batch: fewest documents in a micro-batch
+        adam_beta2: second beta at this step
+        fwd_bwd_time: seconds of forward and backward
+        extra: further figures by name; the record's own names win
+    """
 
     step: int  # number of the step, from 0
     loss: float  # mean over all targets of the step
@@ -224,7 +310,12 @@ def log_line(
     record: StepRecord | Mapping[str, float | str | None],  # a step, or its flat form
     skip: Iterable[str] = (),  # keys of the further figures to leave out
 ) -> str:
-    "One line of key=value: the keys of `LOG_KEYS` in their order, then the record's other figures. Six digits of each float"
+    """One line of key=value: the keys of `LOG_KEYS` in their order, then the record's other figures. Six digits of each float
+
+    Args:
+        record: a step, or its flat form
+        skip: keys of the further figures to leave out
+    """
     flat = dict(record.as_dict() if isinstance(record, StepRecord) else record)
     if "tgs" in flat:
         flat[TGS_NAME] = flat.pop("tgs")

@@ -32,7 +32,14 @@ def progress_bar(
     disable: bool | None = None,  # None: shown in a terminal or notebook, not in a log file
     desc: str = "",  # in front of the bar
 ) -> tqdm:
-    "A bar over steps, for the place in which it runs"
+    """A bar over steps, for the place in which it runs
+
+    Args:
+        total: steps of the whole run
+        initial: steps that are done already: a resumed run's bar starts there
+        disable: None: shown in a terminal or notebook, not in a log file
+        desc: in front of the bar
+    """
     if in_notebook():
         from tqdm.auto import tqdm as bar
 
@@ -44,7 +51,12 @@ def progress_line(
     record: Record,  # the newest one
     total_steps: int | None = None,  # steps of the whole run, when known
 ) -> str:
-    "Step, loss, learning rate and throughput for people: figures that are missing are left out"
+    """Step, loss, learning rate and throughput for people: figures that are missing are left out
+
+    Args:
+        record: the newest one
+        total_steps: steps of the whole run, when known
+    """
     parts = [f"step {record['step']}" + (f" of {total_steps}" if total_steps else "")]
     for key, label, form in (("loss", "loss", ".3f"), ("valid_loss", "validation", ".3f"), ("lr", "lr", ".2g"), ("tgs_10", "tokens/rank/s", ",.0f")):
         value = record.get(key)
@@ -74,14 +86,29 @@ def thin(
     records: list[Record],  # in the order of the steps
     most: int,  # how many to keep at most, about
 ) -> list[Record]:
-    "Every second record when there are more than `most`, the newest and those with a validation kept"
+    """Every second record when there are more than `most`, the newest and those with a validation kept
+
+    Args:
+        records: in the order of the steps
+        most: how many to keep at most, about
+    """
     if len(records) <= most:
         return records
     return [r for i, r in enumerate(records) if i % 2 == 0 or i == len(records) - 1 or "valid_loss" in r]
 
 # %% ../../nbs/observe/04_monitor.ipynb #7e9403f2
 class LivePlot(Sink):
-    "The overview plot and a line under it, growing in the notebook's cell; does nothing outside of a notebook"
+    """The overview plot and a line under it, growing in the notebook's cell; does nothing outside of a notebook
+
+    Args:
+        total_steps: steps of the whole run, for the line
+        every_s: seconds between two drawings, at least
+        every_steps: steps between two drawings, at least
+        records: of the part of the run that is done (read_metrics of a resumed run)
+        show: None: in place, in the notebook's cell
+        most: records kept for drawing
+        clock: seconds
+    """
 
     def __init__(
         self,

@@ -21,7 +21,18 @@ from .trackers import TRACKERS, missing_trackers, open_tracker
 # %% ../../nbs/observe/08_outputs.ipynb #62f54623
 @dataclass(frozen=True)
 class Wanted:
-    "What a run says about its outputs"
+    """What a run says about its outputs
+
+    Args:
+        sinks: console, tensorboard, trackio, wandb; jsonl is always written
+        name: of the run
+        total_steps: of the whole run
+        ranks: that share the work
+        every: steps from one line of the terminal to the next; 0: each up to 10, then each 10th
+        keys: lines of key=value pairs
+        progress: may a plot be drawn in a notebook's cell?
+        config: the run's fields, for trackers
+    """
 
     sinks: Sequence[str]  # console, tensorboard, trackio, wandb; jsonl is always written
     name: str  # of the run
@@ -36,7 +47,11 @@ class Wanted:
 def refuse_outputs(
     sinks: Sequence[str],  # as the run names them
 ) -> None:
-    "Raise ValueError for trackers that were asked for and are not installed"
+    """Raise ValueError for trackers that were asked for and are not installed
+
+    Args:
+        sinks: as the run names them
+    """
     if lacking := missing_trackers(tuple(sinks)):
         names = " ".join(lacking)
         raise ValueError(f"--log.sinks {names}: not installed; pip install {names}, or leave it out")
@@ -51,7 +66,19 @@ def open_outputs(
     own: Iterable[Sink],  # the caller's
     say: Say,  # takes remarks
 ) -> Sinks:  # each guarded
-    "Open a run's sinks. TensorBoard is left out, with a word, where it is not installed"
+    """Open a run's sinks. TensorBoard is left out, with a word, where it is not installed
+
+    Args:
+        run_dir: run folder
+        start_step: the step that the run begins or resumes with
+        told: records of steps before this one were written by an earlier start
+        earlier: reads the records of the part that is done
+        own: the caller's
+        say: takes remarks
+
+    Returns:
+        each guarded
+    """
     names, opened = list(dict.fromkeys(wanted.sinks)), []
     own = list(own)
     if in_notebook() and wanted.progress and "console" in names:  # a plot that grows in the cell, instead of lines

@@ -34,7 +34,11 @@ class Picture(Figure):
         self,
         path: Path | str,  # a .png file; its folder is made when missing
     ) -> Path:
-        "Write the PNG atomically"
+        """Write the PNG atomically
+
+        Args:
+            path: a .png file; its folder is made when missing
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, self.png())
@@ -45,7 +49,12 @@ def series(
     records: Iterable[Record],  # records of a run
     key: str,  # name of a figure
 ) -> tuple[list[int], list[float]]:
-    "Steps and values of one figure, where it is there and not null"
+    """Steps and values of one figure, where it is there and not null
+
+    Args:
+        records: records of a run
+        key: name of a figure
+    """
     pairs = [(int(r["step"] or 0), float(v)) for r in records if isinstance(v := r.get(key), (int, float))]
     return [s for s, _ in pairs], [v for _, v in pairs]
 
@@ -54,7 +63,12 @@ def smooth(
     values: Sequence[float],  # in the order of the steps
     span: float,  # steps that the mean looks back, about; 1 or less leaves the values as they are
 ) -> list[float]:
-    "Exponential moving mean without the start's bias"
+    """Exponential moving mean without the start's bias
+
+    Args:
+        values: in the order of the steps
+        span: steps that the mean looks back, about; 1 or less leaves the values as they are
+    """
     keep = 1 - 2 / (span + 1) if span > 1 else 0.0
     total, weight, out = 0.0, 0.0, []
     for value in values:
@@ -80,7 +94,13 @@ def draw_loss(
     records: Sequence[Record],  # of one run
     span: float = 20,  # smoothing, steps
 ) -> None:
-    "Training loss, plain and smoothed, and validation: whole and by type (`valid_loss`, `valid_loss/en`, …)"
+    """Training loss, plain and smoothed, and validation: whole and by type (`valid_loss`, `valid_loss/en`, …)
+
+    Args:
+        ax: where to draw
+        records: of one run
+        span: smoothing, steps
+    """
     steps, values = series(records, "loss")
     if steps:
         ax.plot(steps, values, lw=0.4, alpha=0.4, color="C0")
@@ -96,7 +116,12 @@ def draw_lr(
     ax: Axes,  # where to draw
     records: Sequence[Record],  # of one run
 ) -> None:
-    "Learning rate"
+    """Learning rate
+
+    Args:
+        ax: where to draw
+        records: of one run
+    """
     steps, values = series(records, "lr")
     if steps:
         ax.plot(steps, values, lw=1.2, label="lr")
@@ -107,7 +132,12 @@ def draw_grad_norm(
     ax: Axes,  # where to draw
     records: Sequence[Record],  # of one run
 ) -> None:
-    "Gradient norm before clipping; steps without a finite norm as crosses on the floor"
+    """Gradient norm before clipping; steps without a finite norm as crosses on the floor
+
+    Args:
+        ax: where to draw
+        records: of one run
+    """
     steps, values = series(records, "grad_norm")
     if steps:
         ax.plot(steps, values, lw=0.8, label="before clipping")
@@ -121,7 +151,12 @@ def draw_throughput(
     ax: Axes,  # where to draw
     records: Sequence[Record],  # of one run
 ) -> None:
-    "Tokens per rank and second: last step, windows, whole run"
+    """Tokens per rank and second: last step, windows, whole run
+
+    Args:
+        ax: where to draw
+        records: of one run
+    """
     for key, label, width in (("tgs", "step", 0.4), ("tgs_10", "last 10", 0.9), ("tgs_50", "last 50", 1.2), ("tgs_mean", "run", 1.2)):
         steps, values = series(records, key)
         if steps:
@@ -141,7 +176,11 @@ Run = Path | str | Sequence[Record]  # a run folder, its metrics file, or the re
 def load_run(
     run: Run,  # folder, file or records
 ) -> tuple[list[Record], str]:
-    "Records of training and, for a folder, of validation (evenly chosen ones of a long run), and where they come from in words; a folder without a metrics file has none yet"
+    """Records of training and, for a folder, of validation (evenly chosen ones of a long run), and where they come from in words; a folder without a metrics file has none yet
+
+    Args:
+        run: folder, file or records
+    """
     if not isinstance(run, (str, Path)):
         return list(run), f"{len(run)} records"
     path = Path(run) / METRICS_FILE if Path(run).is_dir() else Path(run)
@@ -154,7 +193,13 @@ def plot_run(
     title: str = "",  # over the four panels
     source: str | None = None,  # said in the corner; None: from the run
 ) -> Picture:
-    "Overview of a run: loss, learning rate, gradient norm, throughput"
+    """Overview of a run: loss, learning rate, gradient norm, throughput
+
+    Args:
+        run: folder, file or records
+        title: over the four panels
+        source: said in the corner; None: from the run
+    """
     records, where = load_run(run)
     fig = Picture(figsize=(7, 4.4), dpi=80, layout="constrained")
     for ax, draw in zip(fig.subplots(2, 2).flat, panels().values()):
@@ -170,7 +215,13 @@ def compare_runs(
     keys: Sequence[str] = ("loss", "tgs"),  # figures to compare, a panel each
     span: float = 20,  # smoothing, steps
 ) -> Picture:
-    "Figures of several runs over each other, smoothed, with the plain values faint behind"
+    """Figures of several runs over each other, smoothed, with the plain values faint behind
+
+    Args:
+        runs: name -> folder, file or records
+        keys: figures to compare, a panel each
+        span: smoothing, steps
+    """
     fig = Picture(figsize=(3.5 * len(keys), 2.5), dpi=80, layout="constrained")
     units = {"loss": "nats per target", "tgs": "tokens / rank / s", "lr": "learning rate", "grad_norm": "global L2 norm", "tflops": "TFLOP/s a rank"}
     loaded = {name: load_run(run)[0] for name, run in runs.items()}
@@ -186,7 +237,11 @@ def compare_runs(
 def save_plots(
     run_dir: Path | str,  # run folder with its metrics.jsonl
 ) -> list[Path]:
-    "Draw `plots/overview.png` and one file a panel, each written atomically; returns the files"
+    """Draw `plots/overview.png` and one file a panel, each written atomically; returns the files
+
+    Args:
+        run_dir: run folder with its metrics.jsonl
+    """
     folder = Path(run_dir) / "plots"
     records, where = load_run(run_dir)
     saved = [plot_run(records, title=Path(run_dir).resolve().name, source=where).save(folder / "overview.png")]

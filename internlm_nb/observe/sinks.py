@@ -33,7 +33,11 @@ class Sink(Protocol):
         self,
         record: Record,  # numbers by name, with the step under `step`
     ) -> None:
-        "One record"
+        """One record
+
+        Args:
+            record: numbers by name, with the step under `step`
+        """
         ...
 
     def text(
@@ -42,7 +46,13 @@ class Sink(Protocol):
         text: str,  # lines
         step: int = 0,  # when
     ) -> None:
-        "A piece of text: the configuration, a sample of the model's writing"
+        """A piece of text: the configuration, a sample of the model's writing
+
+        Args:
+            tag: what it is
+            text: lines
+            step: when
+        """
 
     def figure(
         self,
@@ -50,14 +60,25 @@ class Sink(Protocol):
         figure: Any,  # matplotlib's
         step: int = 0,  # when
     ) -> None:
-        "A matplotlib figure"
+        """A matplotlib figure
+
+        Args:
+            tag: what it shows
+            figure: matplotlib's
+            step: when
+        """
 
     def event(
         self,
         line: str,  # what happened, for people
         step: int = 0,  # when: steps made
     ) -> None:
-        "Something happened between two steps: a checkpoint was written"
+        """Something happened between two steps: a checkpoint was written
+
+        Args:
+            line: what happened, for people
+            step: when: steps made
+        """
 
     def close(self) -> None:
         "Let go of files; called once, at the end"
@@ -70,7 +91,11 @@ VALIDATION_FILE = "validation.jsonl"  # one record a validation, by the number o
 def split_lines(
     raw: bytes,  # content of a jsonl file
 ) -> tuple[list[tuple[bytes, dict]], list[tuple[int, bytes]]]:
-    "(line, record) of each line that is a JSON object with a whole number as `step`, and (line number from 1, line) of each that is not"
+    """(line, record) of each line that is a JSON object with a whole number as `step`, and (line number from 1, line) of each that is not
+
+    Args:
+        raw: content of a jsonl file
+    """
     good, bad = [], []
     for number, line in enumerate(raw.split(b"\n"), 1):
         if not line.strip():
@@ -89,7 +114,11 @@ def split_lines(
 def read_metrics(
     run: Path | str,  # run folder, or the file itself
 ) -> list[dict]:
-    "Records of a run in the order of the file. A torn last line is left out; ValueError names a broken line before it"
+    """Records of a run in the order of the file. A torn last line is left out; ValueError names a broken line before it
+
+    Args:
+        run: run folder, or the file itself
+    """
     path = Path(run)
     path = path / METRICS_FILE if path.is_dir() else path
     raw = path.read_bytes()
@@ -109,7 +138,13 @@ def sample_metrics(
     most: int = 4000,  # records, about
     small: int = SMALL,  # bytes; a file of up to so many is read whole
 ) -> list[dict]:
-    "Records of a run for a picture: all of a small file, evenly chosen ones of a large one, the newest among them"
+    """Records of a run for a picture: all of a small file, evenly chosen ones of a large one, the newest among them
+
+    Args:
+        run: run folder, or the file itself
+        most: records, about
+        small: bytes; a file of up to so many is read whole
+    """
     path = Path(run)
     path = path / METRICS_FILE if path.is_dir() else path
     size = path.stat().st_size
@@ -154,7 +189,13 @@ def keep_before(
     step: int,  # the first step that will be done again
     tail: int = SMALL,  # bytes at the end that are looked at; more where step lies before them
 ) -> int:
-    "Take out records from `step` on and broken lines, into `*.dropped.jsonl` beside; returns how many lines went"
+    """Take out records from `step` on and broken lines, into `*.dropped.jsonl` beside; returns how many lines went
+
+    Args:
+        path: a jsonl file; may be missing
+        step: the first step that will be done again
+        tail: bytes at the end that are looked at; more where step lies before them
+    """
     if not path.exists():
         return 0
     start, raw = _tail(path, step, tail)
@@ -193,7 +234,13 @@ def _append(path: Path, data: bytes) -> None:
 
 # %% ../../nbs/observe/02_sinks.ipynb #0ee869ca
 class JsonlSink(Sink):
-    "`metrics.jsonl` (or another name) in the run folder: a record a line, whole on disk when `write` returns to the operating system, each step once"
+    """`metrics.jsonl` (or another name) in the run folder: a record a line, whole on disk when `write` returns to the operating system, each step once
+
+    Args:
+        run_dir: run folder; made when missing
+        start_step: the step that the run begins or resumes with; older records stay, later ones make room
+        name: of the file
+    """
 
     def __init__(
         self,
@@ -213,12 +260,22 @@ class JsonlSink(Sink):
         self,
         records: Iterable[Record],  # in the order of their steps
     ) -> None:
-        "Append several records, all or none. OSError likewise"
+        """Append several records, all or none. OSError likewise
+
+        Args:
+            records: in the order of their steps
+        """
         _append(self.path, b"".join(to_json(record).encode() + b"\n" for record in records))
 
 # %% ../../nbs/observe/02_sinks.ipynb #40b331e7
 class ConsoleSink(Sink):
-    "The log line of each record, on the terminal or in the cell"
+    """The log line of each record, on the terminal or in the cell
+
+    Args:
+        every: records from one line to the next
+        write: takes a line; tqdm's keeps progress bars in place
+        skip: figures whose names begin so stay in the file
+    """
 
     def __init__(
         self,
@@ -243,7 +300,12 @@ class ConsoleSink(Sink):
 
 # %% ../../nbs/observe/02_sinks.ipynb #5ae49bc9
 class TensorBoardSink(Sink):
-    "Scalars, texts and figures under `tensorboard/` in the run folder. ImportError says what to install"
+    """Scalars, texts and figures under `tensorboard/` in the run folder. ImportError says what to install
+
+    Args:
+        run_dir: run folder
+        start_step: the step that the run begins or resumes with
+    """
 
     def __init__(
         self,
@@ -276,7 +338,11 @@ class TensorBoardSink(Sink):
 
 # %% ../../nbs/observe/02_sinks.ipynb #81586602
 class Sinks(Sink):
-    "Several sinks as one: each gets everything, then the first error is raised"
+    """Several sinks as one: each gets everything, then the first error is raised
+
+    Args:
+        sinks: in the order in which they are served
+    """
 
     def __init__(
         self,
@@ -317,7 +383,15 @@ class Sinks(Sink):
 
 # %% ../../nbs/observe/02_sinks.ipynb #eacbceb1
 class Guarded(Sink):
-    "A sink whose failures cost a remark: it is tried again after a while, and then gets what it has missed"
+    """A sink whose failures cost a remark: it is tried again after a while, and then gets what it has missed
+
+    Args:
+        say: takes remarks
+        first_s: until it is tried again; doubled each time
+        longest_s: at most so long
+        most: calls that are kept for it; older ones are lost
+        clock: seconds
+    """
 
     def __init__(
         self,
@@ -394,7 +468,14 @@ def open_sinks(
     start_step: int = 0,  # the step that the run begins or resumes with
     more: Iterable[Sink] = (),  # own sinks, served after the named ones
 ) -> Sinks:
-    "Open the named sinks on a run. ValueError lists the names there are"
+    """Open the named sinks on a run. ValueError lists the names there are
+
+    Args:
+        names: of "jsonl", "tensorboard", "console"
+        run_dir: run folder
+        start_step: the step that the run begins or resumes with
+        more: own sinks, served after the named ones
+    """
     known: dict[str, Callable[[], Sink]] = {
         "console": lambda: ConsoleSink(),
         "jsonl": lambda: JsonlSink(run_dir, start_step),

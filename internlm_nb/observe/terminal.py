@@ -19,7 +19,11 @@ from .sinks import Record, Sink
 def duration(
     seconds: float,
 ) -> str:  # of about two units
-    "A time for people: 45s, 12m 30s, 5h 02m, 3d 04h"
+    """A time for people: 45s, 12m 30s, 5h 02m, 3d 04h
+
+    Returns:
+        of about two units
+    """
     seconds = round(seconds)
     for unit, name, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if seconds >= unit:
@@ -31,7 +35,14 @@ def number(
     record: Record,
     key: str,  # name of a figure
 ) -> float | None:  # None where it is not there, or no number
-    "A figure of a record"
+    """A figure of a record
+
+    Args:
+        key: name of a figure
+
+    Returns:
+        None where it is not there, or no number
+    """
     value = record.get(key)
     return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
 
@@ -42,7 +53,14 @@ def step_line(
     ranks: int = 1,  # that share the work: tokens per second are those of all
     left_s: float | None = None,  # time that the steps to come will take; None: not known yet
 ) -> str:
-    "Step, loss, gradient norm, rate, speed, share of the peak, wait for data, memory and time to go: what is not known is left out"
+    """Step, loss, gradient norm, rate, speed, share of the peak, wait for data, memory and time to go: what is not known is left out
+
+    Args:
+        record: of a step, as in metrics.jsonl
+        total_steps: of the whole run
+        ranks: that share the work: tokens per second are those of all
+        left_s: time that the steps to come will take; None: not known yet
+    """
     made = int(record["step"] or 0) + 1
     parts = [f"step {made:>{len(str(total_steps))}}/{total_steps}"]
     for key, label, form in (("loss", "loss", ".4f"), ("grad_norm", "norm", ".3g"), ("lr", "lr", ".2e")):
@@ -68,7 +86,11 @@ def step_line(
 def validation_line(
     record: Record,  # of a validation, as in validation.jsonl
 ) -> str:
-    "Loss and perplexity of the held-out set, and the loss of each type"
+    """Loss and perplexity of the held-out set, and the loss of each type
+
+    Args:
+        record: of a validation, as in validation.jsonl
+    """
     loss, perplexity = number(record, "valid_loss"), number(record, "valid_perplexity")
     types = {k.removeprefix("valid_loss/"): number(record, k) for k in record if k.startswith("valid_loss/")}
     by_type = ", ".join(f"{name} {value:.4f}" for name, value in types.items() if value is not None)
@@ -78,7 +100,16 @@ def validation_line(
 
 # %% ../../nbs/observe/06_terminal.ipynb #ccc836e8
 class TerminalSink(Sink):
-    "A line a step on the terminal, or in the cell; validations, checkpoints and texts as lines of their own"
+    """A line a step on the terminal, or in the cell; validations, checkpoints and texts as lines of their own
+
+    Args:
+        total_steps: of the whole run
+        every: steps from one line to the next; 0: every step up to 10, then every 10th
+        ranks: that share the work
+        keys: the line of key=value pairs, without the time
+        write: takes a line; tqdm's keeps progress bars in place
+        clock: seconds since 1970
+    """
 
     def __init__(
         self,
@@ -101,7 +132,11 @@ class TerminalSink(Sink):
         self,
         made: int,  # steps that have been made
     ) -> bool:
-        "Is it this step's turn?"
+        """Is it this step's turn?
+
+        Args:
+            made: steps that have been made
+        """
         rhythm = made <= 10 or made % 10 == 0 if not self.every else made % self.every == 0
         return rhythm or made == self.total_steps or self.first is None
 

@@ -22,7 +22,16 @@ from .terminal import number
 
 # %% ../../nbs/observe/07_trackers.ipynb #d3a0437a
 class TrackerSink(Sink):
-    "Numbers of a run, for a tracker: a module, or an object, with `init`, `log` and `finish`"
+    """Numbers of a run, for a tracker: a module, or an object, with `init`, `log` and `finish`
+
+    Args:
+        tracker: e.g. the module wandb
+        project: what runs are gathered under
+        name: of this run, there
+        config: its fields
+        told: records of steps before this one have been logged already
+        **options: further arguments of `init`
+    """
 
     def __init__(
         self,
@@ -61,14 +70,22 @@ TRACKERS = ("trackio", "wandb")
 def missing_trackers(
     names: tuple[str, ...],  # of sinks
 ) -> list[str]:
-    "Those whose package is not installed"
+    """Those whose package is not installed
+
+    Args:
+        names: of sinks
+    """
     return [name for name in names if name in TRACKERS and importlib.util.find_spec(name) is None]
 
 
 def tracking_id(
     run_dir: Path,  # run folder
 ) -> str:
-    "What tells this run apart from all others, made once and kept in its folder"
+    """What tells this run apart from all others, made once and kept in its folder
+
+    Args:
+        run_dir: run folder
+    """
     path = run_dir / "tracking.json"
     try:
         return str(json.loads(path.read_text(encoding="utf-8"))["id"])
@@ -96,7 +113,16 @@ def open_tracker(
     told: int,  # records of steps before this one have been logged already
     say: Callable[[str], object],  # takes remarks
 ) -> TrackerSink:
-    "A tracker by its name. ImportError where its package is not installed"
+    """A tracker by its name. ImportError where its package is not installed
+
+    Args:
+        name: trackio or wandb
+        project: the run's name
+        run_dir: run folder
+        config: the run's fields
+        told: records of steps before this one have been logged already
+        say: takes remarks
+    """
     key = tracking_id(run_dir)
     shown = f"{run_dir.absolute().name}-{key}"
     options: dict[str, Any] = {"embed": False} if name == "trackio" else {"id": key, "dir": str(run_dir)}

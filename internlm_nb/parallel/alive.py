@@ -51,7 +51,12 @@ def at_work(
     axis: Axis,  # whose ranks may wait for this one
     purpose: str,  # what it does, in words that fit after 'while'
 ) -> Iterator[None]:
-    "Inside the block this rank is known to be alive, however long it takes; those who wait must do so in `wait_for_all`"
+    """Inside the block this rank is known to be alive, however long it takes; those who wait must do so in `wait_for_all`
+
+    Args:
+        axis: whose ranks may wait for this one
+        purpose: what it does, in words that fit after 'while'
+    """
     if axis.size == 1 or axis.backend == "fake":
         yield
         return
@@ -66,7 +71,12 @@ def wait_for_all(
     axis: Axis,  # whose ranks all call this
     purpose: str,  # what they have done, in words that fit after 'while'
 ) -> None:
-    "Come back when all ranks have come. CollectiveTimeout names those who gave no sign of life for as long as a collective may take"
+    """Come back when all ranks have come. CollectiveTimeout names those who gave no sign of life for as long as a collective may take
+
+    Args:
+        axis: whose ranks all call this
+        purpose: what they have done, in words that fit after 'while'
+    """
     if axis.size == 1 or axis.backend == "fake":
         return
     group, progress = axis.key.partition("/")[0], axis.progress

@@ -24,7 +24,13 @@ from .record import Call, Recorder, sent_bytes
 # %% ../../nbs/parallel/03_axis.ipynb #1416c120
 @dataclass
 class Progress:
-    "Where a process is: the step, collectives so far by group, and those launched but not yet waited for. One a mesh, shared by its axes"
+    """Where a process is: the step, collectives so far by group, and those launched but not yet waited for. One a mesh, shared by its axes
+
+    Args:
+        rank: global
+        numbers: name of a group -> its collectives so far, and its messages
+        pending: id of a handle -> its call
+    """
 
     rank: int = 0  # global
     step: int = 0
@@ -34,7 +40,19 @@ class Progress:
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    "A group of ranks and this one's place in it. Made by a mesh alone. An axis of size 1 has no group, and its collectives do nothing"
+    """A group of ranks and this one's place in it. Made by a mesh alone. An axis of size 1 has no group, and its collectives do nothing
+
+    Args:
+        name: tensor, data, ...
+        ranks: global, in order of coordinate
+        coord: this process's position
+        size: len(ranks)
+        group: the process group; None when size is 1
+        backend: gloo, nccl or fake
+        key: by which a compiled graph finds the axis again
+        timeout: seconds after which a collective fails, and a rank at work that shows no life is given up
+        check: compare each collective with those of other ranks before it runs?
+    """
 
     name: str  # tensor, data, ...
     ranks: tuple[int, ...]  # global, in order of coordinate
@@ -60,7 +78,11 @@ _axes: WeakValueDictionary[str, Axis] = WeakValueDictionary()  # part of the ope
 def find_axis(
     key: str,  # of an axis that is alive
 ) -> Axis:
-    "For the operators alone"
+    """For the operators alone
+
+    Args:
+        key: of an axis that is alive
+    """
     return _axes[key]
 
 # %% ../../nbs/parallel/03_axis.ipynb #77f11194
@@ -80,7 +102,17 @@ def begin(
     facts: str = "",  # type, shape and more that must be equal on all ranks: compared in check mode
     rows: tuple[Sequence[int], Sequence[int]] | None = None,  # to each rank and from each, of an uneven exchange: likewise
 ) -> Call:
-    "Number a collective, compare it in check mode (Mismatch), and tell the recorder. Messages between two ranks are counted apart: others of the group may have more or fewer"
+    """Number a collective, compare it in check mode (Mismatch), and tell the recorder. Messages between two ranks are counted apart: others of the group may have more or fewer
+
+    Args:
+        axis: over which
+        op: all_reduce, ...
+        purpose: what for
+        payload_bytes: of the whole
+        sent: bytes that leave this rank; None: by the closed form
+        facts: type, shape and more that must be equal on all ranks: compared in check mode
+        rows: to each rank and from each, of an uneven exchange: likewise
+    """
     progress, group = axis.progress, axis.key.partition("/")[0] + (" messages" if op == "send" else "")
     progress.numbers[group] = number = progress.numbers.get(group, 0) + 1
     call = Call(op, axis.name, purpose, payload_bytes, sent_bytes(op, payload_bytes, axis.size) if sent is None else sent, axis.ranks, progress.step, number)
@@ -105,7 +137,14 @@ def check_messages(
     sends: Sequence[tuple[torch.Tensor, int]],  # with the coordinate each goes to
     receives: Sequence[tuple[torch.Tensor, int]],  # with the coordinate each comes from
 ) -> None:
-    "In check mode: compare messages with what their other end says of them, by their number between the two"
+    """In check mode: compare messages with what their other end says of them, by their number between the two
+
+    Args:
+        axis: over which
+        purpose: what for
+        sends: with the coordinate each goes to
+        receives: with the coordinate each comes from
+    """
     if not axis.check or axis.backend == "fake":
         return
     group, me, numbers = axis.key.partition("/")[0], axis.ranks[axis.coord], axis.progress.numbers
@@ -175,7 +214,12 @@ def listen_for(
     axis: Axis,  # over which
     call: Call,  # what `begin` gave
 ) -> None:
-    "In check mode, for who waits: raise Mismatch when another rank has found one at this collective"
+    """In check mode, for who waits: raise Mismatch when another rank has found one at this collective
+
+    Args:
+        axis: over which
+        call: what `begin` gave
+    """
     group = axis.key.partition("/")[0]
     matching.listen(_store(), f"internlm_nb/check/{group} messages/differs" if call.op == "send" else f"internlm_nb/check/{group}/{call.number}/differs")
 
@@ -185,7 +229,13 @@ def finish(
     axis: Axis,  # over which
     call: Call,  # what `begin` gave
 ) -> None:
-    "Wait for what was launched. On CPU that blocks, so it is done in slices between which signals are heard; a GPU's stream waits by itself"
+    """Wait for what was launched. On CPU that blocks, so it is done in slices between which signals are heard; a GPU's stream waits by itself
+
+    Args:
+        works: what `launch` gave
+        axis: over which
+        call: what `begin` gave
+    """
     posted = False
     for work in works:
         if axis.backend != "gloo":
@@ -221,7 +271,18 @@ def launch(
     *args: Any,  # for `fn`
     **kwargs: Any,  # for `fn`
 ) -> list[Any]:  # works to wait for
-    "Start a collective, under a label when a profiler looks on"
+    """Start a collective, under a label when a profiler looks on
+
+    Args:
+        fn: of torch.distributed
+        axis: over which
+        call: what `begin` gave
+        *args: for `fn`
+        **kwargs: for `fn`
+
+    Returns:
+        works to wait for
+    """
     try:
         if profiler._is_profiler_enabled:
             with profiler.record_function(f"{call.op} {call.axis} {call.purpose}"):

@@ -20,7 +20,16 @@ from .sequence import cut_rows
 # %% ../../nbs/parallel/19_batch.ipynb #e79d07d0
 @dataclass(frozen=True)
 class Batch:
-    "One pack on the device, with what the host knows about it"
+    """One pack on the device, with what the host knows about it
+
+    Args:
+        input_ids: (tokens,) int64
+        labels: (tokens,) int64, IGNORE_INDEX where there is no target
+        indexes: (tokens,) positions in their documents
+        type_ids: (tokens,) data type of each token
+        segments: borders of the documents, on the device and on the host
+        num_targets: labels that are not IGNORE_INDEX
+    """
 
     input_ids: Tensor  # (tokens,) int64
     labels: Tensor  # (tokens,) int64, IGNORE_INDEX where there is no target
@@ -36,7 +45,13 @@ class Batch:
         device: torch.device | str = "cpu",  # where the model is
         mesh: Mesh | None = None,  # whose sequence and context ranks share out the tokens; None: all of them are wanted
     ) -> "Batch":
-        "Copy a pack, or this rank's part of it, to the device"
+        """Copy a pack, or this rank's part of it, to the device
+
+        Args:
+            pack: from the loader, on the host
+            device: where the model is
+            mesh: whose sequence and context ranks share out the tokens; None: all of them are wanted
+        """
         device = torch.device(device)
 
         def put(t: Tensor) -> Tensor:

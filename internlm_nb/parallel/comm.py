@@ -108,7 +108,15 @@ def all_reduce(
     op: str = "sum",  # sum, avg, max or min
     dtype: torch.dtype | None = None,  # in which to add; None: that of x. bf16 rounds at every hop, so sums of gradients want float32
 ) -> Tensor:
-    "Every rank gets the reduction of all; `x` stays as it is"
+    """Every rank gets the reduction of all; `x` stays as it is
+
+    Args:
+        x: the same shape and dtype on every rank
+        axis: over which
+        purpose: what for
+        op: sum, avg, max or min
+        dtype: in which to add; None: that of x. bf16 rounds at every hop, so sums of gradients want float32
+    """
     if axis.size == 1:
         return x
     _no_gradient(x, "all_reduce")
@@ -123,7 +131,17 @@ def all_reduce_(
     purpose: str,  # what for
     op: str = "sum",  # sum, avg, max or min
 ) -> Tensor:  # `x`
-    "All-reduce in place"
+    """All-reduce in place
+
+    Args:
+        x: contiguous; written
+        axis: over which
+        purpose: what for
+        op: sum, avg, max or min
+
+    Returns:
+        `x`
+    """
     if axis.size > 1:
         _no_gradient(x, "all_reduce_")
         torch.ops.internlm_nb.all_reduce_(x, axis.key, purpose, op, _eager())
@@ -137,7 +155,17 @@ def all_gather(
     purpose: str,  # what for
     dim: int = 0,  # along which the parts lie one after another
 ) -> Tensor:  # the whole
-    "Every rank gets all parts, in order of coordinate"
+    """Every rank gets all parts, in order of coordinate
+
+    Args:
+        x: this rank's part, the same shape on every rank
+        axis: over which
+        purpose: what for
+        dim: along which the parts lie one after another
+
+    Returns:
+        the whole
+    """
     if axis.size == 1:
         return x
     _no_gradient(x, "all_gather")
@@ -153,7 +181,19 @@ def reduce_scatter(
     op: str = "sum",  # sum, avg, max or min
     dtype: torch.dtype | None = None,  # in which to add; None: that of x
 ) -> Tensor:  # this rank's part
-    "Every rank gets its part of the reduction of all. Raises ValueError when dim is not divisible"
+    """Every rank gets its part of the reduction of all. Raises ValueError when dim is not divisible
+
+    Args:
+        x: the whole, the same shape on every rank
+        axis: over which
+        purpose: what for
+        dim: that is cut, one part a rank; divisible by the axis
+        op: sum, avg, max or min
+        dtype: in which to add; None: that of x
+
+    Returns:
+        this rank's part
+    """
     if axis.size == 1:
         return x
     _no_gradient(x, "reduce_scatter")
@@ -184,7 +224,18 @@ def all_to_all(
     send: Sequence[int] | None = None,  # rows for each coordinate; None: equal
     receive: Sequence[int] | None = None,  # rows from each; None: equal
 ) -> Tensor:  # rows from coordinate 0, then 1, ...
-    "Exchange rows, each rank with each. Backward: the same with the sizes swapped"
+    """Exchange rows, each rank with each. Backward: the same with the sizes swapped
+
+    Args:
+        x: rows for coordinate 0, then 1, ...
+        axis: over which
+        purpose: what for
+        send: rows for each coordinate; None: equal
+        receive: rows from each; None: equal
+
+    Returns:
+        rows from coordinate 0, then 1, ...
+    """
     return x if axis.size == 1 else _AllToAll.apply(x, axis, purpose, send, receive)  # type: ignore[return-value]
 
 
@@ -193,7 +244,16 @@ def part(
     axis: Axis,  # over which it is cut
     dim: int = 0,  # to cut; divisible by the axis
 ) -> Tensor:  # contiguous
-    "This rank's part of a tensor that all have: no exchange. Raises ValueError when dim is not divisible"
+    """This rank's part of a tensor that all have: no exchange. Raises ValueError when dim is not divisible
+
+    Args:
+        x: the same on every rank
+        axis: over which it is cut
+        dim: to cut; divisible by the axis
+
+    Returns:
+        contiguous
+    """
     rows = _rows(x, axis, dim)
     return x.narrow(dim, axis.coord * rows, rows).contiguous()
 
@@ -204,7 +264,17 @@ def broadcast(
     purpose: str,  # what for
     source: int = 0,  # coordinate whose values all get
 ) -> Tensor:  # `x`
-    "Copy one rank's tensor into everybody's, in place; for starting up, not for a compiled step"
+    """Copy one rank's tensor into everybody's, in place; for starting up, not for a compiled step
+
+    Args:
+        x: contiguous, the same shape and dtype on every rank; written on all but the source
+        axis: over which
+        purpose: what for
+        source: coordinate whose values all get
+
+    Returns:
+        `x`
+    """
     if axis.size > 1:
         call = begin(axis, "broadcast", purpose, x.numel() * x.element_size(), facts=_facts(axis, x, f"from {source}"))
         finish(launch(dist.broadcast, axis, call, x, axis.ranks[source], group=axis.group, async_op=True), axis, call)
@@ -215,7 +285,12 @@ def barrier(
     axis: Axis,  # over which
     purpose: str,  # what for
 ) -> None:
-    "Come back when every rank has come; the host waits for it on a GPU too"
+    """Come back when every rank has come; the host waits for it on a GPU too
+
+    Args:
+        axis: over which
+        purpose: what for
+    """
     agree(0, axis, purpose)
 
 
@@ -225,7 +300,17 @@ def agree(
     purpose: str,  # what for
     op: str = "max",  # max, min or sum
 ) -> float:  # the same on every rank, of the value's type
-    "Reduce one number of the host: stop now? how many tokens? The host waits, so never inside a step"
+    """Reduce one number of the host: stop now? how many tokens? The host waits, so never inside a step
+
+    Args:
+        value: this rank's
+        axis: over which
+        purpose: what for
+        op: max, min or sum
+
+    Returns:
+        the same on every rank, of the value's type
+    """
     if axis.size == 1:
         return value
     whole = isinstance(value, int)

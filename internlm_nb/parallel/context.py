@@ -106,7 +106,20 @@ def ring_attention(
     segments: LocalSegments,  # from `cut_rows`
     backend: str = "auto",  # of `attend`
 ) -> Tensor:  # (tokens of the context rank, heads, head_dim)
-    "Causal attention within each document of a pack that is cut over an axis"
+    """Causal attention within each document of a pack that is cut over an axis
+
+    Args:
+        attend: (q, k, v, segments, backend): attention of documents that are whole
+        axis: the context axis
+        q: (tokens of the context rank, heads, head_dim)
+        k: (tokens of the context rank, kv_heads, head_dim)
+        v: (tokens of the context rank, kv_heads, head_dim)
+        segments: from `cut_rows`
+        backend: of `attend`
+
+    Returns:
+        (tokens of the context rank, heads, head_dim)
+    """
     ring, scale = segments.ring, q.shape[-1] ** -0.5
     if ring is None or axis.size == 1:
         return attend(q, k, v, segments.shard, backend=backend)
@@ -133,6 +146,10 @@ def sequence_parallel(
     """Let a model run on the rows and segments of `cut_rows`; with both axes of size 1 nothing changes. Raises ValueError that names the heads which do not fit
 
     Jacobs et al. 2023 (Ulysses), Liu et al. 2023 (ring attention); both together as in Fang and Zhao 2024.
+
+    Args:
+        model: a Transformer, or a stage of one; changed in place
+        mesh: this rank's place. All ranks call
     """
     sequence, context, layout = mesh.axis("sequence"), mesh.axis("context"), mesh.layout
     if sequence.size == context.size == 1:
@@ -153,7 +170,19 @@ def context_bytes(
     itemsize: int = 2,  # bytes of an activation: 2 for bf16
     recomputed: int = 0,  # blocks that are recomputed, fully or selectively
 ) -> dict[str, Count]:  # by purpose; of one pack, forward and backward together
-    "What one rank sends over the context axis, in closed form"
+    """What one rank sends over the context axis, in closed form
+
+    Args:
+        cfg: architecture
+        lengths: tokens of each document of one pack
+        layout: sizes of the axes
+        coords: of the rank
+        itemsize: bytes of an activation: 2 for bf16
+        recomputed: blocks that are recomputed, fully or selectively
+
+    Returns:
+        by purpose; of one pack, forward and backward together
+    """
     ring = ring_of(lengths, layout, coords.context)
     hops = [hop for hop in ring.hops if hop.receive or hop.send[1]] if ring else []
     row = 2 * max(cfg.num_kv_heads // layout.tensor // layout.sequence, 1) * cfg.head_dim

@@ -28,7 +28,15 @@ def regroup(
     received: Tensor,  # (ranks, experts) int64, rows by sender and by this rank's expert
     rows: int,  # their sum
 ) -> Tensor:  # (rows,) int64
-    "Where each row goes when those that came sender by sender are to lie expert by expert"
+    """Where each row goes when those that came sender by sender are to lie expert by expert
+
+    Args:
+        received: (ranks, experts) int64, rows by sender and by this rank's expert
+        rows: their sum
+
+    Returns:
+        (rows,) int64
+    """
     ranks, experts = received.shape
     begins = received.T.flatten().cumsum(0).view(experts, ranks).T - received  # of each (sender, expert) among rows by expert
     came = received.flatten()
@@ -37,7 +45,12 @@ def regroup(
 
 # %% ../../nbs/parallel/16_expert.ipynb #a9d49873
 class SplitExperts(Experts):
-    "A share of the experts, for the tokens of all ranks of the axis: rows go to where their expert lives, and come back"
+    """A share of the experts, for the tokens of all ranks of the axis: rows go to where their expert lives, and come back
+
+    Args:
+        old: whose parameters, cut already, it takes over
+        axis: the expert axis
+    """
 
     def __init__(
         self,
@@ -52,18 +65,34 @@ class SplitExperts(Experts):
         x: Tensor,  # (rows, hidden), expert after expert, of all experts
         sizes: Tensor | int,  # rows of each expert; one number: the same on every rank
     ) -> Tensor:  # (rows, hidden)
-        "Dispatch, compute, combine. With equal sizes nothing waits; otherwise the host reads how many rows go where, and waits for the device"
+        """Dispatch, compute, combine. With equal sizes nothing waits; otherwise the host reads how many rows go where, and waits for the device
+
+        Args:
+            x: (rows, hidden), expert after expert, of all experts
+            sizes: rows of each expert; one number: the same on every rank
+
+        Returns:
+            (rows, hidden)
+        """
         return self.even(x, sizes) if isinstance(sizes, int) else self.uneven(x, sizes)
 
     def even(self, x: Tensor, slots: int) -> Tensor:  # (experts * slots, hidden), likewise out
-        "Equally many rows for each expert"
+        """Equally many rows for each expert
+
+        Returns:
+            (experts * slots, hidden), likewise out
+        """
         ranks, here = self.axis.size, self.w1.shape[0]
         came = all_to_all(x, self.axis, "dispatch").view(ranks, here, slots, -1)
         out = Experts.forward(self, came.transpose(0, 1).reshape(ranks * here * slots, -1), ranks * slots)
         return all_to_all(out.view(here, ranks, slots, -1).transpose(0, 1).reshape(ranks * here * slots, -1), self.axis, "combine")
 
     def uneven(self, x: Tensor, counts: Tensor) -> Tensor:  # (rows, hidden), likewise out
-        "As many rows as chose it for each expert"
+        """As many rows as chose it for each expert
+
+        Returns:
+            (rows, hidden), likewise out
+        """
         ranks, here = self.axis.size, self.w1.shape[0]
         received = all_to_all(counts, self.axis, "expert counts").view(ranks, here)
         send, receive = host_sizes(torch.stack((counts.view(ranks, here).sum(1), received.sum(1))), x.shape[0])
@@ -89,7 +118,14 @@ class _Share(torch.autograd.Function):
 
 
 class SplitMixture(MixtureOfExperts):
-    "Experts cut over ranks: channels over tensor, experts over expert; the gate is whole everywhere, and counts are those of the whole pack"
+    """Experts cut over ranks: channels over tensor, experts over expert; the gate is whole everywhere, and counts are those of the whole pack
+
+    Args:
+        old: whose parameters, cut already, it takes over
+        tensor: over which channels are cut; None: they are not
+        mode: how activations lie between blocks
+        pack: over which packs are cut: sequence, context
+    """
 
     def __init__(
         self,
@@ -110,7 +146,12 @@ class SplitMixture(MixtureOfExperts):
         x: Tensor,  # (tokens, hidden), in msp and fsp this rank's (tokens / size, hidden); likewise out
         positions: Positions | None = None,  # of the tokens that all tensor ranks have together
     ) -> Tensor:
-        "One exchange over tensor in, one out; in between each rank's channels of the experts say something of all tokens. fsp keeps what msp keeps: the experts have copies of the tokens anyway"
+        """One exchange over tensor in, one out; in between each rank's channels of the experts say something of all tokens. fsp keeps what msp keeps: the experts have copies of the tokens anyway
+
+        Args:
+            x: (tokens, hidden), in msp and fsp this rank's (tokens / size, hidden); likewise out
+            positions: of the tokens that all tensor ranks have together
+        """
         if self.tensor is None:
             return super().forward(x, positions)
         x = (copy_to if self.mode == "mtp" else gather_from_sequence)(x, self.tensor, "ffn in")
@@ -148,6 +189,14 @@ def expert_parallel(
     """Give each rank of the expert axis its share of every block's experts. Raises ValueError when they cannot be shared out evenly. A model without experts stays as it is
 
     GShard (Lepikhin et al. 2020), section 3.
+
+    Args:
+        model: a Transformer, cut over tensor already where that is wanted, best on the meta device; changed in place
+        mesh: with the axes expert, sequence, context
+        placements: of every parameter, as they are so far
+
+    Returns:
+        as they are now
     """
     cfg: ModelConfig = model.cfg  # type: ignore[assignment]
     axis, pack = mesh.axis("expert"), (mesh.axis("sequence"), mesh.axis("context"))
@@ -183,7 +232,22 @@ def dispatch_bytes(
     counts: bool = True,  # are they uneven, so that numbers travel too?
     blocks: int = 1,  # that these rows are of
 ) -> dict[str, Count]:  # by purpose
-    "What one rank sends over the expert axis for one pack, forward and backward"
+    """What one rank sends over the expert axis for one pack, forward and backward
+
+    Args:
+        cfg: architecture
+        rows: that this rank sends off in one block: tokens of its pack times experts_per_token, or all slots
+        away: of them, those whose expert is on another rank
+        size: expert ranks
+        itemsize: bytes of an activation: 2 for bf16
+        back: rows that came, and of them those from other ranks; None: as many as were sent
+        recomputed: of the blocks
+        counts: are they uneven, so that numbers travel too?
+        blocks: that these rows are of
+
+    Returns:
+        by purpose
+    """
     width, (came, far) = cfg.hidden_size * itemsize, (rows, away) if back is None else back
     sent, returned = (rows * width, away * width), (came * width, far * width)
     numbers, ahead = (8 * cfg.num_experts, 8 * cfg.num_experts * (size - 1) // size), blocks + recomputed
@@ -197,5 +261,14 @@ def slot_rows(
     tokens: int,  # of a pack, on this rank
     parts: int = 1,  # ranks that have parts of one pack
 ) -> int:  # rows
-    "Rows that leave for the experts with a capacity, of every block: the same whatever the gate says"
+    """Rows that leave for the experts with a capacity, of every block: the same whatever the gate says
+
+    Args:
+        cfg: with a capacity factor above 0
+        tokens: of a pack, on this rank
+        parts: ranks that have parts of one pack
+
+    Returns:
+        rows
+    """
     return cfg.num_experts * min(tokens, capacity_of(cfg, tokens * parts))

@@ -34,7 +34,11 @@ class WeightQueue:
         self,
         key: Hashable,  # under which `run` will find them
     ) -> Iterator[None]:
-        "Backward passes inside put their weight gradients off. Raises RuntimeError for a key that waits already"
+        """Backward passes inside put their weight gradients off. Raises RuntimeError for a key that waits already
+
+        Args:
+            key: under which `run` will find them
+        """
         if key in self.waiting or self._open is not None:
             raise RuntimeError(f"weight gradients of {key if key in self.waiting else self._open} are still waiting: call run first")
         self.waiting[key], self._open = [], key
@@ -47,7 +51,11 @@ class WeightQueue:
         self,
         start: Callable[[], Finish],  # launches what must travel, and returns what computes
     ) -> None:
-        "Leave a gradient for later, from inside a backward pass; where nobody collects it is computed at once"
+        """Leave a gradient for later, from inside a backward pass; where nobody collects it is computed at once
+
+        Args:
+            start: launches what must travel, and returns what computes
+        """
         if self._open is None:
             self._compute([start])
         else:
@@ -57,7 +65,11 @@ class WeightQueue:
         self,
         key: Hashable,  # as it was collected
     ) -> None:
-        "Compute what was put off, in the order in which it came, and add it to the weights' gradients"
+        """Compute what was put off, in the order in which it came, and add it to the weights' gradients
+
+        Args:
+            key: as it was collected
+        """
         self._compute(self.waiting.pop(key)[::-1])
 
     @torch.no_grad()
@@ -95,7 +107,17 @@ def linear_in_halves(
     bias: Tensor | None,  # (out,)
     queue: WeightQueue | None,  # None: a plain product
 ) -> Tensor:  # (tokens, out)
-    "A product whose weight gradient goes to the queue"
+    """A product whose weight gradient goes to the queue
+
+    Args:
+        x: (tokens, in)
+        weight: (out, in), a parameter
+        bias: (out,)
+        queue: None: a plain product
+
+    Returns:
+        (tokens, out)
+    """
     if queue is None or not weight.requires_grad or not torch.is_grad_enabled():
         return thin_linear(x, weight, bias)
     return _Halves.apply(with_grad(x), weight.detach(), bias, (queue, (weight,)))  # type: ignore[return-value]
@@ -104,12 +126,20 @@ def linear_in_halves(
 def with_grad(
     x: Tensor,  # input of a product in halves
 ) -> Tensor:
-    "The same, with a gradient: the weight has no edge in the graph through which backward would come"
+    """The same, with a gradient: the weight has no edge in the graph through which backward would come
+
+    Args:
+        x: input of a product in halves
+    """
     return x if x.requires_grad else x.detach().requires_grad_()
 
 
 class LaterLinear(nn.Module):
-    "A linear map whose weight gradient may wait"
+    """A linear map whose weight gradient may wait
+
+    Args:
+        old: whose parameters it takes over
+    """
 
     def __init__(
         self,
@@ -120,5 +150,9 @@ class LaterLinear(nn.Module):
         self.weight, self.bias, self.queue = old.weight, old.bias, queue
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, in) -> (tokens, out)
-        "See `linear_in_halves`"
+        """See `linear_in_halves`
+
+        Returns:
+            (tokens, in) -> (tokens, out)
+        """
         return linear_in_halves(x, self.weight, self.bias, self.queue)

@@ -56,7 +56,11 @@ def _into(
     x: Tensor,
     out: Tensor | None,  # None: a new tensor
 ) -> Tensor:
-    "What a collective over one rank does: nothing, or a copy where a buffer was given"
+    """What a collective over one rank does: nothing, or a copy where a buffer was given
+
+    Args:
+        out: None: a new tensor
+    """
     return x if out is None or out is x else out.copy_(x)
 
 
@@ -78,7 +82,17 @@ def start_all_reduce(
     purpose: str,  # what for
     op: str = "sum",  # sum, avg, max or min
 ) -> Handle:  # of `x`
-    "Launch an all-reduce in place"
+    """Launch an all-reduce in place
+
+    Args:
+        x: contiguous; reduced in place
+        axis: over which
+        purpose: what for
+        op: sum, avg, max or min
+
+    Returns:
+        of `x`
+    """
     if axis.size == 1:
         return Handle([], x, axis, None)
     call = begin(axis, "all_reduce", purpose, x.numel() * x.element_size(), facts=_facts(axis, x, op))
@@ -91,7 +105,17 @@ def start_all_gather(
     purpose: str,  # what for
     out: Tensor | None = None,  # where to put the whole: size times as many rows
 ) -> Handle:  # of the whole, along dim 0
-    "Launch an all-gather along dim 0"
+    """Launch an all-gather along dim 0
+
+    Args:
+        x: contiguous, this rank's part
+        axis: over which
+        purpose: what for
+        out: where to put the whole: size times as many rows
+
+    Returns:
+        of the whole, along dim 0
+    """
     if axis.size == 1:
         return Handle([], _into(x, out), axis, None)
     out = x.new_empty((x.shape[0] * axis.size, *x.shape[1:])) if out is None else out
@@ -106,7 +130,18 @@ def start_reduce_scatter(
     op: str = "sum",  # sum, avg, max or min
     out: Tensor | None = None,  # where to put this rank's part
 ) -> Handle:  # of this rank's part of the reduced whole, along dim 0
-    "Launch a reduce-scatter along dim 0"
+    """Launch a reduce-scatter along dim 0
+
+    Args:
+        x: contiguous, the whole; its rows divisible by the axis
+        axis: over which
+        purpose: what for
+        op: sum, avg, max or min
+        out: where to put this rank's part
+
+    Returns:
+        of this rank's part of the reduced whole, along dim 0
+    """
     if axis.size == 1:
         return Handle([], _into(x, out), axis, None)
     out = x.new_empty((_rows(x, axis), *x.shape[1:])) if out is None else out
@@ -121,7 +156,18 @@ def start_all_to_all(
     send: Sequence[int] | None = None,  # rows for each coordinate; None: equal
     receive: Sequence[int] | None = None,  # rows from each; None: equal
 ) -> Handle:  # of rows from coordinate 0, then 1, ...
-    "Launch an exchange of rows, each rank with each"
+    """Launch an exchange of rows, each rank with each
+
+    Args:
+        x: contiguous; rows for coordinate 0, then 1, ...
+        axis: over which
+        purpose: what for
+        send: rows for each coordinate; None: equal
+        receive: rows from each; None: equal
+
+    Returns:
+        of rows from coordinate 0, then 1, ...
+    """
     if axis.size == 1:
         return Handle([], x, axis, None)
     if (send is None) != (receive is None):
@@ -147,7 +193,17 @@ def start_send_receive(
     axis: Axis,  # over which
     purpose: str,  # what for
 ) -> Handle:  # of the buffers, in order
-    "Launch messages between two ranks at a time, all in one batch. A buffer larger than its message keeps old bytes: sizes must be known"
+    """Launch messages between two ranks at a time, all in one batch. A buffer larger than its message keeps old bytes: sizes must be known
+
+    Args:
+        sends: (contiguous tensor, coordinate it goes to)
+        receives: (buffer of exactly its size, coordinate it comes from)
+        axis: over which
+        purpose: what for
+
+    Returns:
+        of the buffers, in order
+    """
     buffers = [buffer for buffer, _ in receives]
     if not sends and not receives:
         return Handle([], buffers, axis, None)

@@ -36,7 +36,17 @@ Members = tuple[tuple[int, ...], ...]  # groups of global ranks, each ascending,
 
 @dataclass(frozen=True)
 class Layout:
-    "Sizes of all axes. Rank order, inner to outer: tensor, sequence, context, data, pipeline. Raises ValueError that names the sizes which do not fit"
+    """Sizes of all axes. Rank order, inner to outer: tensor, sequence, context, data, pipeline. Raises ValueError that names the sizes which do not fit
+
+    Args:
+        world: number of ranks
+        tensor: Megatron tensor parallelism: ranks that split every matrix
+        sequence: Ulysses: ranks that split a pack's tokens, and its heads inside attention
+        context: ring attention: ranks that split a pack's tokens, in zigzag
+        pipeline: ranks that split the layers
+        expert: consecutive ranks of data that split the experts
+        mode: of tensor parallelism
+    """
 
     world: int  # number of ranks
     tensor: int = 1  # Megatron tensor parallelism: ranks that split every matrix
@@ -77,7 +87,11 @@ class Layout:
         self,
         rank: int,  # global
     ) -> Coords:
-        "Position of a rank on each axis; raises ValueError outside of the world"
+        """Position of a rank on each axis; raises ValueError outside of the world
+
+        Args:
+            rank: global
+        """
         require(0 <= rank < self.world, f"rank {rank} is not in a world of {self.world}: ranks count from 0")
         out = []
         for size in self._sizes:
@@ -89,7 +103,11 @@ class Layout:
         self,
         coords: Coords,  # a position on each axis
     ) -> int:
-        "The rank at a position; raises ValueError outside of an axis"
+        """The rank at a position; raises ValueError outside of an axis
+
+        Args:
+            coords: a position on each axis
+        """
         rank = 0
         for name, at, size in reversed(list(zip(Coords._fields, coords, self._sizes))):
             require(0 <= at < size, f"{name} coordinate {at} is not in 0..{size - 1}")
@@ -100,7 +118,11 @@ class Layout:
         self,
         axis: str,  # one of `axis_names()`
     ) -> Members:
-        "All groups of an axis; every rank is in exactly one. Raises ValueError for an unknown axis"
+        """All groups of an axis; every rank is in exactly one. Raises ValueError for an unknown axis
+
+        Args:
+            axis: one of `axis_names()`
+        """
         within = _offsets(self, _free(axis), True)
         return tuple(tuple(first + o for o in within) for first in _offsets(self, _free(axis), False))
 
@@ -109,7 +131,12 @@ class Layout:
         axis: str,  # one of `axis_names()`
         rank: int,  # global
     ) -> tuple[int, ...]:
-        "The group of an axis that a rank is in"
+        """The group of an axis that a rank is in
+
+        Args:
+            axis: one of `axis_names()`
+            rank: global
+        """
         self.coords(rank)  # is there such a rank?
         free, first = _free(axis), rank
         for name, values in _digits(self).items():
@@ -124,7 +151,17 @@ class Layout:
         optim: int,  # o: likewise optimizer states
         expert: bool = False,  # of expert weights, which fewer ranks share?
     ) -> dict[str, Members]:  # param, grad, optim, copies
-        "Groups of Hybrid ZeRO: blocks of p; g/p such blocks; o/g of those; Z/o copies. Raises ValueError unless p | g | o | Z"
+        """Groups of Hybrid ZeRO: blocks of p; g/p such blocks; o/g of those; Z/o copies. Raises ValueError unless p | g | o | Z
+
+        Args:
+            param: p: ranks over which parameters are sharded
+            grad: g: likewise gradients
+            optim: o: likewise optimizer states
+            expert: of expert weights, which fewer ranks share?
+
+        Returns:
+            param, grad, optim, copies
+        """
         return _nested(self, param, grad, optim, expert)
 
 # %% ../../nbs/parallel/01_layout.ipynb #43f21984
@@ -189,7 +226,16 @@ def check(
     micro_num: int | None = None,  # packs in a step, over all data ranks; None: not known yet
     chunks: int = 1,  # pieces of the model on each pipeline rank; how many packs these need is the schedule's business
 ) -> None:
-    "Raise ValueError that names the sizes, and what to write, when the model or the batch does not fit the layout"
+    """Raise ValueError that names the sizes, and what to write, when the model or the batch does not fit the layout
+
+    Args:
+        layout: sizes of axes
+        model: sizes of the model
+        seq_len: tokens of one sequence
+        micro_bsz: sequences in a pack
+        micro_num: packs in a step, over all data ranks; None: not known yet
+        chunks: pieces of the model on each pipeline rank; how many packs these need is the schedule's business
+    """
     t, s, c, n = layout.tensor, layout.sequence, layout.context, layout.pipeline
     for name, size in (("num_heads", model.num_heads), ("ffn_size", model.ffn_size), ("hidden_size", model.hidden_size), ("vocab_size", model.vocab_size)):
         require(size % t == 0, f"{name} {size} is not divisible by tensor {t}: choose a tensor size that divides it, or pad {name}")
@@ -229,7 +275,13 @@ def plot_layout(
     axis: str = "tensor",  # whose groups to colour: one of `axis_names()`
     node: int = 8,  # ranks in a node, one row
 ) -> "Figure":
-    "Who sits where: a square per rank, a row per node, coloured by the group of an axis; pipeline stages are labelled"
+    """Who sits where: a square per rank, a row per node, coloured by the group of an axis; pipeline stages are labelled
+
+    Args:
+        layout: at most a few hundred ranks, or the numbers get small
+        axis: whose groups to colour: one of `axis_names()`
+        node: ranks in a node, one row
+    """
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
 

@@ -28,7 +28,17 @@ def later(
     axis: Axis,  # over which
     purpose: str,  # what for
 ) -> Callable[[], Tensor]:  # waits, and gives the result
-    "Launch an exchange whose result is wanted later"
+    """Launch an exchange whose result is wanted later
+
+    Args:
+        op: all_gather, all_reduce or reduce_scatter, along dim 0
+        x: contiguous; an all-reduce may write it
+        axis: over which
+        purpose: what for
+
+    Returns:
+        waits, and gives the result
+    """
     if torch.compiler.is_compiling():
         done = {"all_gather": all_gather, "all_reduce": all_reduce, "reduce_scatter": reduce_scatter}[op](x, axis, purpose)
         return lambda: done
@@ -88,7 +98,20 @@ def column(
     purpose: str,  # what for
     queue: WeightQueue | None = None,  # takes the weights' gradients
 ) -> tuple[Tensor, ...]:  # (tokens, out / size), one a weight
-    "Products with matrices that are cut by their output, which share one exchange"
+    """Products with matrices that are cut by their output, which share one exchange
+
+    Args:
+        x: (tokens, in), or in msp and fsp this rank's (tokens / size, in)
+        weights: this rank's rows, (out / size, in) each
+        biases: this rank's part, (out / size,) each
+        axis: the tensor axis
+        mode: how activations lie between blocks
+        purpose: what for
+        queue: takes the weights' gradients
+
+    Returns:
+        (tokens, out / size), one a weight
+    """
     if torch.is_grad_enabled():
         if queue is None or not any(w.requires_grad for w in weights):
             return _Column.apply(x, axis, mode, purpose, None, len(weights), *weights, *biases)  # type: ignore[return-value]
@@ -106,13 +129,33 @@ def row(
     purpose: str,  # what for
     queue: WeightQueue | None = None,  # takes the weight's gradient
 ) -> Tensor:  # (tokens, out), or in msp and fsp this rank's (tokens / size, out)
-    "Product with a matrix that is cut by its input, summed over the ranks"
+    """Product with a matrix that is cut by its input, summed over the ranks
+
+    Args:
+        x: (tokens, in / size)
+        weight: this rank's columns, (out, in / size)
+        bias: (out,), the same on every rank
+        axis: the tensor axis
+        mode: how activations lie between blocks
+        purpose: what for
+        queue: takes the weight's gradient
+
+    Returns:
+        (tokens, out), or in msp and fsp this rank's (tokens / size, out)
+    """
     out = (reduce_from if mode == "mtp" else scatter_to_sequence)(linear_in_halves(x, weight, None, queue), axis, purpose)
     return out if bias is None else out + bias
 
 # %% ../../nbs/parallel/14_linear.ipynb #4b8a5f3b
 class ColumnLinear(nn.Module):
-    "A linear map cut by its output"
+    """A linear map cut by its output
+
+    Args:
+        old: whose parameters, cut already, it takes over
+        axis: the tensor axis
+        mode: how activations lie between blocks
+        purpose: what for
+    """
 
     def __init__(
         self,
@@ -127,7 +170,11 @@ class ColumnLinear(nn.Module):
         self.queue: WeightQueue | None = None  # set from outside, where backward comes in halves
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, in) or a part -> (tokens, out / size)
-        "See `column`"
+        """See `column`
+
+        Returns:
+            (tokens, in) or a part -> (tokens, out / size)
+        """
         return column(x, (self.weight,), (self.bias,), self.axis, self.mode, self.purpose, self.queue)[0]
 
     def extra_repr(self) -> str:
@@ -138,12 +185,22 @@ class RowLinear(ColumnLinear):
     "A linear map cut by its input"
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, in / size) -> (tokens, out) or a part
-        "See `row`"
+        """See `row`
+
+        Returns:
+            (tokens, in / size) -> (tokens, out) or a part
+        """
         return row(x, self.weight, self.bias, self.axis, self.mode, self.purpose, self.queue)
 
 
 class SplitFeedForward(nn.Module):
-    "SwiGLU with a share of the channels: `w1` and `w3` cut by their output, `w2` by its input"
+    """SwiGLU with a share of the channels: `w1` and `w3` cut by their output, `w2` by its input
+
+    Args:
+        old: a FeedForward whose parameters, cut already, it takes over
+        axis: the tensor axis
+        mode: how activations lie between blocks
+    """
 
     def __init__(
         self,
@@ -157,6 +214,10 @@ class SplitFeedForward(nn.Module):
         self.queue: WeightQueue | None = None  # set from outside, where backward comes in halves
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden), or a part of the tokens; likewise out
-        "The gated product: one exchange in, one out"
+        """The gated product: one exchange in, one out
+
+        Returns:
+            (tokens, hidden), or a part of the tokens; likewise out
+        """
         gate, up = column(x, (self.w1.weight, self.w3.weight), (None, None), self.axis, self.mode, "ffn in", self.queue)  # type: ignore[arg-type]
         return row(F.silu(gate) * up, self.w2.weight, None, self.axis, self.mode, "ffn out", self.queue)  # type: ignore[arg-type]

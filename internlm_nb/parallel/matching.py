@@ -23,7 +23,16 @@ def say(
     rank: int,  # who says it
     facts: str,  # what it is about to call
 ) -> None:
-    "State what this rank is about to do. Mismatch when another said something else for the same number"
+    """State what this rank is about to do. Mismatch when another said something else for the same number
+
+    Args:
+        store: that all ranks share
+        key: of this collective, or of this message between two ranks
+        where: in a sentence: which one it is
+        alarm: key under which a mismatch is made known to those who wait
+        rank: who says it
+        facts: what it is about to call
+    """
     first, _, others = store.compare_set(key, "", f"{rank}|{facts}").decode().partition("|")
     if others != facts:
         a, b = sorted([(int(first), others), (rank, facts)])
@@ -41,7 +50,12 @@ def listen(
     store: Any,  # that all ranks share
     alarm: str,  # key under which a mismatch would be made known
 ) -> None:
-    "For who waits: raise Mismatch when another rank has found one"
+    """For who waits: raise Mismatch when another rank has found one
+
+    Args:
+        store: that all ranks share
+        alarm: key under which a mismatch would be made known
+    """
     if store.check([alarm]):
         raise Mismatch(store.get(alarm).decode())
 
@@ -56,7 +70,18 @@ def say_rows(
     send: Sequence[int],  # rows for each
     receive: Sequence[int],  # rows from each
 ) -> None:
-    "State the rows that go and come, and compare with those who have stated theirs"
+    """State the rows that go and come, and compare with those who have stated theirs
+
+    Args:
+        store: that all ranks share
+        key: of this collective
+        where: in a sentence: which one it is
+        alarm: key under which a mismatch is made known
+        ranks: of the group
+        coord: this rank's
+        send: rows for each
+        receive: rows from each
+    """
     store.set(f"{key}/{coord}", json.dumps([list(send), list(receive)]))
     for other, rank in enumerate(ranks):
         if other == coord or not store.check([f"{key}/{other}"]):

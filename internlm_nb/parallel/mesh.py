@@ -24,7 +24,12 @@ from .record import Recorder
 
 # %% ../../nbs/parallel/07_mesh.ipynb #b38ce358
 class Place(NamedTuple):
-    "What a launcher tells a process"
+    """What a launcher tells a process
+
+    Args:
+        rank: global
+        local_rank: on this node: which GPU
+    """
 
     rank: int  # global
     world: int
@@ -34,7 +39,11 @@ class Place(NamedTuple):
 def find_place(
     env: Mapping[str, str] | None = None,  # None: os.environ
 ) -> Place:
-    "Rank, world and local rank by torchrun's variables, or Slurm's where those are absent; one process alone where there are neither. Raises ValueError when some are missing"
+    """Rank, world and local rank by torchrun's variables, or Slurm's where those are absent; one process alone where there are neither. Raises ValueError when some are missing
+
+    Args:
+        env: None: os.environ
+    """
     env = os.environ if env is None else env
     for names in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")):
         have = [name for name in names if name in env]
@@ -74,7 +83,14 @@ def check_in(
     timeout: float,  # seconds to wait for the others
     env: Mapping[str, str] | None = None,  # None: os.environ
 ) -> None:
-    "Come back when all ranks have come and were told the same. ValueError names the variable and the ranks in which it differs, or the ranks that did not come"
+    """Come back when all ranks have come and were told the same. ValueError names the variable and the ranks in which it differs, or the ranks that did not come
+
+    Args:
+        store: of this attempt
+        place: what this process was told
+        timeout: seconds to wait for the others
+        env: None: os.environ
+    """
     env = os.environ if env is None else env
     facts = {"the number of ranks": str(place.world), **{name: env.get(name, "not set") for name in LAUNCHER}}
     first = json.loads(store.compare_set("launch/facts", "", json.dumps([place.rank, facts])))
@@ -104,7 +120,13 @@ def init_distributed(
     timeout: float = 1800.0,  # seconds after which a collective fails
     place: Place | None = None,  # None: from the environment
 ) -> Place:
-    "Join the default process group, unless this process is alone. Survives torchrun's restarts: each attempt has its own part of the store"
+    """Join the default process group, unless this process is alone. Survives torchrun's restarts: each attempt has its own part of the store
+
+    Args:
+        backend: gloo on CPU, nccl on GPUs, fake to be one rank of a world that is not there
+        timeout: seconds after which a collective fails
+        place: None: from the environment
+    """
     place = find_place() if place is None else place
     limit = timedelta(seconds=timeout)
     if backend == "fake":
@@ -143,7 +165,14 @@ def destroy() -> None:
 
 # %% ../../nbs/parallel/07_mesh.ipynb #0aa7dc15
 class Nested(NamedTuple):
-    "Axes of Hybrid ZeRO, from the innermost: see `Layout.nested`"
+    """Axes of Hybrid ZeRO, from the innermost: see `Layout.nested`
+
+    Args:
+        param: p ranks that share out the parameters
+        grad: g / p: on to the gradient's shards
+        optim: o / g: on to the optimizer's shards
+        copies: Z / o ranks that hold the same shards
+    """
 
     param: Axis  # p ranks that share out the parameters
     grad: Axis  # g / p: on to the gradient's shards
@@ -153,7 +182,14 @@ class Nested(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Mesh:
-    "A rank's view of a layout: its place, and an `Axis` for every group that it is in"
+    """A rank's view of a layout: its place, and an `Axis` for every group that it is in
+
+    Args:
+        rank: global
+        backend: gloo, nccl, fake; empty for one process alone
+        timeout: seconds
+        check: are collectives compared before they run?
+    """
 
     layout: Layout
     rank: int  # global
@@ -171,7 +207,11 @@ class Mesh:
         self,
         name: str,  # one of `layout.axis_names()`
     ) -> Axis:
-        "This rank's group on an axis. Raises ValueError for an unknown one"
+        """This rank's group on an axis. Raises ValueError for an unknown one
+
+        Args:
+            name: one of `layout.axis_names()`
+        """
         if name not in self._axes:
             raise ValueError(f"no axis named {name!r}: choose one of {', '.join(self._axes)}")
         return self._axes[name]
@@ -183,7 +223,14 @@ class Mesh:
         optim: int,  # o; p | g | o | Z
         expert: bool = False,  # for expert weights?
     ) -> Nested:
-        "Axes of Hybrid ZeRO. Makes groups, so all ranks call it, in the same order. Raises ValueError unless p | g | o | Z"
+        """Axes of Hybrid ZeRO. Makes groups, so all ranks call it, in the same order. Raises ValueError unless p | g | o | Z
+
+        Args:
+            param: p
+            grad: g
+            optim: o; p | g | o | Z
+            expert: for expert weights?
+        """
         prefix = "expert_" if expert else ""
         groups = self.layout.nested(param, grad, optim, expert)
         return Nested(*(self._make(prefix + name, next(g for g in members if self.rank in g)) for name, members in groups.items()))
@@ -192,7 +239,11 @@ class Mesh:
         self,
         step: int,  # of training
     ) -> None:
-        "From here on collectives belong to this step"
+        """From here on collectives belong to this step
+
+        Args:
+            step: of training
+        """
         self.progress.step = step
 
     def check_waited(self) -> None:
@@ -222,7 +273,14 @@ def make_mesh(
     recorder: Recorder | None = None,  # told of every collective
     check: bool = False,  # compare each collective with those of other ranks before it runs, and name what differs (Mismatch)
 ) -> Mesh:
-    "Make the process groups of a layout. All ranks call it. Raises ValueError when the world has another size"
+    """Make the process groups of a layout. All ranks call it. Raises ValueError when the world has another size
+
+    Args:
+        device: of this rank
+        timeout: seconds after which a collective fails
+        recorder: told of every collective
+        check: compare each collective with those of other ranks before it runs, and name what differs (Mismatch)
+    """
     if not dist.is_initialized():
         if layout.world > 1:
             raise ValueError(f"the layout has {layout.world} ranks, but this process is alone: start with torchrun --nproc-per-node {layout.world} (or srun), and call init_distributed first")
@@ -242,7 +300,11 @@ def single(
     device: str | torch.device = "cpu",
     recorder: Recorder | None = None,  # has nothing to hear
 ) -> Mesh:
-    "The mesh of one process: every axis has one rank, no process group exists, and every collective does nothing"
+    """The mesh of one process: every axis has one rank, no process group exists, and every collective does nothing
+
+    Args:
+        recorder: has nothing to hear
+    """
     layout, progress = Layout(1), Progress()
     mesh = Mesh(layout, 0, Coords(), torch.device(device), "", progress, recorder, 0.0)
     for name in axis_names():

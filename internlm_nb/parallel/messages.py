@@ -50,14 +50,23 @@ def check_whole(
 
 # %% ../../nbs/parallel/24_messages.ipynb #c9f54a2e
 class Do(NamedTuple):
-    "One thing that a rank does: launch a receive, run an action when its input is there, launch a send"
+    """One thing that a rank does: launch a receive, run an action when its input is there, launch a send
+
+    Args:
+        action: to run; of a message the action that makes it, `B` for the input-gradient half too
+    """
 
     what: Literal["receive", "run", "send"]
     action: Action  # to run; of a message the action that makes it, `B` for the input-gradient half too
 
 
 class Message(NamedTuple):
-    "From one rank to another"
+    """From one rank to another
+
+    Args:
+        made: by which; `B` for the input-gradient half too
+        taken: by which
+    """
 
     made: Action  # by which; `B` for the input-gradient half too
     taken: Action  # by which
@@ -67,7 +76,12 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    "A schedule with its messages: what `run_schedule` runs"
+    """A schedule with its messages: what `run_schedule` runs
+
+    Args:
+        programs: one a rank
+        window: sends of a rank that may be unfinished when it launches another; it waits for the oldest. None: all
+    """
 
     schedule: Schedule
     programs: tuple[tuple[Do, ...], ...]  # one a rank
@@ -78,7 +92,11 @@ def plan_messages(
     schedule: Schedule,
     early: int = 1,  # actions between the launch of a receive and the one that needs it
 ) -> Plan:
-    "Put each message in its place. Raises ScheduleError when there is none, because ranks wait for each other"
+    """Put each message in its place. Raises ScheduleError when there is none, because ranks wait for each other
+
+    Args:
+        early: actions between the launch of a receive and the one that needs it
+    """
     ends: dict[Action, float] = {}
     for row in timeline(schedule).spans:
         ends |= {Action("F" if a.kind == "F" else "B", a.micro, a.stage): end for a, _, end in row if a.kind != "W"}
@@ -187,7 +205,14 @@ def check_schedule(
     schedule: Schedule,
     early: int = 1,  # actions between the launch of a receive and the one that needs it
 ) -> Plan:  # for `run_schedule`
-    "The plan of a schedule that is whole and comes to an end. Raises ScheduleError that says what is wrong, or which rank waits in which action for whom"
+    """The plan of a schedule that is whole and comes to an end. Raises ScheduleError that says what is wrong, or which rank waits in which action for whom
+
+    Args:
+        early: actions between the launch of a receive and the one that needs it
+
+    Returns:
+        for `run_schedule`
+    """
     check_whole(schedule)
     plan = plan_messages(schedule, early)
     follow(plan)

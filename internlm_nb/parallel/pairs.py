@@ -38,7 +38,16 @@ def copy_to(
     axis: Axis,  # over which the work is split
     purpose: str,  # what for
 ) -> Tensor:  # the same
-    "Forward: nothing. Backward: all-reduce. Where a replicated tensor enters work that is split over the axis"
+    """Forward: nothing. Backward: all-reduce. Where a replicated tensor enters work that is split over the axis
+
+    Args:
+        x: the same on every rank
+        axis: over which the work is split
+        purpose: what for
+
+    Returns:
+        the same
+    """
     return x if axis.size == 1 else _Pair.apply(x, _same, partial(all_reduce, axis=axis, purpose=purpose + " backward"))  # type: ignore[return-value]
 
 
@@ -47,7 +56,16 @@ def reduce_from(
     axis: Axis,  # over which the work is split
     purpose: str,  # what for
 ) -> Tensor:  # the sum, the same on every rank
-    "Forward: all-reduce. Backward: nothing. Where partial sums become a replicated tensor"
+    """Forward: all-reduce. Backward: nothing. Where partial sums become a replicated tensor
+
+    Args:
+        x: this rank's summand
+        axis: over which the work is split
+        purpose: what for
+
+    Returns:
+        the sum, the same on every rank
+    """
     return x if axis.size == 1 else _Pair.apply(x, partial(all_reduce, axis=axis, purpose=purpose), _same)  # type: ignore[return-value]
 
 # %% ../../nbs/parallel/11_pairs.ipynb #6957e2b7
@@ -57,7 +75,17 @@ def gather_from_sequence(
     purpose: str,  # what for
     dim: int = 0,  # that is split
 ) -> Tensor:  # the whole
-    "Forward: all-gather. Backward: reduce-scatter. Where a split tensor enters work that needs it whole and does a share of it"
+    """Forward: all-gather. Backward: reduce-scatter. Where a split tensor enters work that needs it whole and does a share of it
+
+    Args:
+        x: this rank's part
+        axis: over which
+        purpose: what for
+        dim: that is split
+
+    Returns:
+        the whole
+    """
     if axis.size == 1:
         return x
     return _Pair.apply(x, partial(all_gather, axis=axis, purpose=purpose, dim=dim), partial(reduce_scatter, axis=axis, purpose=purpose + " backward", dim=dim))  # type: ignore[return-value]
@@ -69,7 +97,17 @@ def scatter_to_sequence(
     purpose: str,  # what for
     dim: int = 0,  # to split
 ) -> Tensor:  # this rank's part of the sum
-    "Forward: reduce-scatter. Backward: all-gather. Where partial sums become a split tensor"
+    """Forward: reduce-scatter. Backward: all-gather. Where partial sums become a split tensor
+
+    Args:
+        x: this rank's summand of the whole
+        axis: over which
+        purpose: what for
+        dim: to split
+
+    Returns:
+        this rank's part of the sum
+    """
     if axis.size == 1:
         return x
     return _Pair.apply(x, partial(reduce_scatter, axis=axis, purpose=purpose, dim=dim), partial(all_gather, axis=axis, purpose=purpose + " backward", dim=dim))  # type: ignore[return-value]
@@ -81,7 +119,17 @@ def split_to(
     purpose: str,  # what for
     dim: int = 0,  # to split
 ) -> Tensor:  # this rank's part
-    "Forward: slice. Backward: all-gather. Where a replicated tensor becomes a split one"
+    """Forward: slice. Backward: all-gather. Where a replicated tensor becomes a split one
+
+    Args:
+        x: the same on every rank
+        axis: over which
+        purpose: what for
+        dim: to split
+
+    Returns:
+        this rank's part
+    """
     if axis.size == 1:
         return x
     return _Pair.apply(x, partial(part, axis=axis, dim=dim), partial(all_gather, axis=axis, purpose=purpose + " backward", dim=dim))  # type: ignore[return-value]
@@ -93,7 +141,17 @@ def gather_to(
     purpose: str,  # what for
     dim: int = 0,  # that is split
 ) -> Tensor:  # the whole, the same on every rank
-    "Forward: all-gather. Backward: slice. Where a split tensor becomes a replicated one, on which all ranks then do the same"
+    """Forward: all-gather. Backward: slice. Where a split tensor becomes a replicated one, on which all ranks then do the same
+
+    Args:
+        x: this rank's part
+        axis: over which
+        purpose: what for
+        dim: that is split
+
+    Returns:
+        the whole, the same on every rank
+    """
     if axis.size == 1:
         return x
     return _Pair.apply(x, partial(all_gather, axis=axis, purpose=purpose, dim=dim), partial(part, axis=axis, dim=dim))  # type: ignore[return-value]
@@ -106,7 +164,18 @@ def exchange(
     split: int,  # dim to split over the ranks; divisible by the axis
     join: int,  # dim to make whole
 ) -> Tensor:  # this rank's part along `split`, whole along `join`
-    "Move the split from one dim to another by an all-to-all, as Ulysses does with heads and sequence. Backward: the way back. Raises ValueError when `split` is not divisible"
+    """Move the split from one dim to another by an all-to-all, as Ulysses does with heads and sequence. Backward: the way back. Raises ValueError when `split` is not divisible
+
+    Args:
+        x: whole along `split`, this rank's part along `join`
+        axis: over which
+        purpose: what for
+        split: dim to split over the ranks; divisible by the axis
+        join: dim to make whole
+
+    Returns:
+        this rank's part along `split`, whole along `join`
+    """
     if axis.size == 1:
         return x
     if x.shape[split] % axis.size:

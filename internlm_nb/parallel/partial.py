@@ -20,7 +20,14 @@ def combine(
     more: Tensor,  # (queries, heads, head_dim): over other keys
     more_lse: Tensor,  # (queries, heads)
 ) -> None:
-    "Take other keys' part into `out` and `lse`, in place"
+    """Take other keys' part into `out` and `lse`, in place
+
+    Args:
+        out: (queries, heads, head_dim), wide: over some keys
+        lse: (queries, heads), wide: log-sum-exp of their scores
+        more: (queries, heads, head_dim): over other keys
+        more_lse: (queries, heads)
+    """
     both = torch.logaddexp(lse, more_lse)
     out.mul_((lse - both).exp_().unsqueeze(-1)).add_(more * (more_lse - both).exp_().unsqueeze(-1))
     lse.copy_(both)
@@ -33,7 +40,15 @@ def _heads_first(
     x: Tensor,  # (tokens, kv_heads * group, head_dim)
     kv_heads: int,  # key heads
 ) -> Tensor:  # (kv_heads, tokens, group, head_dim), wide
-    "A batch of products by key head"
+    """A batch of products by key head
+
+    Args:
+        x: (tokens, kv_heads * group, head_dim)
+        kv_heads: key heads
+
+    Returns:
+        (kv_heads, tokens, group, head_dim), wide
+    """
     return x.to(wide_dtype(x.dtype)).unflatten(1, (kv_heads, -1)).transpose(0, 1)
 
 
@@ -44,7 +59,18 @@ def query_blocks(
     causal: bool,  # query i sees keys up to i; else all
     most: int = SCORES,  # scores at one time
 ) -> list[tuple[int, int, int]]:  # (first query, end, keys that they see) of each block
-    "Which queries are computed together"
+    """Which queries are computed together
+
+    Args:
+        queries: tokens
+        keys: tokens
+        heads: of the queries
+        causal: query i sees keys up to i; else all
+        most: scores at one time
+
+    Returns:
+        (first query, end, keys that they see) of each block
+    """
     size = max(16, most // max(1, heads * keys))
     return [(a, min(a + size, queries), min(a + size, queries) if causal else keys) for a in range(0, queries, size)]
 
@@ -66,7 +92,19 @@ def plain_partial(
     scale: float,  # of the scores
     most: int = SCORES,  # scores at one time
 ) -> tuple[Tensor, Tensor]:  # (queries, heads, head_dim) and (queries, heads), wide
-    "Softmax over these keys, and the log-sum-exp of the scores"
+    """Softmax over these keys, and the log-sum-exp of the scores
+
+    Args:
+        q: (queries, heads, head_dim)
+        k: (keys, kv_heads, head_dim)
+        v: (keys, kv_heads, head_dim)
+        causal: query i sees keys up to i; else all
+        scale: of the scores
+        most: scores at one time
+
+    Returns:
+        (queries, heads, head_dim) and (queries, heads), wide
+    """
     kv_heads, wide = k.shape[1], wide_dtype(q.dtype)
     wide_k, wide_v = (_heads_first(x, kv_heads).squeeze(2) for x in (k, v))
     out, lse = (torch.empty(shape, dtype=wide, device=q.device) for shape in (q.shape, q.shape[:2]))
@@ -90,7 +128,22 @@ def plain_grads(
     scale: float,  # of the scores
     most: int = SCORES,  # scores at one time
 ) -> tuple[Tensor, Tensor, Tensor]:  # of q, k and v, wide: these keys' part
-    "What these keys contribute to the gradients"
+    """What these keys contribute to the gradients
+
+    Args:
+        grad: (queries, heads, head_dim), of the whole's output
+        q: (queries, heads, head_dim)
+        k: (keys, kv_heads, head_dim): some of the keys
+        v: (keys, kv_heads, head_dim)
+        out: (queries, heads, head_dim), the whole's
+        lse: (queries, heads), of all keys, wide
+        causal: query i sees keys up to i; else all
+        scale: of the scores
+        most: scores at one time
+
+    Returns:
+        of q, k and v, wide: these keys' part
+    """
     kv_heads, wide = k.shape[1], wide_dtype(q.dtype)
     wide_k, wide_v = (_heads_first(x, kv_heads).squeeze(2) for x in (k, v))
     grad_q = torch.empty(q.shape, dtype=wide, device=q.device)
@@ -110,7 +163,11 @@ def plain_grads(
 def has_flash(
     x: Tensor,  # queries
 ) -> bool:
-    "Whether PyTorch's flash kernels take such tensors"
+    """Whether PyTorch's flash kernels take such tensors
+
+    Args:
+        x: queries
+    """
     return (
         x.device.type == "cuda"
         and x.dtype in (torch.bfloat16, torch.float16)
@@ -128,7 +185,18 @@ def partial_attention(
     causal: bool,  # query i sees keys up to i; else all
     scale: float,  # of the scores
 ) -> tuple[Tensor, Tensor]:  # (queries, heads, head_dim) and (queries, heads), wide and new
-    "`plain_partial`, by a flash kernel where there is one"
+    """`plain_partial`, by a flash kernel where there is one
+
+    Args:
+        q: (queries, heads, head_dim)
+        k: (keys, kv_heads, head_dim)
+        v: (keys, kv_heads, head_dim)
+        causal: query i sees keys up to i; else all
+        scale: of the scores
+
+    Returns:
+        (queries, heads, head_dim) and (queries, heads), wide and new
+    """
     if not has_flash(q):
         return plain_partial(q, k, v, causal, scale)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(q[None], k[None], v[None], None, None, q.shape[0], k.shape[0], 0.0, causal, False, scale=scale)
@@ -145,7 +213,21 @@ def partial_grads(
     causal: bool,  # query i sees keys up to i; else all
     scale: float,  # of the scores
 ) -> tuple[Tensor, Tensor, Tensor]:  # of q, k and v, wide: these keys' part
-    "`plain_grads`, by a flash kernel where there is one"
+    """`plain_grads`, by a flash kernel where there is one
+
+    Args:
+        grad: (queries, heads, head_dim), of the whole's output
+        q: (queries, heads, head_dim)
+        k: (keys, kv_heads, head_dim): some of the keys
+        v: (keys, kv_heads, head_dim)
+        out: (queries, heads, head_dim), the whole's
+        lse: (queries, heads), of all keys, wide
+        causal: query i sees keys up to i; else all
+        scale: of the scores
+
+    Returns:
+        of q, k and v, wide: these keys' part
+    """
     if not has_flash(q):
         return plain_grads(grad, q, k, v, out, lse, causal, scale)
     nothing: Any = (torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device))  # random state: there is no dropout

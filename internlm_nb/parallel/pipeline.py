@@ -29,7 +29,13 @@ from .stages import PipelinePart
 # %% ../../nbs/parallel/26_pipeline.ipynb #b5a74701
 @dataclass
 class _Held:
-    "A micro-batch in a stage, between forward and backward"
+    """A micro-batch in a stage, between forward and backward
+
+    Args:
+        x: the leaf whose gradient goes to the stage before
+        roots: tensors, or edges of the graph, where backward begins
+        grads: of the roots; the first is filled in when it comes
+    """
 
     x: Tensor | None  # the leaf whose gradient goes to the stage before
     roots: list[Any]  # tensors, or edges of the graph, where backward begins
@@ -38,7 +44,13 @@ class _Held:
 
 @dataclass
 class Ran:
-    "What a rank did"
+    """What a rank did
+
+    Args:
+        actions: in order
+        peak: most micro-batches of a stage that were held at one time, from F to B or W
+        unsent: most sends that were not waited for at one time: each holds a tensor
+    """
 
     actions: list[Action] = field(default_factory=list)  # in order
     peak: int = 0  # most micro-batches of a stage that were held at one time, from F to B or W
@@ -158,6 +170,17 @@ def run_schedule(
     """Forward and backward of a step's micro-batches over all ranks of a pipeline; gradients are left with the parameters. A schedule without backward runs without gradients
 
     Raises ValueError when part, plan, batches and axis do not belong together.
+
+    Args:
+        part: this rank's stages
+        plan: from `check_schedule`
+        batches: all micro-batches, on every rank of the pipeline
+        axis: the pipeline
+        scale_loss: (micro-batch, the last stage's loss) -> what to call backward on
+        on_output: told of each loss, on the last stage's rank alone
+        scale_extra: (micro-batch, what a stage adds to the loss) -> what to call backward on
+        queue: as given to `defer_weights`, where backward comes in halves
+        split: ranks over which a pack's tokens are split between blocks: the tensor axis in msp and fsp
     """
     schedule = plan.schedule
     require(axis.size == schedule.ranks, f"the schedule is for {schedule.ranks} ranks, but the {axis.name} axis has {axis.size}: make one for as many")
@@ -193,7 +216,18 @@ def pipeline_bytes(
     itemsize: int = 2,  # bytes of an activation: 2 for bf16
     split: int = 1,  # ranks over which a pack's tokens are split between blocks
 ) -> dict[str, Count]:  # by purpose; calls are messages sent and received
-    "What one rank sends over the pipeline in a step, in closed form, tied weights apart"
+    """What one rank sends over the pipeline in a step, in closed form, tied weights apart
+
+    Args:
+        cfg: architecture: `hidden_size` is asked
+        rank: of the pipeline
+        tokens: of each micro-batch
+        itemsize: bytes of an activation: 2 for bf16
+        split: ranks over which a pack's tokens are split between blocks
+
+    Returns:
+        by purpose; calls are messages sent and received
+    """
     whole = sum(tokens) // split * cfg.hidden_size * itemsize
     out: dict[str, Count] = {}
     for border in range(schedule.stages - 1):

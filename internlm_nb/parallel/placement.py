@@ -22,7 +22,14 @@ from .comm import Axis, all_gather, all_reduce_, start_send_receive
 
 # %% ../../nbs/parallel/12_placement.ipynb #c9d6c10b
 class Cut(NamedTuple):
-    "How a parameter lies on one axis"
+    """How a parameter lies on one axis
+
+    Args:
+        axis: name of the axis
+        dim: that is cut; None: every rank of the axis has all of it
+        coord: this rank's position on the axis
+        size: ranks on the axis
+    """
 
     axis: str  # name of the axis
     dim: int | None  # that is cut; None: every rank of the axis has all of it
@@ -32,7 +39,16 @@ class Cut(NamedTuple):
 # %% ../../nbs/parallel/12_placement.ipynb #358927ea
 @dataclass(frozen=True)
 class Placement:
-    "A rank's part of a logical parameter. Raises ValueError when the ranks do not divide the dim"
+    """A rank's part of a logical parameter. Raises ValueError when the ranks do not divide the dim
+
+    Args:
+        shape: of the whole, logical parameter
+        dim: that is cut over the tensor axis; None: every rank has all of it
+        coord: this rank's position on the axis
+        size: ranks on the axis
+        partial: whole, but a rank's gradient is only its summand: to be added up over the axis
+        more: over other axes, each along a dim of its own
+    """
 
     shape: tuple[int, ...]  # of the whole, logical parameter
     dim: int | None = None  # that is cut over the tensor axis; None: every rank has all of it
@@ -59,7 +75,11 @@ class Placement:
         self,
         axis: str,  # name of an axis
     ) -> bool:
-        "Do the ranks of an axis have different parts?"
+        """Do the ranks of an axis have different parts?
+
+        Args:
+            axis: name of an axis
+        """
         return any(cut.axis == axis and cut.dim is not None and cut.size > 1 for cut in self.cuts)
 
     @property
@@ -96,7 +116,14 @@ class Placement:
         self,
         whole: Tensor,  # of the logical shape
     ) -> Tensor:  # a view of this rank's part
-        "Take the part out of the whole"
+        """Take the part out of the whole
+
+        Args:
+            whole: of the logical shape
+
+        Returns:
+            a view of this rank's part
+        """
         for dim, (start, stop) in enumerate(self.region):
             if stop - start < self.shape[dim]:
                 whole = whole.narrow(dim, start, stop - start)
@@ -109,7 +136,17 @@ class Placement:
         purpose: str,  # what for
         *others: Axis,  # one for each of `more`
     ) -> Tensor:  # of the logical shape, the same on every rank
-        "Bring the parts together; for tests and exports, not for a step. A partial gradient must be added up before"
+        """Bring the parts together; for tests and exports, not for a step. A partial gradient must be added up before
+
+        Args:
+            part: this rank's
+            axis: the tensor axis
+            purpose: what for
+            *others: one for each of `more`
+
+        Returns:
+            of the logical shape, the same on every rank
+        """
         for cut, over in zip(self.cuts, (axis, *others)):
             part = part if cut.dim is None else all_gather(part.detach(), over, purpose, cut.dim)
         return part
@@ -118,7 +155,14 @@ class Placement:
 def placements_of(
     model: nn.Module,  # whole
 ) -> dict[str, Placement]:  # by logical name
-    "Placements of a model that nobody has cut"
+    """Placements of a model that nobody has cut
+
+    Args:
+        model: whole
+
+    Returns:
+        by logical name
+    """
     return {name: Placement(tuple(p.shape)) for name, p in model.named_parameters()}
 
 # %% ../../nbs/parallel/12_placement.ipynb #3fc3821d
@@ -129,7 +173,14 @@ def init_placed(
     seed: int,  # of the run
     piece: int = 64 * BLOCK,  # elements drawn at one time, so that memory stays flat
 ) -> None:
-    "Fill this rank's part of every parameter in place, without talking to anybody. Raises ValueError when a shape is not that of its placement"
+    """Fill this rank's part of every parameter in place, without talking to anybody. Raises ValueError when a shape is not that of its placement
+
+    Args:
+        model: with an attribute `cfg`, logical parameter names and local shapes; not on the meta device
+        placements: of every parameter
+        seed: of the run
+        piece: elements drawn at one time, so that memory stays flat
+    """
     for name, parameter in model.named_parameters():
         place, std = placements[name], parameter_std(model.cfg, name)  # type: ignore[reportArgumentType]
         require(tuple(parameter.shape) == place.local_shape, f"{name} has shape {tuple(parameter.shape)}, but its placement says {place.local_shape}: cut the model before filling it")
@@ -161,7 +212,14 @@ def add_up(
     purpose: str,  # what for
     coords: tuple[int, ...] | None = None,  # on the axis, of those who hold them; None: all
 ) -> None:
-    "Add tensors up over an axis, in place and in one exchange, in float32 at least; every holder gets the same bits. Nothing happens on other ranks"
+    """Add tensors up over an axis, in place and in one exchange, in float32 at least; every holder gets the same bits. Nothing happens on other ranks
+
+    Args:
+        tensors: written; the same shapes on every rank that holds them
+        axis: over which
+        purpose: what for
+        coords: on the axis, of those who hold them; None: all
+    """
     if not tensors or (axis.size if coords is None else len(coords)) < 2 or (coords is not None and axis.coord not in coords):
         return
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

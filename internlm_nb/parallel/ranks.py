@@ -32,7 +32,13 @@ from .layout import Layout
 
 # %% ../../nbs/parallel/08_ranks.ipynb #5495be24
 class _Order(NamedTuple):
-    "What all ranks of a call are told"
+    """What all ranks of a call are told
+
+    Args:
+        port: of the store
+        payload: function, arguments, recorder
+        folder: for stacks and standard errors
+    """
 
     layout: Layout
     wants_mesh: bool
@@ -151,7 +157,22 @@ def run_ranks(
     check: bool = True,  # with a layout: name collectives in which ranks differ, before they run; False where time is measured
     **kwargs: Any,  # passed to `fn`
 ) -> list:  # what `fn` returned on each rank
-    "Run a function on every rank of a fresh process group. Raises RankError with the first failure's traceback, or with names and stacks of ranks that hang"
+    """Run a function on every rank of a fresh process group. Raises RankError with the first failure's traceback, or with names and stacks of ranks that hang
+
+    Args:
+        fn: called on every rank; may be defined in a notebook
+        world: how many ranks: `fn(*args)`; or a layout: `fn(mesh, *args)`
+        *args: passed to `fn`
+        backend: gloo on CPU, nccl with one GPU a rank
+        timeout: seconds for the whole call; a collective fails some seconds before
+        show: print what the ranks printed, in rank order?
+        recorder: with a layout: each rank's mesh tells a copy of this `Recorder` of every collective
+        check: with a layout: name collectives in which ranks differ, before they run; False where time is measured
+        **kwargs: passed to `fn`
+
+    Returns:
+        what `fn` returned on each rank
+    """
     layout = world if isinstance(world, Layout) else Layout(world)
     context = multiprocessing.get_context("forkserver")
     loaded = sorted(name for name in sys.modules if name.startswith("internlm_nb.") or name == "torch._dynamo")  # here: ranks need not load them each

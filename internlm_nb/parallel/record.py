@@ -11,7 +11,18 @@ from typing import Literal, NamedTuple
 
 # %% ../../nbs/parallel/02_record.ipynb #d82f0df4
 class Call(NamedTuple):
-    "One collective, as one rank saw it"
+    """One collective, as one rank saw it
+
+    Args:
+        op: all_reduce, all_gather, ...
+        axis: name of the axis
+        purpose: what it was for, in the caller's words
+        payload_bytes: of the whole: what a gather results in, what a reduction or an exchange starts from
+        sent_bytes: that leave this rank
+        ranks: global, of the group
+        step: of training
+        number: of the group's collectives, from 1
+    """
 
     op: str  # all_reduce, all_gather, ...
     axis: str  # name of the axis
@@ -28,7 +39,16 @@ def sent_bytes(
     payload_bytes: int,  # of the whole tensor
     size: int,  # ranks
 ) -> int:  # rounded up
-    "Bytes that leave each rank, by the rings' closed form: (n - 1) / n of the whole, twice that for an all-reduce; a send is sent whole"
+    """Bytes that leave each rank, by the rings' closed form: (n - 1) / n of the whole, twice that for an all-reduce; a send is sent whole
+
+    Args:
+        op: all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, send
+        payload_bytes: of the whole tensor
+        size: ranks
+
+    Returns:
+        rounded up
+    """
     if op == "send":
         return payload_bytes
     return -(-(2 if op == "all_reduce" else 1) * payload_bytes * (size - 1) // size)
@@ -36,7 +56,12 @@ def sent_bytes(
 # %% ../../nbs/parallel/02_record.ipynb #67259136
 @dataclass
 class Count:
-    "How often, and how much"
+    """How often, and how much
+
+    Args:
+        payload_bytes: of the whole tensors
+        sent_bytes: that left this rank
+    """
 
     calls: int = 0
     payload_bytes: int = 0  # of the whole tensors
@@ -51,7 +76,11 @@ class Event(NamedTuple):
 
 
 class Recorder:
-    "Counts collectives by (axis, purpose, op), and lists them in order when asked. Override `launch` and `wait` to trace"
+    """Counts collectives by (axis, purpose, op), and lists them in order when asked. Override `launch` and `wait` to trace
+
+    Args:
+        events: keep an ordered list too?
+    """
 
     def __init__(
         self,
@@ -81,7 +110,13 @@ class Recorder:
         purpose: str | None = None,  # only this purpose
         op: str | None = None,  # only this collective
     ) -> Count:
-        "Sum over all that match"
+        """Sum over all that match
+
+        Args:
+            axis: only this axis
+            purpose: only this purpose
+            op: only this collective
+        """
         chosen = [c for key, c in self.counts.items() if all(want in (None, have) for want, have in zip((axis, purpose, op), key))]
         return Count(sum(c.calls for c in chosen), sum(c.payload_bytes for c in chosen), sum(c.sent_bytes for c in chosen))
 

@@ -18,7 +18,12 @@ Kind = Literal["F", "B", "I", "W"]  # forward; backward; its input-gradient half
 
 
 class Action(NamedTuple):
-    "One micro-batch in one stage"
+    """One micro-batch in one stage
+
+    Args:
+        micro: micro-batch, from 0
+        stage: of the whole pipeline, from 0
+    """
 
     kind: Kind
     micro: int  # micro-batch, from 0
@@ -33,7 +38,14 @@ Shape = Literal["loop", "v"]  # where stages lie
 
 @dataclass(frozen=True)
 class Schedule:
-    "For each rank, what it does in which order"
+    """For each rank, what it does in which order
+
+    Args:
+        ranks: of the pipeline
+        micro_num: micro-batches
+        orders: one a rank
+        chunks: stages on each rank
+    """
 
     name: str
     ranks: int  # of the pipeline
@@ -84,7 +96,12 @@ def one_f_one_b(
     ranks: int,  # of the pipeline
     micro_num: int,  # micro-batches
 ) -> Schedule:
-    "1F1B: rank r runs min(ranks - r - 1, micro_num) forwards ahead"
+    """1F1B: rank r runs min(ranks - r - 1, micro_num) forwards ahead
+
+    Args:
+        ranks: of the pipeline
+        micro_num: micro-batches
+    """
     orders = []
     for rank in range(ranks):
         forwards, backwards = ([Action(kind, m, rank) for m in range(micro_num)] for kind in ("F", "B"))
@@ -97,7 +114,13 @@ def interleaved(
     micro_num: int,  # micro-batches, a multiple of ranks
     chunks: int,  # stages on each rank
 ) -> Schedule:
-    "Interleaved 1F1B: rank r runs 2 (ranks - r - 1) + (chunks - 1) ranks forwards ahead. Raises ValueError when ranks do not divide micro_num"
+    """Interleaved 1F1B: rank r runs 2 (ranks - r - 1) + (chunks - 1) ranks forwards ahead. Raises ValueError when ranks do not divide micro_num
+
+    Args:
+        ranks: of the pipeline
+        micro_num: micro-batches, a multiple of ranks
+        chunks: stages on each rank
+    """
     require(
         micro_num % ranks == 0,
         f"micro_num {micro_num} is not a multiple of the pipeline's {ranks} ranks, which interleaving needs: write {-(-micro_num // ranks) * ranks}, or schedule 1f1b with chunks 1",
@@ -115,7 +138,12 @@ def zbh1(
     ranks: int,  # of the pipeline
     micro_num: int,  # micro-batches
 ) -> Schedule:
-    "ZB-H1: 1F1B whose weight gradients come r micro-batches later on rank r"
+    """ZB-H1: 1F1B whose weight gradients come r micro-batches later on rank r
+
+    Args:
+        ranks: of the pipeline
+        micro_num: micro-batches
+    """
     orders = []
     for rank in range(ranks):
         forwards, backwards = ([Action(kind, m, rank) for m in range(micro_num)] for kind in ("F", "I"))
@@ -133,7 +161,12 @@ def zbv(
     ranks: int,  # of the pipeline
     micro_num: int,  # micro-batches, at least 2 x ranks
 ) -> Schedule:
-    "ZB-V: two chunks in a V, backward in halves. Raises ValueError for fewer micro-batches than 2 x ranks"
+    """ZB-V: two chunks in a V, backward in halves. Raises ValueError for fewer micro-batches than 2 x ranks
+
+    Args:
+        ranks: of the pipeline
+        micro_num: micro-batches, at least 2 x ranks
+    """
     require(micro_num >= 2 * ranks, f"micro_num {micro_num} is fewer than 2 x {ranks} ranks, with which zbv fills a pipeline: write {2 * ranks} or more, or schedule zbh1 with chunks 1")
     orders = []
     for rank in range(ranks):
@@ -178,7 +211,13 @@ def make_schedule(
     micro_num: int,  # micro-batches of one data rank
     chunks: int = 1,  # stages on each rank: several for interleaved, two for zbv, else one
 ) -> Schedule:
-    "The schedule of that name. Raises ValueError that says what to write when the sizes do not fit it"
+    """The schedule of that name. Raises ValueError that says what to write when the sizes do not fit it
+
+    Args:
+        ranks: of the pipeline
+        micro_num: micro-batches of one data rank
+        chunks: stages on each rank: several for interleaved, two for zbv, else one
+    """
     require(name in get_args(Name), f"schedule is {name!r}: choose one of {', '.join(get_args(Name))}")
     for what, value in (("pipeline", ranks), ("micro_num", micro_num), ("chunks", chunks)):
         require(type(value) is int and value > 0, f"{what} is {value!r}: it must be a positive integer")
@@ -194,7 +233,12 @@ def evaluation_schedule(
     like: Schedule,  # whose stages lie where they lie
     packs: int,  # to be run, any number
 ) -> Schedule:
-    "Forward passes alone, for any number of packs"
+    """Forward passes alone, for any number of packs
+
+    Args:
+        like: whose stages lie where they lie
+        packs: to be run, any number
+    """
     orders: list[list[Action]] = [[] for _ in range(like.ranks)]
     stages, last = [like.stages_of(rank) for rank in range(like.ranks)], packs // like.ranks - 1  # the last group
     came = [packs] + [0] * (like.stages - 1)  # packs that each stage could have begun
@@ -223,7 +267,11 @@ def inputs_of(
     schedule: Schedule,
     action: Action,
 ) -> list[Action]:  # `B` stands for the input-gradient half too, where backward is split
-    "What must be done before"
+    """What must be done before
+
+    Returns:
+        `B` stands for the input-gradient half too, where backward is split
+    """
     kind, m, s = action
     if kind == "F":
         return [Action("F", m, s - 1)] if s else []

@@ -29,7 +29,16 @@ def spans_of(
     layout: Layout,  # sizes of the axes
     coords: Coords,  # a rank's place
 ) -> list[tuple[int, int]]:  # (first, end) in the pack, at most two, ascending
-    "Which tokens of a pack a rank has. Raises ValueError when the axes do not divide them"
+    """Which tokens of a pack a rank has. Raises ValueError when the axes do not divide them
+
+    Args:
+        tokens: of the pack
+        layout: sizes of the axes
+        coords: a rank's place
+
+    Returns:
+        (first, end) in the pack, at most two, ascending
+    """
     ring, parts, r = layout.context, layout.sequence, coords.context
     chunks = 2 * ring if ring > 1 else 1
     require(tokens % (chunks * parts) == 0, f"a pack of {tokens} tokens is not divisible by {chunks} chunks (2 x context {ring}, when above 1) x sequence {parts}: pad it to a multiple of {chunks * parts}")
@@ -43,7 +52,12 @@ def spans_of(
 
 # %% ../../nbs/parallel/18_sequence.ipynb #b5dd3503
 class Run(NamedTuple):
-    "Consecutive tokens of one document"
+    """Consecutive tokens of one document
+
+    Args:
+        document: which of the pack's
+        position: of the first token, in the document
+    """
 
     document: int  # which of the pack's
     position: int  # of the first token, in the document
@@ -54,7 +68,15 @@ def runs_of(
     offsets: Sequence[int],  # where each document begins, and at last the number of tokens
     spans: Sequence[tuple[int, int]],  # (first, end) in the pack
 ) -> list[Run]:  # in order; borders of documents and of spans are borders of runs
-    "What lies in some spans of a pack"
+    """What lies in some spans of a pack
+
+    Args:
+        offsets: where each document begins, and at last the number of tokens
+        spans: (first, end) in the pack
+
+    Returns:
+        in order; borders of documents and of spans are borders of runs
+    """
     out = []
     for first, end in spans:
         document = bisect_right(offsets, first) - 1
@@ -67,7 +89,13 @@ def runs_of(
 
 # %% ../../nbs/parallel/18_sequence.ipynb #533cda21
 class Hop(NamedTuple):
-    "Messages of one step of a ring: to the rank that many places ahead, from the one as many places behind. Rows are those of the crossing documents"
+    """Messages of one step of a ring: to the rank that many places ahead, from the one as many places behind. Rows are those of the crossing documents
+
+    Args:
+        send: (first, end) of the rows whose keys somebody ahead needs; empty: none
+        receive: rows of keys that come
+        queries: (first, end) of the rows that see them
+    """
 
     send: tuple[int, int]  # (first, end) of the rows whose keys somebody ahead needs; empty: none
     receive: int  # rows of keys that come
@@ -76,7 +104,14 @@ class Hop(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Ring:
-    "What a rank does about documents that cross ranks"
+    """What a rank does about documents that cross ranks
+
+    Args:
+        cuts: (rows, whether they are of crossing documents) of the rank's tokens, in order
+        lengths: of the crossing documents' runs here
+        alone: of all other rows; None: there are none
+        hops: of steps 1, 2, ...
+    """
 
     cuts: tuple[tuple[int, bool], ...]  # (rows, whether they are of crossing documents) of the rank's tokens, in order
     lengths: tuple[int, ...]  # of the crossing documents' runs here
@@ -110,7 +145,17 @@ def ring_of(
     context: int,  # coordinate of the rank
     device: torch.device | str = "cpu",  # of the tokens
 ) -> Ring | None:  # None: no document crosses this rank's border
-    "Plan a rank's part in ring attention, from host integers alone: everybody knows what comes, and nobody waits for what nobody needs"
+    """Plan a rank's part in ring attention, from host integers alone: everybody knows what comes, and nobody waits for what nobody needs
+
+    Args:
+        lengths: tokens of each document of the pack
+        layout: sizes of the axes
+        context: coordinate of the rank
+        device: of the tokens
+
+    Returns:
+        None: no document crosses this rank's border
+    """
     size, offsets = layout.context, list(itertools.accumulate(lengths, initial=0))
     crossing = [_crossing(offsets, layout, rank) for rank in range(size)]
     mine = crossing[context]
@@ -135,7 +180,15 @@ def _pieces(runs: Sequence[Run]) -> list[tuple[int, int]]:
 # %% ../../nbs/parallel/18_sequence.ipynb #de365286
 @dataclass(frozen=True, eq=False)
 class LocalSegments(Segments):
-    "A rank's share of a pack: `lengths` are of pieces of documents"
+    """A rank's share of a pack: `lengths` are of pieces of documents
+
+    Args:
+        whole: tokens of each piece's document
+        runs: of consecutive tokens
+        shard: pieces of the context rank, which its sequence ranks have together
+        ring: what to do about documents on several context ranks; None: nothing
+        rows: (tokens,) int64, places of these tokens in the pack
+    """
 
     whole: tuple[int, ...]  # tokens of each piece's document
     runs: tuple[Run, ...]  # of consecutive tokens
@@ -154,7 +207,11 @@ class LocalSegments(Segments):
         return self.rows
 
     def indexes(self) -> Tensor:  # (tokens,) int64
-        "Position of each token in its document"
+        """Position of each token in its document
+
+        Returns:
+            (tokens,) int64
+        """
         return positions_from([run.position for run in self.runs], [run.tokens for run in self.runs], self.cu_seqlens.device)
 
 
@@ -164,7 +221,17 @@ def cut_rows(
     coords: Coords,  # this rank's place
     device: torch.device | str = "cpu",  # of the tokens
 ) -> tuple[Tensor, LocalSegments]:  # (tokens here,) int64 on the host, rows of the pack; and the model's view of them
-    "A rank's share of a pack: take these rows of ids, labels and positions. Raises ValueError when the axes do not divide the pack"
+    """A rank's share of a pack: take these rows of ids, labels and positions. Raises ValueError when the axes do not divide the pack
+
+    Args:
+        lengths: tokens of each document of the pack, on the host
+        layout: sizes of the axes
+        coords: this rank's place
+        device: of the tokens
+
+    Returns:
+        (tokens here,) int64 on the host, rows of the pack; and the model's view of them
+    """
     offsets = list(itertools.accumulate(lengths, initial=0))
     require(bool(lengths) and min(lengths) >= 0 and offsets[-1] > 0, f"lengths {tuple(lengths)[:8]}: give at least one token, and no negative length")
     spans = spans_of(offsets[-1], layout, coords)
@@ -187,7 +254,17 @@ def take_heads(
     v: Tensor,  # (tokens of the rank, kv_heads, head_dim)
     axis: Axis,  # the sequence axis
 ) -> tuple[Tensor, Tensor, Tensor]:  # of all tokens (size * tokens, heads / size, head_dim), and (..., max(kv_heads / size, 1), head_dim)
-    "All ranks' tokens for a rank's share of the heads, in one exchange"
+    """All ranks' tokens for a rank's share of the heads, in one exchange
+
+    Args:
+        q: (tokens of the rank, heads, head_dim)
+        k: (tokens of the rank, kv_heads, head_dim)
+        v: (tokens of the rank, kv_heads, head_dim)
+        axis: the sequence axis
+
+    Returns:
+        of all tokens (size * tokens, heads / size, head_dim), and (..., max(kv_heads / size, 1), head_dim)
+    """
     if axis.size == 1:
         return q, k, v
     size, heads, kv_heads = axis.size, q.shape[1], k.shape[1]
@@ -205,7 +282,15 @@ def give_heads(
     x: Tensor,  # (size * tokens, heads / size, head_dim), of all tokens
     axis: Axis,  # the sequence axis
 ) -> Tensor:  # (tokens of the rank, heads, head_dim)
-    "All heads for a rank's share of the tokens"
+    """All heads for a rank's share of the tokens
+
+    Args:
+        x: (size * tokens, heads / size, head_dim), of all tokens
+        axis: the sequence axis
+
+    Returns:
+        (tokens of the rank, heads, head_dim)
+    """
     return x if axis.size == 1 else all_to_all(x.unflatten(0, (axis.size, -1)), axis, "ulysses out").transpose(0, 1).flatten(1, 2)
 
 
@@ -213,7 +298,15 @@ def ulysses(
     attend: Callable[..., Tensor],  # (q, k, v, segments, backend): attention of all tokens, for some heads
     axis: Axis,  # the sequence axis
 ) -> Callable[..., Tensor]:  # the same, for a rank's tokens and all heads
-    "Attention on a share of the tokens, by attention on a share of the heads"
+    """Attention on a share of the tokens, by attention on a share of the heads
+
+    Args:
+        attend: (q, k, v, segments, backend): attention of all tokens, for some heads
+        axis: the sequence axis
+
+    Returns:
+        the same, for a rank's tokens and all heads
+    """
 
     def attend_share(q: Tensor, k: Tensor, v: Tensor, segments: Any, backend: str = "auto", key_segments: Segments | None = None) -> Tensor:
         "Attention of this rank's tokens. Raises ValueError for segments that `cut_rows` did not make, and with a cache"
@@ -231,7 +324,18 @@ def sequence_bytes(
     itemsize: int = 2,  # bytes of an activation: 2 for bf16
     recomputed: int = 0,  # blocks that are recomputed, fully or selectively
 ) -> dict[str, Count]:  # by purpose; of one pack, forward and backward together
-    "What one rank sends over the sequence axis, in closed form"
+    """What one rank sends over the sequence axis, in closed form
+
+    Args:
+        cfg: architecture
+        tokens: of one pack
+        layout: sizes of the axes
+        itemsize: bytes of an activation: 2 for bf16
+        recomputed: blocks that are recomputed, fully or selectively
+
+    Returns:
+        by purpose; of one pack, forward and backward together
+    """
     size, heads, kv_heads = layout.sequence, cfg.num_heads // layout.tensor, cfg.num_kv_heads // layout.tensor
     row, out = tokens // (layout.context * size) * cfg.head_dim * itemsize, {}
     for purpose, each in (("ulysses in", heads + 2 * max(kv_heads, size)), ("ulysses out", heads)):

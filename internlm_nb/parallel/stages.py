@@ -29,7 +29,15 @@ def split_layers(
     num_layers: int,  # of the model
     stages: int,  # of the pipeline
 ) -> tuple[range, ...]:  # layers of each stage
-    "Cut the layers evenly, the remainder to the last stages. Raises ValueError for fewer layers than stages"
+    """Cut the layers evenly, the remainder to the last stages. Raises ValueError for fewer layers than stages
+
+    Args:
+        num_layers: of the model
+        stages: of the pipeline
+
+    Returns:
+        layers of each stage
+    """
     require(0 < stages <= num_layers, f"{num_layers} layers do not fill {stages} stages: each needs one, so make pipeline or chunks smaller")
     each, more = divmod(num_layers, stages)
     starts = [s * each + max(0, s - (stages - more)) for s in range(stages + 1)]
@@ -58,7 +66,13 @@ class Blocks(nn.Module):
 
 
 class PipelinePart(nn.Module):
-    "The stages that one rank holds"
+    """The stages that one rank holds
+
+    Args:
+        whole: whose modules it takes over
+        ranges: layers of every stage of the pipeline
+        stages: this rank's, ascending
+    """
 
     def __init__(
         self,
@@ -86,7 +100,16 @@ class PipelinePart(nn.Module):
         x: Tensor | None = None,  # (tokens, hidden), what the stage before returned; None for the first stage
         chunk: int = 0,  # which of this rank's stages
     ) -> tuple[Tensor | LossOutput, Tensor | None]:  # hidden states, or in the last stage the loss; what is to be added to the loss
-        "One stage of the model"
+        """One stage of the model
+
+        Args:
+            batch: the whole pack
+            x: (tokens, hidden), what the stage before returned; None for the first stage
+            chunk: which of this rank's stages
+
+        Returns:
+            hidden states, or in the last stage the loss; what is to be added to the loss
+        """
         stage = self.stages[chunk]
         inputs = Inputs.of(self.cfg, batch.input_ids, batch.segments, batch.indexes)
         if stage == 0:
@@ -111,7 +134,13 @@ def pipeline_cut(
     schedule: Schedule,  # says who holds which stage
     rank: int,  # of the pipeline: the axis' `coord`
 ) -> PipelinePart:
-    "The part of a model that a rank holds. Raises ValueError for fewer layers than stages"
+    """The part of a model that a rank holds. Raises ValueError for fewer layers than stages
+
+    Args:
+        model: whole, best on the meta device; its modules are taken over
+        schedule: says who holds which stage
+        rank: of the pipeline: the axis' `coord`
+    """
     return PipelinePart(model, split_layers(model.cfg.num_layers, schedule.stages), schedule.stages_of(rank))
 
 # %% ../../nbs/parallel/25_stages.ipynb #12a94fdd
@@ -119,7 +148,14 @@ def expected_gradients(
     part: PipelinePart,
     micro_num: int,  # micro-batches of a step
 ) -> dict[str, int]:  # by parameter's name
-    "How often a step adds to each parameter's gradient"
+    """How often a step adds to each parameter's gradient
+
+    Args:
+        micro_num: micro-batches of a step
+
+    Returns:
+        by parameter's name
+    """
     uses: Counter[str] = Counter()
     for stage in part.stages:
         last = stage == part.stage_count - 1
@@ -135,7 +171,15 @@ def tied_ranks(
     cfg: ModelConfig,  # architecture
     schedule: Schedule,  # says who holds which stage
 ) -> tuple[int, ...]:  # coordinates on the pipeline, ascending; empty where nothing is tied over ranks
-    "Ranks that hold one embedding between them, for the first stage and for the head"
+    """Ranks that hold one embedding between them, for the first stage and for the head
+
+    Args:
+        cfg: architecture
+        schedule: says who holds which stage
+
+    Returns:
+        coordinates on the pipeline, ascending; empty where nothing is tied over ranks
+    """
     first, last = schedule.rank_of(0), schedule.rank_of(schedule.stages - 1)
     return () if first == last or not cfg.tie_embeddings else (min(first, last), max(first, last))
 
@@ -144,7 +188,14 @@ def defer_weights(
     model: nn.Module,  # with `blocks`; changed in place
     queue: WeightQueue,
 ) -> list[str]:  # names of the modules that put their gradients off
-    "Have the matrices of all blocks leave their gradients in a queue. Experts of a mixture do not: their weight gradients are computed with their input's. Raises ValueError for a kind of linear map that cannot"
+    """Have the matrices of all blocks leave their gradients in a queue. Experts of a mixture do not: their weight gradients are computed with their input's. Raises ValueError for a kind of linear map that cannot
+
+    Args:
+        model: with `blocks`; changed in place
+
+    Returns:
+        names of the modules that put their gradients off
+    """
     names: list[str] = []
 
     def visit(module: nn.Module, path: str) -> None:

@@ -28,7 +28,15 @@ def cut_dim(
     name: str,  # logical name of a parameter
     embedding: Split = "vocabulary",  # which dim of the embedding is cut
 ) -> int | None:  # None: every rank has all of it
-    "The dim of a parameter that is cut; raises ValueError for a name it does not know"
+    """The dim of a parameter that is cut; raises ValueError for a name it does not know
+
+    Args:
+        name: logical name of a parameter
+        embedding: which dim of the embedding is cut
+
+    Returns:
+        None: every rank has all of it
+    """
     *_, module, leaf = name.split(".")
     if module.endswith("norm") or (module, leaf) == ("wo", "bias") or module == "gate":
         return None
@@ -59,6 +67,15 @@ def tensor_parallel(
     """Cut a model's matrices over an axis: afterwards it computes the same with a share of the weights. Raises ValueError that names the sizes which do not fit
 
     Shoeybi et al. 2019 (mtp), Korthikanti et al. 2022 (msp), InternEvo (fsp).
+
+    Args:
+        model: a whole Transformer, best on the meta device; changed in place
+        axis: the tensor axis
+        mode: how activations lie between blocks
+        embedding: which dim of the embedding is cut
+
+    Returns:
+        of every parameter, by logical name
     """
     cfg: ModelConfig = model.cfg  # type: ignore[assignment]
     require(mode in get_args(Mode), f"mode is {mode!r}: choose one of {', '.join(get_args(Mode))}")
@@ -99,7 +116,22 @@ def tensor_bytes(
     label_smoothing: bool = False,  # is there any?
     chunk: int = 0,  # of the head's loss, tokens; 0: as the head chooses
 ) -> dict[str, Count]:  # by purpose; "partial gradients" once a step, everything else once a pack, forward and backward together
-    "What one rank sends over the tensor axis, in closed form"
+    """What one rank sends over the tensor axis, in closed form
+
+    Args:
+        cfg: architecture
+        tokens: of one pack
+        size: tensor ranks
+        mode: how activations lie between blocks
+        itemsize: bytes of an activation: 2 for bf16
+        embedding: which dim of the embedding is cut
+        recomputed: blocks that are recomputed, fully or selectively
+        label_smoothing: is there any?
+        chunk: of the head's loss, tokens; 0: as the head chooses
+
+    Returns:
+        by purpose; "partial gradients" once a step, everything else once a pack, forward and backward together
+    """
     out: dict[str, Count] = {}
 
     def add(purpose: str, op: str, payload_bytes: int, calls: int) -> None:

@@ -26,7 +26,12 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    "A schedule in time"
+    """A schedule in time
+
+    Args:
+        spans: one row a rank
+        peaks: most activations that a rank holds at one time, in micro-batches of one stage
+    """
 
     schedule: Schedule
     spans: tuple[tuple[Span, ...], ...]  # one row a rank
@@ -58,7 +63,15 @@ def timeline(
     comm: float = 0.0,  # from the end of an action until its result is on another rank
     kept: float = 1.0,  # share of an activation that is still held between I and W
 ) -> Timeline:
-    "When each action runs if every rank keeps to its order and starts as soon as it can. Raises ScheduleError, which says who waits for whom, if they wait for ever"
+    """When each action runs if every rank keeps to its order and starts as soon as it can. Raises ScheduleError, which says who waits for whom, if they wait for ever
+
+    Args:
+        forward: time of an F
+        input_grad: of an I
+        weight_grad: of a W; a B takes both
+        comm: from the end of an action until its result is on another rank
+        kept: share of an activation that is still held between I and W
+    """
     cost = {"F": forward, "I": input_grad, "W": weight_grad, "B": input_grad + weight_grad}
     ends: dict[Action, float] = {}  # `B` for the input-gradient half too
     rows: list[list[Span]] = [[] for _ in schedule.orders]
@@ -106,7 +119,16 @@ def plot_schedule(
     kept: float = 1.0,  # share of an activation that is still held between I and W
     ax: "Axes | None" = None,  # None: a new figure
 ) -> "Axes":
-    "Draw what each rank does when. The title says the bubble, and the peak of activations in micro-batches of all of a rank's layers"
+    """Draw what each rank does when. The title says the bubble, and the peak of activations in micro-batches of all of a rank's layers
+
+    Args:
+        forward: time of an F
+        input_grad: of an I
+        weight_grad: of a W
+        comm: of a message
+        kept: share of an activation that is still held between I and W
+        ax: None: a new figure
+    """
     import matplotlib.pyplot as plt
 
     t = timeline(schedule, forward, input_grad, weight_grad, comm, kept)

@@ -21,7 +21,16 @@ def gather_texts(
     axis: Axis,  # over which
     purpose: str,  # what for
 ) -> list[str]:  # in order of coordinate
-    "Every rank gets the texts of all"
+    """Every rank gets the texts of all
+
+    Args:
+        text: this rank's
+        axis: over which
+        purpose: what for
+
+    Returns:
+        in order of coordinate
+    """
     if axis.size == 1:
         return [text]
     raw = text.encode()
@@ -38,7 +47,13 @@ def share(
     axis: Axis,  # over which
     purpose: str,  # what for
 ) -> str:
-    "The first rank's text, on every rank"
+    """The first rank's text, on every rank
+
+    Args:
+        text: counts on the first rank only
+        axis: over which
+        purpose: what for
+    """
     return gather_texts(text if axis.coord == 0 else "", axis, purpose)[0]
 
 # %% ../../nbs/parallel/10_together.ipynb #a2ae0817
@@ -52,7 +67,14 @@ def meet(
     purpose: str,  # what was tried, in words that fit after 'while'
     quick: bool = False,  # do all come within a collective's timeout? Otherwise those who come late must have been `at_work`
 ) -> None:
-    "Come back when all ranks are well. Otherwise raise: this rank's error, or RankFailed with those of others"
+    """Come back when all ranks are well. Otherwise raise: this rank's error, or RankFailed with those of others
+
+    Args:
+        error: this rank's; None: all is well
+        axis: over which
+        purpose: what was tried, in words that fit after 'while'
+        quick: do all come within a collective's timeout? Otherwise those who come late must have been `at_work`
+    """
     if not quick:
         wait_for_all(axis, purpose)
     if not agree(int(error is not None), axis, purpose):
@@ -79,7 +101,18 @@ def together(
     only_first: bool = False,  # call it on the first rank alone? The others get None
     quick: bool = False,  # is it over within a collective's timeout, always? Then it costs one collective and nothing more
 ) -> T:  # what it returned here
-    "Call a function on all ranks, and go on only if it worked on all. Raises its error here, or RankFailed where it failed elsewhere"
+    """Call a function on all ranks, and go on only if it worked on all. Raises its error here, or RankFailed where it failed elsewhere
+
+    Args:
+        fn: may raise
+        axis: ranks that all call this
+        purpose: what it does, in words that fit after 'while'
+        only_first: call it on the first rank alone? The others get None
+        quick: is it over within a collective's timeout, always? Then it costs one collective and nothing more
+
+    Returns:
+        what it returned here
+    """
     error, result = None, None
     try:
         if axis.coord == 0 or not only_first:

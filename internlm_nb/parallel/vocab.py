@@ -27,7 +27,14 @@ Split = Literal["vocabulary", "hidden"]  # which dim of the embedding is cut
 
 
 class SplitEmbedding(nn.Module):
-    "Token embedding of which each rank holds some words, or some channels of all words"
+    """Token embedding of which each rank holds some words, or some channels of all words
+
+    Args:
+        old: whose parameter, cut already, it takes over
+        axis: the tensor axis
+        mode: how activations lie between blocks
+        split: which dim is cut
+    """
 
     def __init__(
         self,
@@ -40,7 +47,11 @@ class SplitEmbedding(nn.Module):
         self.weight, self.grad_scale, self.axis, self.mode, self.split = old.weight, old.grad_scale, axis, mode, split
 
     def forward(self, input_ids: Tensor) -> Tensor:  # (tokens,) -> (tokens, hidden), in msp and fsp (tokens / size, hidden)
-        "Rows of the table; raises `ValueError` when tokens are to be split and cannot be"
+        """Rows of the table; raises `ValueError` when tokens are to be split and cannot be
+
+        Returns:
+            (tokens,) -> (tokens, hidden), in msp and fsp (tokens / size, hidden)
+        """
         axis, tokens = self.axis, input_ids.shape[0]
         if self.mode != "mtp" and tokens % axis.size:
             raise ValueError(f"a pack of {tokens} tokens is not divisible by tensor {axis.size}, over which mode {self.mode} splits it: pad it, or use mode mtp")
@@ -60,7 +71,16 @@ def statistics(
     target: Tensor,  # (chunk,) column of the target, outside of 0..words-1 where another rank holds it
     total: bool,  # also the sum of the logits, for label smoothing?
 ) -> Tensor:  # (3 or 4, chunk), float32 or float64
-    "Log of the sum of exponentials, the largest logit, the target's logit (0 where it is elsewhere), and the logits' sum"
+    """Log of the sum of exponentials, the largest logit, the target's logit (0 where it is elsewhere), and the logits' sum
+
+    Args:
+        logits: (chunk, words), of this rank's words; kept
+        target: (chunk,) column of the target, outside of 0..words-1 where another rank holds it
+        total: also the sum of the logits, for label smoothing?
+
+    Returns:
+        (3 or 4, chunk), float32 or float64
+    """
     out = torch.empty(4 if total else 3, logits.shape[0], dtype=wide_dtype(logits.dtype), device=logits.device)
     here = (target >= 0) & (target < logits.shape[1])
     out[2] = logits.gather(1, target.where(here, 0).unsqueeze(1)).squeeze(1).where(here, 0.0)
@@ -83,7 +103,16 @@ def to_gradient(
     label_smoothing: float,  # share spread over the vocabulary
     vocab_size: int,  # words on all ranks
 ) -> None:
-    "Turn logits into the gradient of the optimised loss: probabilities minus what was wanted, 0 where there is no target"
+    """Turn logits into the gradient of the optimised loss: probabilities minus what was wanted, 0 where there is no target
+
+    Args:
+        logits: (chunk, words), of this rank's words; overwritten
+        target: (chunk,) column of the target, outside of 0..words-1 where another rank holds it
+        valid: (chunk,) bool, is there a target at all?
+        log_total: (chunk,) log of the sum of exponentials over all words
+        label_smoothing: share spread over the vocabulary
+        vocab_size: words on all ranks
+    """
     here = (target >= 0) & (target < logits.shape[1])
     rows = slab_rows(logits)
     for part, column, mine, ok, total in zip(*(t.split(rows) for t in (logits, target.where(here, 0), here, valid, log_total))):
@@ -159,7 +188,19 @@ def split_cross_entropy(
     label_smoothing: float = 0.0,  # share of the target spread evenly over the vocabulary
     chunk: int = 0,  # tokens whose logits exist at one time, twice; 0: by `chunk_tokens` of this rank's words
 ) -> LossOutput:  # of all tokens, the same on every rank
-    "Cross entropy over a vocabulary that is cut; raises `ValueError` for a label outside of it"
+    """Cross entropy over a vocabulary that is cut; raises `ValueError` for a label outside of it
+
+    Args:
+        x: (tokens, hidden), normalised hidden states, the same on every rank; its gradient is a summand
+        weight: (vocab / size, hidden), this rank's words
+        labels: (tokens,) int64, `IGNORE_INDEX` where there is no target, the same on every rank
+        axis: the tensor axis
+        label_smoothing: share of the target spread evenly over the vocabulary
+        chunk: tokens whose logits exist at one time, twice; 0: by `chunk_tokens` of this rank's words
+
+    Returns:
+        of all tokens, the same on every rank
+    """
     if labels.shape != x.shape[:1]:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, but there are {x.shape[0]} tokens: give one label a token, of the whole pack")
     check_labels(labels, weight.shape[0] * axis.size)
@@ -169,7 +210,13 @@ def split_cross_entropy(
 
 # %% ../../nbs/parallel/15_vocab.ipynb #44944755
 class SplitHead(nn.Module):
-    "Final norm, this rank's rows of the output projection, and the loss over all"
+    """Final norm, this rank's rows of the output projection, and the loss over all
+
+    Args:
+        old: whose parameters, cut already, it takes over
+        axis: the tensor axis
+        mode: how activations lie between blocks
+    """
 
     weight: nn.Parameter | None  # (vocab / size, hidden); None when tied
 
@@ -190,7 +237,16 @@ class SplitHead(nn.Module):
         labels: Tensor | None = None,  # (tokens,) int64 of the whole pack, -100 where there is no target
         weight: Tensor | None = None,  # (vocab / size, hidden), the embedding's, when tied
     ) -> Tensor | LossOutput:  # logits (tokens, vocab), or the loss when labels are given; of all tokens, on every rank
-        "Logits, or with labels the loss"
+        """Logits, or with labels the loss
+
+        Args:
+            x: (tokens, hidden), in msp and fsp (tokens / size, hidden)
+            labels: (tokens,) int64 of the whole pack, -100 where there is no target
+            weight: (vocab / size, hidden), the embedding's, when tied
+
+        Returns:
+            logits (tokens, vocab), or the loss when labels are given; of all tokens, on every rank
+        """
         weight = self.weight if weight is None else weight
         assert weight is not None, "a tied head is called with the embedding's weight"
         if self.norm_head:

@@ -40,31 +40,51 @@ class Callback:
         self,
         trainer: "Trainer",  # whose run it is: run, state, model, optimizer, loader, mesh ... (a weak reference)
     ) -> None:
-        "Before the first step of a call of `fit`"
+        """Before the first step of a call of `fit`
+
+        Args:
+            trainer: whose run it is: run, state, model, optimizer, loader, mesh ... (a weak reference)
+        """
 
     def before_step(
         self,
         state: TrainState,  # as it stands
     ) -> None:
-        "Before a step is launched"
+        """Before a step is launched
+
+        Args:
+            state: as it stands
+        """
 
     def after_step(
         self,
         record: StepRecord,  # of the step, as in metrics.jsonl
     ) -> None:
-        "When a step's figures are known: at once, or with --log.flush-every after the last of so many steps"
+        """When a step's figures are known: at once, or with --log.flush-every after the last of so many steps
+
+        Args:
+            record: of the step, as in metrics.jsonl
+        """
 
     def after_save(
         self,
         path: Path,  # the checkpoint's folder
     ) -> None:
-        "When a checkpoint stands"
+        """When a checkpoint stands
+
+        Args:
+            path: the checkpoint's folder
+        """
 
     def on_error(
         self,
         error: BaseException,  # that ends the run
     ) -> None:
-        "When `fit` is left by an error, before it is raised"
+        """When `fit` is left by an error, before it is raised
+
+        Args:
+            error: that ends the run
+        """
 
     def close(self) -> None:
         "At the end of `fit`, whatever ended it"
@@ -73,26 +93,46 @@ class Callback:
         self,
         step: int,  # steps that will have been made
     ) -> Stopped | None:  # why, e.g. Stopped.WISH
-        "Should the run save and stop after this step? Asked on every rank; one that wishes it is enough"
+        """Should the run save and stop after this step? Asked on every rank; one that wishes it is enough
+
+        Args:
+            step: steps that will have been made
+
+        Returns:
+            why, e.g. Stopped.WISH
+        """
         return None
 
     def wants_save(
         self,
         step: int,  # likewise
     ) -> bool:
-        "Should a checkpoint be written after this step? Likewise"
+        """Should a checkpoint be written after this step? Likewise
+
+        Args:
+            step: likewise
+        """
         return False
 
     def due(
         self,
         step: int,  # steps that will have been made
     ) -> bool:
-        "Must this step's figures be read at once, though --log.flush-every would wait? The same answer on every rank"
+        """Must this step's figures be read at once, though --log.flush-every would wait? The same answer on every rank
+
+        Args:
+            step: steps that will have been made
+        """
         return False
 
 # %% ../../nbs/run/11_callbacks.ipynb #e57ac1d4
 class Validate(Callback):
-    "Measure a fixed set before the first step, after every n steps and at the end; keep the best checkpoint"
+    """Measure a fixed set before the first step, after every n steps and at the end; keep the best checkpoint
+
+    Args:
+        run: how often, and whether the best is kept
+        validation: the set
+    """
 
     everywhere = True
 
@@ -135,7 +175,11 @@ class Validate(Callback):
 
 # %% ../../nbs/run/11_callbacks.ipynb #181cc8bb
 class Save(Callback):
-    "Write a checkpoint after every n steps, and snapshots, of which there are two, more often"
+    """Write a checkpoint after every n steps, and snapshots, of which there are two, more often
+
+    Args:
+        run: how often
+    """
 
     everywhere = True
 
@@ -166,14 +210,22 @@ class Save(Callback):
 def save_plots(
     run_dir: Path,  # of the run
 ) -> None:
-    "Draw a run; only now matplotlib is loaded, which takes most of a second"
+    """Draw a run; only now matplotlib is loaded, which takes most of a second
+
+    Args:
+        run_dir: of the run
+    """
     from internlm_nb.observe.plots import save_plots
 
     save_plots(run_dir)
 
 
 class Plot(Callback):
-    "Draw plots/ after every n steps, and when the run stops. Pictures that cannot be drawn cost a remark, not a step"
+    """Draw plots/ after every n steps, and when the run stops. Pictures that cannot be drawn cost a remark, not a step
+
+    Args:
+        every: steps; 0: only when the run stops
+    """
 
     def __init__(
         self,
@@ -217,7 +269,11 @@ class Interrupt(Callback):
 
 
 class StopFile(Callback):
-    "A file in the run's folder: n stops at step n, -n saves there. The first rank reads it"
+    """A file in the run's folder: n stops at step n, -n saves there. The first rank reads it
+
+    Args:
+        path: empty: the file stop in the run's folder
+    """
 
     def __init__(
         self,
@@ -248,7 +304,11 @@ class StopFile(Callback):
 
 
 class TimeLimit(Callback):
-    "Stop while there is still time to save"
+    """Stop while there is still time to save
+
+    Args:
+        run: how long, and what comes next
+    """
 
     def __init__(
         self,
@@ -270,7 +330,11 @@ class TimeLimit(Callback):
 
 # %% ../../nbs/run/11_callbacks.ipynb #c0f0afeb
 class GiveUp(Callback):
-    "End a run that goes nowhere: gradients that are not finite, or steps without a target, one after another"
+    """End a run that goes nowhere: gradients that are not finite, or steps without a target, one after another
+
+    Args:
+        most: such steps in a row; 0: never
+    """
 
     everywhere = True
 
@@ -308,6 +372,9 @@ def give_up(
     """End a run whose weights, or whose last gradients, are not finite, and say what is worth going on from.
 
     Raises FloatingPointError on the first rank, and RankFailed, which repeats nothing, on the others.
+
+    Args:
+        what: happened
     """
     state = trainer.state
     before = state.step - state.bad_in_a_row
@@ -330,6 +397,9 @@ def judge_end(
 
     In float16 a single overflow at the end is the loss scale's way of trying; more than its patience is not. Raises
     FloatingPointError on the first rank, and RankFailed on the others.
+
+    Args:
+        trainer: whose run has come to an end
     """
     state, scale = trainer.state, trainer.run.train.loss_scale
     patience = scale.hysteresis if trainer.precision.loss_scale else 0
@@ -345,7 +415,15 @@ def own_callbacks(
     run: RunConfig,  # says which are wanted
     validation: Validation | None,  # its held-out set
 ) -> list[Callback]:  # in the order in which they are called
-    "What every run does beside its steps"
+    """What every run does beside its steps
+
+    Args:
+        run: says which are wanted
+        validation: its held-out set
+
+    Returns:
+        in the order in which they are called
+    """
     validates = validation is not None and run.train.valid_every
     return [
         GiveUp(run.train.max_bad_steps),

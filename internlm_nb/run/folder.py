@@ -35,14 +35,25 @@ OWN = (  # What a run leaves in its folder
 def rank_file(
     rank: int,  # Global
 ) -> str:
-    "Name of a rank's own figures, where there are several ranks: times, waits and memory of its steps"
+    """Name of a rank's own figures, where there are several ranks: times, waits and memory of its steps
+
+    Args:
+        rank: Global
+    """
     return f"metrics-rank{rank:05d}.jsonl"
 
 
 def put_aside(
     run_dir: Path,  # A folder that may hold a run
 ) -> Path | None:  # Where the run is now; None when there was none
-    "Make room for a new run without losing the old one: move it to DIR.1, DIR.2 ... What is not a run's own stays where it is"
+    """Make room for a new run without losing the old one: move it to DIR.1, DIR.2 ... What is not a run's own stays where it is
+
+    Args:
+        run_dir: A folder that may hold a run
+
+    Returns:
+        Where the run is now; None when there was none
+    """
     old = sorted(path for pattern in OWN for path in run_dir.glob(pattern))
     if not old:
         return None
@@ -72,7 +83,12 @@ def lives(
     other: Mapping[str, str | int],  # what it wrote about itself
     age_s: float,  # since its last sign of life
 ) -> bool:
-    "Is another owner still at work? On this machine the system knows; elsewhere only its signs of life tell"
+    """Is another owner still at work? On this machine the system knows; elsewhere only its signs of life tell
+
+    Args:
+        other: what it wrote about itself
+        age_s: since its last sign of life
+    """
     if other.get("host") != socket.gethostname():
         return age_s < DEAD_S
     try:
@@ -89,7 +105,12 @@ def _renew(path: Path, ended: threading.Event) -> None:
 
 # %% ../../nbs/run/02_folder.ipynb #6bf2986a
 class Guard:
-    "Keeps other processes out of a run's folder, from `take` on, for as long as it is there"
+    """Keeps other processes out of a run's folder, from `take` on, for as long as it is there
+
+    Args:
+        checkpoints: the run's folder of checkpoints
+        say: takes remarks
+    """
 
     def __init__(
         self,
@@ -142,7 +163,11 @@ class Guard:
         weakref.finalize(self, _let_go, path, self.ended)
 
     def _stands(self, path: Path) -> bool:  # True: this process is the owner already
-        "Judge an owner that is there; one that is dead is put out of the way"
+        """Judge an owner that is there; one that is dead is put out of the way
+
+        Returns:
+            True: this process is the owner already
+        """
         probe = path.with_name(f".now-{uuid.uuid4().hex}")
         try:
             probe.touch()
@@ -196,7 +221,11 @@ def _let_go(path: Path, ended: threading.Event) -> None:
 def held(
     checkpoints: Path,  # The run's folder of checkpoints
 ) -> Iterator[None]:
-    "Inside the block no other process may train in this folder. Raises CheckpointError when another holds it"
+    """Inside the block no other process may train in this folder. Raises CheckpointError when another holds it
+
+    Args:
+        checkpoints: The run's folder of checkpoints
+    """
     guard = Guard(checkpoints)
     guard.take()
     try:
@@ -208,7 +237,14 @@ def held(
 def launch_id(
     env: Mapping[str, str] | None = None,  # None: os.environ
 ) -> str:  # empty where no launcher restarts processes
-    "What all starts of one launch by torchrun have in common"
+    """What all starts of one launch by torchrun have in common
+
+    Args:
+        env: None: os.environ
+
+    Returns:
+        empty where no launcher restarts processes
+    """
     env = os.environ if env is None else env
     if "TORCHELASTIC_RESTART_COUNT" not in env:
         return ""
@@ -220,7 +256,12 @@ def restarted(
     run_dir: Path,  # the run's folder
     env: Mapping[str, str] | None = None,  # None: os.environ
 ) -> bool:
-    "Has this launch begun in this folder before, and been restarted?"
+    """Has this launch begun in this folder before, and been restarted?
+
+    Args:
+        run_dir: the run's folder
+        env: None: os.environ
+    """
     env = os.environ if env is None else env
     if not env.get("TORCHELASTIC_RESTART_COUNT", "0").strip("0"):
         return False
@@ -233,7 +274,14 @@ def restarted(
 def earlier_starts(
     run_dir: Path,  # The run's folder
 ) -> list[dict]:  # Oldest first; none for a new folder
-    "What config.json says of earlier starts. Raises ValueError for a foreign config.json"
+    """What config.json says of earlier starts. Raises ValueError for a foreign config.json
+
+    Args:
+        run_dir: The run's folder
+
+    Returns:
+        Oldest first; none for a new folder
+    """
     path = run_dir / "config.json"
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("starts", []) if path.exists() else []
@@ -248,7 +296,15 @@ def record_start(
     source: Path | None,  # The checkpoint it resumes from
     command: str,  # Command line
 ) -> None:
-    "Write config.json: the run with its versions, and one line for each start. Raises ValueError for a foreign config.json"
+    """Write config.json: the run with its versions, and one line for each start. Raises ValueError for a foreign config.json
+
+    Args:
+        run_dir: The run's folder
+        run: As it starts now
+        step: Where it starts
+        source: The checkpoint it resumes from
+        command: Command line
+    """
     path, earlier = run_dir / "config.json", earlier_starts(run_dir)
     start = {"step": step, "from": str(source) if source else None, "command": command, "versions": versions(), "launch": launch_id(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_file(path, json.dumps({"run": to_dict(run), "command": command, "versions": versions(), "starts": [*earlier, start]}, indent=1))

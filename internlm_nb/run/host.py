@@ -15,7 +15,11 @@ ROOM = 64 * 2**20  # bytes by which the heap grows at least
 
 
 def keep_freed_memory() -> bool:  # whether it is done; False where the C library is not glibc
-    "Let freed memory stay with this process, for steps that ask for the same sizes again"
+    """Let freed memory stay with this process, for steps that ask for the same sizes again
+
+    Returns:
+        whether it is done; False where the C library is not glibc
+    """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt

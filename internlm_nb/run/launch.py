@@ -39,6 +39,11 @@ def open_mesh(
     """Join the other ranks and make the mesh of a run.
 
     Raises ValueError for whatever the run's fields, the number of ranks and this device exclude, before ranks meet.
+
+    Args:
+        run: Device, layout, timeout
+        place: This process among the others; None: from the environment
+        final: Is it the run as it will be trained? A run file's prepare() may still make it smaller
     """
     place = find_place() if place is None else place
     found = resolve(run, place.world, place.local_rank if place.world > 1 else None, final=final)
@@ -51,7 +56,14 @@ def open_mesh(
 def fingerprint(
     run: RunConfig,  # As this rank understands it
 ) -> dict[str, str]:  # By what to call it in a message
-    "Whatever must be equal on all ranks"
+    """Whatever must be equal on all ranks
+
+    Args:
+        run: As this rank understands it
+
+    Returns:
+        By what to call it in a message
+    """
     digest = hashlib.blake2b(digest_size=8)
     root = Path(str(importlib.resources.files("internlm_nb")))
     for path in sorted(root.glob("*/*.py")):
@@ -63,7 +75,14 @@ def fingerprint(
 def differences(
     prints: Sequence[dict[str, str]],  # Of each rank
 ) -> list[str]:  # One line a difference to rank 0; empty when all agree
-    "In what ranks differ, and which"
+    """In what ranks differ, and which
+
+    Args:
+        prints: Of each rank
+
+    Returns:
+        One line a difference to rank 0; empty when all agree
+    """
     lines: dict[str, list[int]] = {}
     for rank, found in enumerate(prints):
         for name in sorted({*prints[0], *found}):
@@ -77,7 +96,13 @@ def agree_on(
     mesh: Mesh,  # Who must agree
     facts: Mapping[str, str] | None = None,  # More that must be equal, by what to call it in a message: what the data folders hold
 ) -> None:
-    "Raise ValueError that lists, with their ranks, the fields, versions, code and facts in which ranks differ (RankFailed on ranks other than 0)"
+    """Raise ValueError that lists, with their ranks, the fields, versions, code and facts in which ranks differ (RankFailed on ranks other than 0)
+
+    Args:
+        run: As this rank understands it
+        mesh: Who must agree
+        facts: More that must be equal, by what to call it in a message: what the data folders hold
+    """
     world = mesh.axis("world")
     mine = {**fingerprint(run), **(facts or {})}
     prints = [json.loads(text) for text in gather_texts(json.dumps(mine), world, "what ranks are about to do")]
@@ -94,7 +119,13 @@ def agree_on_data(
     validation: Validation | None,  # likewise
     mesh: Mesh,  # who must agree
 ) -> None:
-    "Raise ValueError that lists the ranks whose folders hold other data than rank 0's (RankFailed on ranks other than 0)"
+    """Raise ValueError that lists the ranks whose folders hold other data than rank 0's (RankFailed on ranks other than 0)
+
+    Args:
+        loader: of the run
+        validation: likewise
+        mesh: who must agree
+    """
     world, folders = mesh.axis("world"), [str(folder) for folder, _ in parse_folders(loader.config.train_folder)]
     if validation is not None:
         folders.append(loader.config.valid_folder)
@@ -129,7 +160,15 @@ def measure_links(
     mesh: Mesh,  # All of its ranks call this
     size_bytes: int = 4 << 20,  # Of a message
 ) -> dict[str, list[float]]:  # GB/s by rank, the same on all ranks: `next` to the next rank, then each axis that has several ranks
-    "Bandwidth of each rank's link to the next, and of all-reduces"
+    """Bandwidth of each rank's link to the next, and of all-reduces
+
+    Args:
+        mesh: All of its ranks call this
+        size_bytes: Of a message
+
+    Returns:
+        GB/s by rank, the same on all ranks: `next` to the next rank, then each axis that has several ranks
+    """
     world, out = mesh.axis("world"), {}
     x, y = (torch.zeros(size_bytes // 4, device=mesh.device) for _ in range(2))
 
@@ -154,7 +193,11 @@ def measure_links(
 def describe_links(
     rates: dict[str, list[float]],  # From `measure_links`
 ) -> list[str]:
-    "A line for each kind, and one for each link below a third of the median"
+    """A line for each kind, and one for each link below a third of the median
+
+    Args:
+        rates: From `measure_links`
+    """
     lines = []
     for name, each in rates.items():
         middle = statistics.median(each)
@@ -183,7 +226,12 @@ def check_disk(
     run_dir: Path,  # The run's folder; made by the first rank when missing
     mesh: Mesh,  # Whose ranks must all see it, and be able to write there
 ) -> None:
-    "Raise OSError, or RankFailed naming ranks, when the run's folder is another one for a rank, or it cannot write there"
+    """Raise OSError, or RankFailed naming ranks, when the run's folder is another one for a rank, or it cannot write there
+
+    Args:
+        run_dir: The run's folder; made by the first rank when missing
+        mesh: Whose ranks must all see it, and be able to write there
+    """
     world = mesh.axis("world")
     token = run_dir / f".same-folder-{share(secrets.token_hex(8), world, 'is the folder one and the same?')}"
 
@@ -211,7 +259,15 @@ def choose_together(
     find: Callable[[dict[Path, str]], Path | None],  # Chooses, passing over those that are known to be damaged (and why); called on the first rank alone
     world: Axis,  # Ranks that share the work; all call this
 ) -> Path | None:  # The same on all; None: start anew
-    "A checkpoint whose bytes have all been compared with their checksums, each by one rank. Raises what `find` raises (RankFailed on the other ranks)"
+    """A checkpoint whose bytes have all been compared with their checksums, each by one rank. Raises what `find` raises (RankFailed on the other ranks)
+
+    Args:
+        find: Chooses, passing over those that are known to be damaged (and why); called on the first rank alone
+        world: Ranks that share the work; all call this
+
+    Returns:
+        The same on all; None: start anew
+    """
     damaged: dict[Path, str] = {}
     while True:
         found = together(lambda: find(damaged), world, "looking for a checkpoint", only_first=True)
@@ -226,7 +282,11 @@ def choose_together(
 
 
 def _compare(path: Path, world: Axis) -> str:  # What is damaged; empty: nothing
-    "This rank's share of the checksums"
+    """This rank's share of the checksums
+
+    Returns:
+        What is damaged; empty: nothing
+    """
     try:
         Checkpoint(path).verify(world.coord, world.size)
         return ""

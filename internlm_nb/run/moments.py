@@ -32,7 +32,11 @@ class Troubles:
         kind: str,  # one of TROUBLES
         error: Exception,
     ) -> None:
-        "Keep an error, unless there is one"
+        """Keep an error, unless there is one
+
+        Args:
+            kind: one of TROUBLES
+        """
         if self.error is None:
             self.kind, self.error = kind, error
 
@@ -42,7 +46,11 @@ class Troubles:
         fn: Callable,
         *args: object,
     ) -> None:
-        "Do what may fail, and keep its error"
+        """Do what may fail, and keep its error
+
+        Args:
+            kind: one of TROUBLES
+        """
         try:
             fn(*args)
         except Exception as e:
@@ -58,7 +66,11 @@ STOPS = (Stopped.STOP_FILE, Stopped.INTERRUPTED, Stopped.TIME, Stopped.WISH)  # 
 
 
 class Moments:
-    "A run's callbacks, called in order"
+    """A run's callbacks, called in order
+
+    Args:
+        troubles: gets what they raise
+    """
 
     def __init__(
         self,
@@ -73,7 +85,14 @@ class Moments:
         moment: str,  # name of a method of `Callback`
         *args: object,
     ) -> list[Any]:  # what they answer
-        "Call all; what one raises is kept, unless all ranks raise it now"
+        """Call all; what one raises is kept, unless all ranks raise it now
+
+        Args:
+            moment: name of a method of `Callback`
+
+        Returns:
+            what they answer
+        """
         out = []
         for callback in self.callbacks:
             try:
@@ -89,14 +108,22 @@ class Moments:
         self,
         step: int,  # steps that will have been made
     ) -> bool:
-        "Does any of them have something to do there?"
+        """Does any of them have something to do there?
+
+        Args:
+            step: steps that will have been made
+        """
         return any(c.due(step) for c in self.callbacks)
 
     def wishes(
         self,
         step: int,  # likewise
     ) -> list[float]:
-        "This rank's: reasons to stop, a save, and that all look at its trouble"
+        """This rank's: reasons to stop, a save, and that all look at its trouble
+
+        Args:
+            step: likewise
+        """
         stops, saves = self.each("wants_stop", step), self.each("wants_save", step)
         return [float(w) for w in (*(r in stops for r in STOPS), any(saves), *(self.troubles.kind == k for k in TROUBLES))]
 
@@ -104,14 +131,25 @@ class Moments:
 def save_wished(
     wished: Sequence[float],  # of all ranks, as `Moments.wishes` puts them
 ) -> bool:
-    "Does anybody wish a save?"
+    """Does anybody wish a save?
+
+    Args:
+        wished: of all ranks, as `Moments.wishes` puts them
+    """
     return bool(wished[len(STOPS)])
 
 
 def troubles_met(
     wished: Sequence[float],  # likewise
 ) -> list[str]:  # of TROUBLES
-    "What went wrong, on any rank"
+    """What went wrong, on any rank
+
+    Args:
+        wished: likewise
+
+    Returns:
+        of TROUBLES
+    """
     return [kind for kind, w in zip(TROUBLES, wished[len(STOPS) + 1 :]) if w]
 
 
@@ -121,7 +159,17 @@ def decide(
     end: int,  # up to where `fit` was asked to go
     whole: int,  # steps of the run
 ) -> Stopped | None:  # None: go on
-    "Whether to stop now, and why"
+    """Whether to stop now, and why
+
+    Args:
+        wished: likewise
+        step: steps made
+        end: up to where `fit` was asked to go
+        whole: steps of the run
+
+    Returns:
+        None: go on
+    """
     if step >= whole:
         return Stopped.DONE
     reasons = [r for r, w in zip(STOPS, wished) if w and not (r is Stopped.TIME and step >= end)]

@@ -28,7 +28,15 @@ def memory_needed(
     run: RunConfig,  # Architecture, precision, what is cut
     ranks: int = 1,  # That hold the same weights: Hybrid ZeRO shares out among them
 ) -> int:  # Bytes
-    "Weights, gradients, masters and moments of one rank; activations come on top. With a pipeline it is the mean of the stages"
+    """Weights, gradients, masters and moments of one rank; activations come on top. With a pipeline it is the mean of the stages
+
+    Args:
+        run: Architecture, precision, what is cut
+        ranks: That hold the same weights: Hybrid ZeRO shares out among them
+
+    Returns:
+        Bytes
+    """
     p, z, l, cfg = PRECISIONS[run.train.precision], run.zero, run.parallel, run.model
     sharding = Sharding(z.param, z.grad, z.optim).resolved(ranks)
     grad = (p.param if z.grad_dtype == "param" else p.master).itemsize
@@ -48,7 +56,11 @@ def memory_needed(
 def checkpoint_bytes(
     run: RunConfig,  # Architecture and precision
 ) -> int:
-    "What all ranks together write: weights, masters, moments"
+    """What all ranks together write: weights, masters, moments
+
+    Args:
+        run: Architecture and precision
+    """
     p = PRECISIONS[run.train.precision]
     return num_params(run.model) * (p.param.itemsize + 2 * p.master.itemsize + (p.master.itemsize if p.has_master else 0))
 
@@ -56,7 +68,14 @@ def checkpoint_bytes(
 def memory_there(
     device: torch.device,  # Where the run computes
 ) -> int:  # Bytes; a very large number where it cannot be told
-    "Memory of the device, or of the machine"
+    """Memory of the device, or of the machine
+
+    Args:
+        device: Where the run computes
+
+    Returns:
+        Bytes; a very large number where it cannot be told
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     try:
@@ -70,7 +89,13 @@ def check_memory(
     device: torch.device,  # Where
     ranks: int = 1,  # That hold the same weights
 ) -> None:
-    "Raise ValueError when weights, gradients and optimizer alone are more than the device has"
+    """Raise ValueError when weights, gradients and optimizer alone are more than the device has
+
+    Args:
+        run: What is to be trained
+        device: Where
+        ranks: That hold the same weights
+    """
     need, there = memory_needed(run, ranks), memory_there(device)
     if need > there:
         raise ValueError(
@@ -87,7 +112,12 @@ def check_batch(
     run: RunConfig,  # What is to be trained
     ranks: int = 1,  # Size of the data axis
 ) -> None:
-    "Raise ValueError, before any pack is made, when the packs that a rank holds are more than the machine has memory for"
+    """Raise ValueError, before any pack is made, when the packs that a rank holds are more than the machine has memory for
+
+    Args:
+        run: What is to be trained
+        ranks: Size of the data axis
+    """
     d, there = run.data, memory_there(torch.device("cpu"))
     packs = -(-d.micro_num // ranks) * (d.prefetch + 1)
     need = TOKEN_BYTES * max(packs * d.packed_length, d.seq_len * (d.valid_micro_bsz or d.micro_bsz))
@@ -106,7 +136,16 @@ def check_data(
     coord: int = 0,  # This rank's place on the data axis
     ranks: int = 1,  # Size of the data axis: the looking is shared out
 ) -> None:
-    "Raise TokenFileError for documents that are broken or do not fit the vocabulary, and ValueError for a validation or a step that cannot be"
+    """Raise TokenFileError for documents that are broken or do not fit the vocabulary, and ValueError for a validation or a step that cannot be
+
+    Args:
+        run: What is to be trained
+        loader: Its training data
+        validation: Its validation set
+        say: Takes remarks
+        coord: This rank's place on the data axis
+        ranks: Size of the data axis: the looking is shared out
+    """
     check_batch(run, ranks)
     if run.train.valid_every and validation is None:
         raise ValueError(f"--train.valid-every is {run.train.valid_every}, but there is nothing to validate on: give --data.valid-folder, or set it to 0")

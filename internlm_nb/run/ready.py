@@ -30,7 +30,11 @@ from ..train.precision import PRECISIONS, matmul_precision
 def heard(
     say: Callable[[str], object],  # takes remarks, where somebody is there to hear them
 ) -> Callable[[str], None]:
-    "The same, but silent where the terminal is gone or the log's disk is full"
+    """The same, but silent where the terminal is gone or the log's disk is full
+
+    Args:
+        say: takes remarks, where somebody is there to hear them
+    """
 
     def safely(line: str) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -41,7 +45,17 @@ def heard(
 # %% ../../nbs/run/12_ready.ipynb #2aaa467b
 @dataclass(frozen=True)
 class Ready:
-    "What a run has before its first step"
+    """What a run has before its first step
+
+    Args:
+        resolved: what follows from the configuration
+        loader: reads its data
+        validation: its held-out set
+        built: the model, and all that trains it; weights are loaded
+        state: how far it has come
+        saver: writes its checkpoints
+        guard: keeps other processes out of its folder
+    """
 
     resolved: Resolved  # what follows from the configuration
     loader: Loader  # reads its data
@@ -57,7 +71,13 @@ def look(
     mesh: Mesh,  # by which ranks
     say: Callable[[str], object],  # takes remarks
 ) -> tuple[Resolved, Loader, Validation | None]:
-    "What can be known before there is a model: configuration, memory and data. Raises ValueError or TokenFileError that names what is wrong"
+    """What can be known before there is a model: configuration, memory and data. Raises ValueError or TokenFileError that names what is wrong
+
+    Args:
+        run: what to train
+        mesh: by which ranks
+        say: takes remarks
+    """
     layout = mesh.layout
     resolved = resolve(run, device=mesh.device, layout=layout)
     loader = Loader(run.data, run.train.seed, run.model.vocab_size)
@@ -76,6 +96,13 @@ def get_ready(
     """Check, agree with the other ranks, build, load, and open the folder.
 
     Raises ValueError, TokenFileError or CheckpointError that name what is wrong; RankFailed where it is wrong on another rank.
+
+    Args:
+        run: what to train
+        run_dir: where everything goes
+        mesh: ranks that train together: all call this
+        command: command line, for config.json
+        say: takes remarks
     """
     world, checkpoints = mesh.axis("world"), run_dir / CHECKPOINTS
     guard = Guard(checkpoints, say)  # held from the first look at the folder on

@@ -26,7 +26,17 @@ from ..train.step import StepClock, StepOutput
 # %% ../../nbs/run/09_record.ipynb #5624c1f9
 @dataclass(frozen=True)
 class Launched:
-    "A step that was launched. Its figures stay on the device until `Figures.read`"
+    """A step that was launched. Its figures stay on the device until `Figures.read`
+
+    Args:
+        step: its number, from 0
+        lr: learning rate
+        beta2: of Adam
+        tokens: of this rank's packs, padding left out
+        shares: (figures,) float64, what this rank adds to the sums over all ranks
+        own: (4,) float64: loss, gradient norm, skipped, loss scale; every rank has the same
+        clock: the step's moments
+    """
 
     step: int  # its number, from 0
     lr: float  # learning rate
@@ -39,7 +49,21 @@ class Launched:
 
 @dataclass(frozen=True)
 class Sums:
-    "One step's figures over all ranks, on the host"
+    """One step's figures over all ranks, on the host
+
+    Args:
+        tokens: padding left out
+        flops: published, model, causal, hardware
+        largest_length: tokens of the longest document
+        largest_batch: most documents in a pack
+        smallest_batch: fewest
+        by_type: loss/en, accuracy/en, ...
+        experts: experts/largest_over_mean, experts/dropped; empty for a dense model
+        loss: mean over all targets
+        grad_norm: before clipping
+        skipped: was the update left out?
+        loss_scale: 1 unless fp16
+    """
 
     packs: int
     tokens: int  # padding left out
@@ -61,7 +85,13 @@ EXTREMES = 3  # longest document, most and fewest documents of a pack: each data
 
 
 class Figures:
-    "What ranks add up once a step: which numbers, and where each stands in the vector"
+    """What ranks add up once a step: which numbers, and where each stands in the vector
+
+    Args:
+        run: whose steps
+        mesh: ranks that make them
+        types: data types by id
+    """
 
     def __init__(
         self,
@@ -83,7 +113,14 @@ class Figures:
         self,
         packs: Sequence[Pack],  # of this rank's step
     ) -> list[float]:  # COUNTS numbers, then EXTREMES for each data rank
-        "What the host knows about a step"
+        """What the host knows about a step
+
+        Args:
+            packs: of this rank's step
+
+        Returns:
+            COUNTS numbers, then EXTREMES for each data rank
+        """
         extremes = [0.0] * (EXTREMES * self.data)
         if not self.reads:
             return [0.0] * COUNTS + extremes
@@ -108,7 +145,16 @@ class Figures:
         meter: TypeMeter,  # losses by type, on the device
         clock: StepClock,
     ) -> Launched:
-        "Put a step's figures together, without waiting for the device"
+        """Put a step's figures together, without waiting for the device
+
+        Args:
+            step: its number
+            packs: of this rank
+            rates: learning rate, beta2
+            out: on the device
+            scale: () loss scale of the step
+            meter: losses by type, on the device
+        """
         parts = [torch.tensor(self.of_packs(packs), dtype=torch.float64).to(self.device, non_blocking=True)]
         device_parts = [meter.sums.flatten()]
         if self.whole and out.expert_tokens is not None and out.expert_dropped is not None:
@@ -121,7 +167,14 @@ class Figures:
 def memory_used(
     device: torch.device,  # of this rank
 ) -> int:  # bytes
-    "The most that this rank has held: on its GPU, or on a CPU as a process"
+    """The most that this rank has held: on its GPU, or on a CPU as a process
+
+    Args:
+        device: of this rank
+
+    Returns:
+        bytes
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -129,7 +182,14 @@ def memory_used(
 
 @dataclass(frozen=True)
 class Reading:
-    "What ranks know in common after some steps"
+    """What ranks know in common after some steps
+
+    Args:
+        sums: of each step
+        wishes: for each wish, whether any rank has it
+        wait_s: longest time that a rank waited for data
+        memory_bytes: of the rank that has used most
+    """
 
     sums: list[Sums]  # of each step
     wishes: list[bool]  # for each wish, whether any rank has it
@@ -143,7 +203,13 @@ def read_steps(
     wishes: Sequence[float],  # 1 where this rank wishes something, as many on every rank
     wait_s: float = 0.0,  # time that this rank waited for data
 ) -> Reading:
-    "Add up over all ranks what was launched, and bring it to the host: one exchange, and one wait"
+    """Add up over all ranks what was launched, and bring it to the host: one exchange, and one wait
+
+    Args:
+        steps: since the last reading, the same number on every rank
+        wishes: 1 where this rank wishes something, as many on every rank
+        wait_s: time that this rank waited for data
+    """
     ranks = figures.world.size
     places = [0.0] * (2 * ranks)  # each rank has two of its own
     places[figures.world.coord], places[ranks + figures.world.coord] = wait_s, memory_used(figures.device)
@@ -207,7 +273,16 @@ def step_record(
     peak: float | None,  # of one device, TFLOP/s; None: not known
     more: Mapping[str, float],  # further figures by name
 ) -> StepRecord:
-    "One line of `metrics.jsonl`"
+    """One line of `metrics.jsonl`
+
+    Args:
+        launched: the step
+        sums: its figures over all ranks
+        state: after it
+        throughput: with it
+        peak: of one device, TFLOP/s; None: not known
+        more: further figures by name
+    """
     seconds = throughput.recent[-1][1]
     rates = flop_rates(seconds, throughput.ranks, peak, *sums.flops)
     return StepRecord(
@@ -238,7 +313,14 @@ def rank_record(
     seconds: float,  # of the step, by the host's clock
     wait_s: float,  # of it, waiting for data
 ) -> dict[str, float]:
-    "One line of a rank's own file"
+    """One line of a rank's own file
+
+    Args:
+        launched: the step
+        mesh: this rank's place
+        seconds: of the step, by the host's clock
+        wait_s: of it, waiting for data
+    """
     return {
         "step": launched.step,
         "rank": mesh.rank,

@@ -21,7 +21,17 @@ from ..train.config import RunConfig, flatten
 
 # %% ../../nbs/run/14_recorder.ipynb #9c74dce8
 class Recorder:
-    "Writes a run's figures down, and shows them"
+    """Writes a run's figures down, and shows them
+
+    Args:
+        run: says where figures are shown
+        run_dir: its folder
+        step: steps made: later records of an earlier start are dropped
+        mesh: this rank's place
+        sinks: further ones, of the caller
+        say: takes remarks
+        troubles: gets what goes wrong
+    """
 
     def __init__(
         self,
@@ -56,7 +66,11 @@ class Recorder:
         lines: Sequence[str],  # what is about to happen
         step: int,
     ) -> None:
-        "Say it once, where it is seen: on the terminal if that is a sink, as a remark otherwise"
+        """Say it once, where it is seen: on the terminal if that is a sink, as a remark otherwise
+
+        Args:
+            lines: what is about to happen
+        """
         text = "\n".join(lines)
         self.sinks.text("run", text, step)
         shown = any(isinstance(s, Guarded) and isinstance(s.sink, TerminalSink) for s in self.sinks.sinks)
@@ -68,7 +82,12 @@ class Recorder:
         records: Sequence[StepRecord],  # of all ranks together
         own: Sequence[Record],  # of this rank
     ) -> None:
-        "Write records of steps, together"
+        """Write records of steps, together
+
+        Args:
+            records: of all ranks together
+            own: of this rank
+        """
         rows = [r.as_dict() for r in records]
         if self.records is not None:
             self.troubles.attempt("records", self.records.extend, rows)
@@ -81,7 +100,11 @@ class Recorder:
         self,
         record: Record,  # figures by name, and the step
     ) -> None:
-        "Write the record of a validation"
+        """Write the record of a validation
+
+        Args:
+            record: figures by name, and the step
+        """
         if self.validations is not None:
             self.troubles.attempt("records", self.validations.write, record)
         self.sinks.write(record)

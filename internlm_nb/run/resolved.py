@@ -32,6 +32,10 @@ def refuse_optimizer(
     """Refuse patterns that match no parameter, a stage without anything to train, a schedule longer than the run.
 
     Raises ValueError that names the field.
+
+    Args:
+        run: patterns of names, length, schedule
+        schedule: says which stages a rank of the pipeline has; None: there is one stage
     """
     acts(run.train.steps, run.optim.schedule)
     names = parameter_names(run.model)
@@ -56,6 +60,13 @@ def plan_steps(
     """A pipeline's order of work, after a look at every size of batch that the run will have.
 
     Raises ValueError that names the size which cannot be.
+
+    Args:
+        run: sizes of batches, and how a pipeline works
+        layout: over which ranks
+
+    Returns:
+        of a full batch; None: there is one stage
     """
     parallel, data = run.parallel, run.data
     schedule = None
@@ -78,7 +89,18 @@ def plan_steps(
 # %% ../../nbs/run/04_resolved.ipynb #f3f4353c
 @dataclass(frozen=True)
 class Resolved:
-    "What a run comes to on so many ranks"
+    """What a run comes to on so many ranks
+
+    Args:
+        run: as it was asked for
+        device: where this rank computes
+        layout: sizes of all axes
+        sharding: over how many ranks weights, gradients and states are cut
+        precision: number formats
+        schedule: a pipeline's order of work; None: there is one stage
+        memory_bytes: weights, gradients and optimizer of one rank; activations come on top
+        checkpoint_bytes: what all ranks together write
+    """
 
     run: RunConfig  # as it was asked for
     device: torch.device  # where this rank computes
@@ -101,6 +123,14 @@ def resolve(
     """Answer all questions that fields, ranks and device decide, without asking another rank.
 
     Raises ValueError that names the fields which cannot be, and what to write instead.
+
+    Args:
+        run: what is to be trained
+        world: ranks that were started
+        local_rank: of this process on its node, when it is one of many: which GPU
+        device: where this rank computes; None: as the run says
+        layout: of a mesh that exists; None: from the run's fields
+        final: is it the run as it will be trained? A run file's prepare() may still make it smaller
     """
     device = choose_device(run.train.device, local_rank) if device is None else device
     layout = layout_of(run, world) if layout is None else layout

@@ -27,7 +27,15 @@ from ..zero.copies import drifted
 
 # %% ../../nbs/run/10_saver.ipynb #62810f68
 class Saver:
-    "Writes a run's checkpoints, and deletes those that are no longer to be kept"
+    """Writes a run's checkpoints, and deletes those that are no longer to be kept
+
+    Args:
+        run: says what to keep, and travels along
+        checkpoints: the run's folder of checkpoints
+        parts: what is saved, and whose data are recorded
+        mesh: ranks that save together
+        say: takes remarks
+    """
 
     def __init__(
         self,
@@ -55,6 +63,13 @@ class Saver:
         """Write a checkpoint, unless it is there already; then delete what is no longer to be kept.
 
         Raises CheckpointError where it failed, RankFailed on the other ranks.
+
+        Args:
+            state: of now
+            snapshot: into one of the two snapshot folders instead
+
+        Returns:
+            the checkpoint of this step
         """
         begin = time.monotonic()
         step = state.step
@@ -88,7 +103,11 @@ class Saver:
         self,
         step: int,  # of now
     ) -> bool:
-        "Are all weights finite, on all ranks?"
+        """Are all weights finite, on all ranks?
+
+        Args:
+            step: of now
+        """
         if agree(int(not weights_are_finite(self.optimizer)), self.world, "are the weights finite?"):
             self.lost_at = step if self.lost_at is None else self.lost_at
         else:
@@ -99,7 +118,14 @@ class Saver:
         self,
         step: int,  # of no later one
     ) -> str:  # its path, on every rank; empty where there is none
-        "The newest checkpoint up to a step whose weights are all finite"
+        """The newest checkpoint up to a step whose weights are all finite
+
+        Args:
+            step: of no later one
+
+        Returns:
+            its path, on every rank; empty where there is none
+        """
         find = partial(newest_sound, self.checkpoints, look=True, until=step, say=self.say)
         found = together(find, self.world, "looking for a sound checkpoint", only_first=True)
         return share(str(found) if found else "", self.world, "the newest sound checkpoint")
@@ -109,7 +135,12 @@ class Saver:
         step: int,  # that was saved
         loss: float,  # on the validation set
     ) -> None:
-        "Keep this step's checkpoint for as long as there is no better one"
+        """Keep this step's checkpoint for as long as there is no better one
+
+        Args:
+            step: that was saved
+            loss: on the validation set
+        """
         mark = partial(mark_best, self.checkpoints, step, loss)
         together(mark, self.world, "marking the best checkpoint", only_first=True)
 

@@ -50,6 +50,13 @@ def find_checkpoint(
 
     When a launcher has started the run again, that is the run's own newest one, whatever its command line says.
     Raises CheckpointError when another process is at work there.
+
+    Args:
+        run: Says how to resume
+        run_dir: The run's folder
+        say: Takes remarks
+        damaged: Checkpoints known to be damaged, and why: the caller compares checksums; None: compare them here
+        guard: Of the folder; taken where a run was here before
     """
     checkpoints = run_dir / CHECKPOINTS
     if guard is not None and (checkpoints / ".lock").exists():
@@ -69,7 +76,11 @@ def find_checkpoint(
 def weights_are_finite(
     optimizer: Optimizer,  # holds this rank's masters
 ) -> bool:
-    "Are all weights that this rank updates finite numbers?"
+    """Are all weights that this rank updates finite numbers?
+
+    Args:
+        optimizer: holds this rank's masters
+    """
     return all(bool(leaf.master.isfinite().all()) for leaf in optimizer.engine.leaves)
 
 # %% ../../nbs/run/06_start.ipynb #95704496
@@ -78,7 +89,16 @@ def reheated(
     new: RunConfig,  # As asked for now
     step: int,  # Steps made
 ) -> str:  # Empty where the rate does not rise
-    "What to say when the changes make the learning rate jump up at the resume, with the ways out"
+    """What to say when the changes make the learning rate jump up at the resume, with the ways out
+
+    Args:
+        old: As saved
+        new: As asked for now
+        step: Steps made
+
+    Returns:
+        Empty where the rate does not rise
+    """
     if step == 0:
         return ""
     was = lr_at(step - 1, old.optim.lr, old.train.steps, old.optim.schedule)
@@ -105,7 +125,17 @@ def load_start(
     validation: Validation | None,  # Likewise
     say: Say,  # Takes remarks
 ) -> TrainState:
-    "Resume, take weights only, or leave the seed's. Raises ValueError or CheckpointError that says why it cannot be"
+    """Resume, take weights only, or leave the seed's. Raises ValueError or CheckpointError that says why it cannot be
+
+    Args:
+        run: As asked for now
+        resume: From `find_checkpoint`
+        model: Filled in place
+        optimizer: Filled in place
+        loader: Of the run's data, to be compared with the checkpoint's
+        validation: Likewise
+        say: Takes remarks
+    """
     if resume is not None:
         checkpoint = Checkpoint(resume)
         found = check_resume(checkpoint, run, data_facts(loader), data_facts(validation))
@@ -138,7 +168,13 @@ def copy_tokenizer(
     run_dir: Path,  # The run's folder, where an export and a chat look for it
     say: Say,  # Takes remarks
 ) -> None:
-    "Keep the tokenizer of the run's data with the run; what cannot be kept is a remark"
+    """Keep the tokenizer of the run's data with the run; what cannot be kept is a remark
+
+    Args:
+        run: Says where its data are
+        run_dir: The run's folder, where an export and a chat look for it
+        say: Takes remarks
+    """
     try:
         for folder, _ in parse_folders(run.data.train_folder) if run.data.train_folder else ():
             if tokenizer := find_tokenizer(folder):
@@ -155,7 +191,15 @@ def ask_for_room(
     size_bytes: int,  # Of one
     say: Say,  # Takes remarks
 ) -> None:
-    "Raise CheckpointError when the disk has no room for those that stand at the same time; a remark where all of a run are kept, which somebody may still move away"
+    """Raise CheckpointError when the disk has no room for those that stand at the same time; a remark where all of a run are kept, which somebody may still move away
+
+    Args:
+        run: Says how many checkpoints are kept
+        run_dir: Where they go
+        step: Steps made
+        size_bytes: Of one
+        say: Takes remarks
+    """
     keep, left = run.checkpoint, run.train.steps - step
     every = [n for n in (keep.every, 0 if keep.keep_last else keep.snapshot_every) if n]
     saves = max(1, -(-left // min(every))) if every else 1
@@ -180,6 +224,16 @@ def open_folder(
     """Make room and write config.json; nothing of an older run is written over.
 
     Raises CheckpointError when the disk has no room for a checkpoint, or another process is at work in the folder.
+
+    Args:
+        run: As it starts now
+        run_dir: The run's folder
+        state: Where it starts
+        resume: The checkpoint it resumes from
+        need_bytes: Of a checkpoint
+        command: Command line, for config.json
+        say: Takes remarks
+        guard: Of the folder; held from here on
     """
     checkpoints = run_dir / CHECKPOINTS
     earlier_starts(run_dir)  # a foreign folder is left as it is
@@ -205,7 +259,15 @@ def fast_paths(
     run: RunConfig,  # What is trained
     device_type: str,  # cpu or cuda
 ) -> list[str]:  # At most one line
-    "Which fast paths beside attention are taken, each held to a plain form by a test"
+    """Which fast paths beside attention are taken, each held to a plain form by a test
+
+    Args:
+        run: What is trained
+        device_type: cpu or cuda
+
+    Returns:
+        At most one line
+    """
     taken = []
     if device_type == "cpu" and not run.train.compile:
         taken.append("norm and rotation as nodes by hand")
@@ -222,7 +284,15 @@ def expert_remarks(
     run: RunConfig,  # What is trained
     mesh: Mesh,  # By how many ranks, on what
 ) -> list[str]:  # empty for a dense model
-    "What costs time or is not measured with experts"
+    """What costs time or is not measured with experts
+
+    Args:
+        run: What is trained
+        mesh: By how many ranks, on what
+
+    Returns:
+        empty for a dense model
+    """
     model, layout, out = run.model, mesh.layout, []
     if not model.num_experts:
         return out
@@ -241,7 +311,11 @@ def expert_remarks(
 def not_default(
     run: RunConfig,
 ) -> list[str]:  # At most one line
-    "Fields that are not as they are by default, the model's left out"
+    """Fields that are not as they are by default, the model's left out
+
+    Returns:
+        At most one line
+    """
     plain = dict(flatten(RunConfig(run.name, run.model)))
     changed = [(name, value) for name, value in flatten(run) if value != plain[name] and not name.startswith(("model.", "name"))]
     shown = [f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in changed]
@@ -268,7 +342,14 @@ def summary(
     loader: Loader,  # On which data
     mesh: Mesh,  # By how many ranks
 ) -> list[str]:
-    "What is about to happen, in a reader's words: what is not as by default comes first"
+    """What is about to happen, in a reader's words: what is not as by default comes first
+
+    Args:
+        run: What is trained
+        run_dir: Where
+        loader: On which data
+        mesh: By how many ranks
+    """
     d, layout, precision = run.data, mesh.layout, PRECISIONS[run.train.precision]
     tokens = d.packed_length * d.micro_num
     others = [f"{name} {getattr(layout, name)}" for name in ("sequence", "context", "pipeline") if getattr(layout, name) > 1]

@@ -35,7 +35,17 @@ from ..zero.hybrid import frozen_parts
 # %% ../../nbs/run/01_state.ipynb #716c7163
 @dataclass(frozen=True)
 class TrainState:
-    "Where a run stands: what is no tensor and cannot be computed from the step"
+    """Where a run stands: what is no tensor and cannot be computed from the step
+
+    Args:
+        step: Optimizer steps made, skipped ones included
+        num_consumed_tokens: Tokens of all steps that were not skipped, over all ranks
+        num_consumed_samples: Documents of those steps
+        inf_nan_skip_batches: Steps skipped for a gradient that was not finite
+        bad_in_a_row: Of them, the latest ones in a row
+        best_loss: Lowest validation loss so far
+        best_step: After which step it was measured
+    """
 
     step: int = 0  # Optimizer steps made, skipped ones included
     num_consumed_tokens: int = 0  # Tokens of all steps that were not skipped, over all ranks
@@ -51,7 +61,13 @@ class TrainState:
         samples: int,  # Its documents
         skipped: bool,  # Did its update do nothing?
     ) -> "TrainState":
-        "The state after one more step; a skipped step moves the schedule on, but its tokens are not counted"
+        """The state after one more step; a skipped step moves the schedule on, but its tokens are not counted
+
+        Args:
+            tokens: Of the step, over all ranks
+            samples: Its documents
+            skipped: Did its update do nothing?
+        """
         if skipped:
             return replace(self, step=self.step + 1, inf_nan_skip_batches=self.inf_nan_skip_batches + 1, bad_in_a_row=self.bad_in_a_row + 1)
         return replace(
@@ -74,7 +90,14 @@ def versions() -> dict[str, str]:
 def data_facts(
     loader: Loader | Validation | None,  # of the run; None: there is no validation
 ) -> list[dict[str, Any]]:  # one a folder, from `data.facts`; empty for synthetic data
-    "What the order of the data depends on beside the configuration: a folder that holds something else gives other batches"
+    """What the order of the data depends on beside the configuration: a folder that holds something else gives other batches
+
+    Args:
+        loader: of the run; None: there is no validation
+
+    Returns:
+        one a folder, from `data.facts`; empty for synthetic data
+    """
     return [] if loader is None else loader.facts()
 
 
@@ -82,7 +105,14 @@ def state_chunks(
     optimizer: Optimizer,
     saving: bool = False,  # only what this rank writes, and weights beside masters? Else all that it has, to be loaded
 ) -> dict[str, Chunk]:  # by logical name
-    "Weights, masters, moments, step counts and loss scale, with their places in the logical whole. All of it is shared memory, but weights that are rounded from masters"
+    """Weights, masters, moments, step counts and loss scale, with their places in the logical whole. All of it is shared memory, but weights that are rounded from masters
+
+    Args:
+        saving: only what this rank writes, and weights beside masters? Else all that it has, to be loaded
+
+    Returns:
+        by logical name
+    """
     engine, out = optimizer.engine, {}
     dtype = next(iter(engine.params.values())).dtype
     frozen = {f"frozen.{part.name}": part for part in frozen_parts(engine, saving)}
@@ -114,7 +144,19 @@ def save_run(
     valid: Sequence[Mapping[str, Any]] = (),  # The same of the validation set
     mesh: Mesh | None = None,  # Ranks that save together, all of them; None: one process alone
 ) -> Path:
-    "Write everything that a resume needs; complete or absent. Raises CheckpointError where it failed, RankFailed on the other ranks"
+    """Write everything that a resume needs; complete or absent. Raises CheckpointError where it failed, RankFailed on the other ranks
+
+    Args:
+        folder: The checkpoint's folder, named by its step
+        model: Its parameters, by logical name
+        optimizer: Masters, moments, loss scale
+        state: The integers
+        run: Travels along, so that a checkpoint explains itself
+        overwrite: For snapshots, which alternate between two folders
+        data: From `data_facts`: a resume compares it
+        valid: The same of the validation set
+        mesh: Ranks that save together, all of them; None: one process alone
+    """
     if lost := sorted(dict(model.named_parameters()).keys() - optimizer.engine.params.keys()):
         raise CheckpointError(f"{folder}: the optimizer knows nothing of {some(lost)}, which would not be saved: give its engine all parameters of the model")
     chunks = state_chunks(optimizer, saving=True)
@@ -174,7 +216,14 @@ def load_run(
     optimizer: Optimizer,  # Filled in place
     cast: bool = False,  # Was it saved in another precision?
 ) -> TrainState:
-    "Everything back to where it was. Raises CheckpointError naming the tensor that is missing, too much or of a wrong shape"
+    """Everything back to where it was. Raises CheckpointError naming the tensor that is missing, too much or of a wrong shape
+
+    Args:
+        checkpoint: Open
+        model: Filled in place
+        optimizer: Filled in place
+        cast: Was it saved in another precision?
+    """
     _refuse_unknown(checkpoint, model)
     _fill(checkpoint, optimizer, cast, states=True, hint="; with weights only, start a new run with --checkpoint.init")
     return from_dict(TrainState, checkpoint.state["train"])
@@ -185,7 +234,13 @@ def init_run(
     model: nn.Module,  # Filled in place
     optimizer: Optimizer,  # Its masters are filled in place
 ) -> None:
-    "Weights only: the run starts at step 0 with fresh moments. Sequence length and rope may differ, shapes may not. Raises CheckpointError naming the tensors that are missing, too many or of a wrong shape"
+    """Weights only: the run starts at step 0 with fresh moments. Sequence length and rope may differ, shapes may not. Raises CheckpointError naming the tensors that are missing, too many or of a wrong shape
+
+    Args:
+        checkpoint: Open: a native checkpoint, or a reader over another kind of folder
+        model: Filled in place
+        optimizer: Its masters are filled in place
+    """
     _refuse_unknown(checkpoint, model)
     _fill(checkpoint, optimizer, cast=True, states=False, hint=". Is --model the right one?")
 
@@ -206,7 +261,17 @@ def check_resume(
     data: Sequence[Mapping[str, Any]] | None = None,  # From `data_facts` now; None: not looked at
     valid: Sequence[Mapping[str, Any]] | None = None,  # The same of the validation set
 ) -> list[Change]:  # Harmless changes, to be said
-    "What changed since the checkpoint. Raises ValueError listing every change that would break the run"
+    """What changed since the checkpoint. Raises ValueError listing every change that would break the run
+
+    Args:
+        checkpoint: To go on from
+        run: As asked for now
+        data: From `data_facts` now; None: not looked at
+        valid: The same of the validation set
+
+    Returns:
+        Harmless changes, to be said
+    """
     saved: Mapping[str, Any] = checkpoint.state
     if "run" not in saved or "train" not in saved:
         raise CheckpointError(f"{checkpoint.folder} holds no training state: take its weights with --checkpoint.init {checkpoint.folder}")

@@ -24,7 +24,15 @@ from ..train.step import StepClock, train_step
 
 # %% ../../nbs/run/15_stepper.ipynb #3531f994
 class Stepper:
-    "Makes optimizer steps, and the records of them"
+    """Makes optimizer steps, and the records of them
+
+    Args:
+        run: whose steps
+        built: what is trained
+        loader: knows the types of data, and how much of each was read
+        mesh: this rank's place
+        profiler: watches some of the steps
+    """
 
     def __init__(
         self,
@@ -57,7 +65,12 @@ class Stepper:
         made: int,  # steps read before
         packs: Sequence[Pack],  # the next step's packs of this rank
     ) -> None:
-        "Launch one optimizer step, and wait for nothing"
+        """Launch one optimizer step, and wait for nothing
+
+        Args:
+            made: steps read before
+            packs: the next step's packs of this rank
+        """
         step, self.whole = made + len(self.pending), False
         self.mesh.at_step(step)
         model, optimizer, device = self.built.model, self.built.optimizer, self.mesh.device
@@ -75,7 +88,15 @@ class Stepper:
         state: TrainState,  # before the steps that were launched
         wishes: Sequence[float] = (),  # of this rank
     ) -> tuple[TrainState, list[StepRecord], Sequence[Record], list[bool]]:  # state after them, their records, this rank's own, and for each wish whether any rank has it
-        "Wait for the steps that were launched, and count them"
+        """Wait for the steps that were launched, and count them
+
+        Args:
+            state: before the steps that were launched
+            wishes: of this rank
+
+        Returns:
+            state after them, their records, this rank's own, and for each wish whether any rank has it
+        """
         launched, self.pending = self.pending, []
         got = read_steps(self.figures, launched, wishes, self.wait_s)
         self.last_s = time.perf_counter() - self.began

@@ -42,6 +42,9 @@ def signals_ask(
     """SIGINT, SIGTERM, SIGHUP and SIGUSR1 ask to stop; a second SIGINT raises KeyboardInterrupt.
 
     Outside the main thread signals are left alone, and so is a SIGHUP that is ignored (nohup).
+
+    Args:
+        request: Is told
     """
     if threading.current_thread() is not threading.main_thread():
         yield

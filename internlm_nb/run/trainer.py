@@ -44,7 +44,12 @@ from ..train.whole import whole_model
 
 # %% ../../nbs/run/16_trainer.ipynb #25a6e57f
 class Loop:
-    "One call of `fit`"
+    """One call of `fit`
+
+    Args:
+        trainer: whose steps are made
+        end: go up to this step
+    """
 
     def __init__(
         self,
@@ -61,7 +66,11 @@ class Loop:
         self,
         start: int,  # steps made or launched
     ) -> None:
-        "Read the data of the steps up to the next look at the figures"
+        """Read the data of the steps up to the next look at the figures
+
+        Args:
+            start: steps made or launched
+        """
         begin, self.ahead = time.perf_counter(), []
         most = min(self.end, start + self.t.run.log.flush_every)
         until = next((s for s in range(start + 1, most) if self.moments.due(s)), most)
@@ -96,7 +105,11 @@ class Loop:
         self,
         wished: Sequence[float],  # by any rank
     ) -> None:
-        "Decide whether this was the last step; where a rank is in trouble, all save, and raise"
+        """Decide whether this was the last step; where a rank is in trouble, all save, and raise
+
+        Args:
+            wished: by any rank
+        """
         t = self.t
         t.stopped = decide(wished, t.state.step, self.end, t.run.train.steps)
         kinds = troubles_met(wished)
@@ -131,6 +144,15 @@ class Trainer:
     Construction checks everything that can be checked before work starts: data, vocabulary, disk, memory, the
     checkpoint to resume from. `fit` trains; it may be interrupted and called again.
     Raises ValueError, TokenFileError or CheckpointError that name what is wrong.
+
+    Args:
+        run: what to train
+        run_dir: where everything goes; None: runs/NAME
+        command: command line, for config.json
+        sinks: further sinks, e.g. LivePlot()
+        say: takes remarks; tqdm's keeps the progress bar in place
+        mesh: ranks that train together, each with a trainer; None: one process alone
+        callbacks: further ones, called after the run's own
     """
 
     model: Transformer | PipelinePart
@@ -192,7 +214,11 @@ class Trainer:
         self,
         snapshot: bool = False,  # into one of the two snapshot folders instead
     ) -> Found:
-        "Write a checkpoint of the current step, unless it is there already; then delete what is no longer to be kept"
+        """Write a checkpoint of the current step, unless it is there already; then delete what is no longer to be kept
+
+        Args:
+            snapshot: into one of the two snapshot folders instead
+        """
         found = self.saver.save(self.state, snapshot)
         if self.saver.wrote:
             self.recorder.sinks.event(f"saved {found.path} in {self.saver.seconds:.1f} s", self.state.step)
@@ -207,6 +233,9 @@ class Trainer:
 
         Raises RuntimeError when the last step was cut off in the middle, FloatingPointError after too many bad steps
         in a row, CheckpointError when another process is in the folder; what reading the data raises, after a save.
+
+        Args:
+            steps: make this many steps and return; None: to the end of the run
         """
         made, whole = self.state.step, self.run.train.steps
         if self.done:
@@ -245,7 +274,11 @@ class Trainer:
         self,
         kind: str,  # of TROUBLES
     ) -> None:
-        "Raise what went wrong on any rank, when the steps that are made are saved; nothing happens where all is well"
+        """Raise what went wrong on any rank, when the steps that are made are saved; nothing happens where all is well
+
+        Args:
+            kind: of TROUBLES
+        """
         step = self.state.step
         try:
             meet(self.troubles.take(), self.world, TROUBLES[kind].format(step=step))
@@ -279,7 +312,11 @@ class Trainer:
 
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[Transformer | None]:  # on rank 0; None on the others
-        "Inside the block `trainer.model` is the whole model on rank 0, to be used there. All ranks call this"
+        """Inside the block `trainer.model` is the whole model on rank 0, to be used there. All ranks call this
+
+        Returns:
+            on rank 0; None on the others
+        """
         built = self.built
         with whole_model(self.run.model, built.model, built.engine, built.placements, self.mesh) as whole:
             self.model = built.model if whole is None else whole

@@ -16,7 +16,14 @@ def gathers(
     unit: FlatUnit,
     micro_num: int,  # micro-batches of a step
 ) -> int:  # over param, in a step
-    "How often a unit's whole is gathered"
+    """How often a unit's whole is gathered
+
+    Args:
+        micro_num: micro-batches of a step
+
+    Returns:
+        over param, in a step
+    """
     at = [stop for chain in engine.chains for stop in chain if unit in stop.units]
     if engine.reshard in ("step", "never"):
         return 1
@@ -30,7 +37,15 @@ def traffic(
     micro_num: int,  # micro-batches of a step
     rounds: int = 1,  # of gradients in a micro-batch
 ) -> dict[tuple[str, str, str], Count]:  # by (axis, purpose, op), as a `Recorder` counts
-    "What the engine sends in a step, in closed form"
+    """What the engine sends in a step, in closed form
+
+    Args:
+        micro_num: micro-batches of a step
+        rounds: of gradients in a micro-batch
+
+    Returns:
+        by (axis, purpose, op), as a `Recorder` counts
+    """
     out: dict[tuple[str, str, str], Count] = {}
 
     def add(axis: object, purpose: str, op: str, elements: int, width: int, times: int) -> None:
@@ -62,7 +77,11 @@ def traffic(
 def held(
     engine: HybridZero,
 ) -> dict[str, int]:  # bytes, by the names of `held_bytes`
-    "What a rank holds between steps, moments apart: those are two of the masters' elements"
+    """What a rank holds between steps, moments apart: those are two of the masters' elements
+
+    Returns:
+        bytes, by the names of `held_bytes`
+    """
     out: dict[str, int] = dict.fromkeys(("parameters", "gathered", "gradients", "masters", "buffers"), 0)
     for unit in engine.units:
         n, (p, g, o) = unit.layout.size, unit.layout.factors
@@ -79,7 +98,11 @@ def held(
 def most_gathered(
     engine: HybridZero,
 ) -> int:  # bytes
-    "Wholes at one time, at most: of two neighbours, or of all"
+    """Wholes at one time, at most: of two neighbours, or of all
+
+    Returns:
+        bytes
+    """
     whole = {unit: unit.layout.size * unit.full.element_size() if unit.comes else 0 for unit in engine.units}
     if engine.reshard in ("step", "never"):
         return sum(whole.values())
@@ -92,7 +115,11 @@ def most_gathered(
 def most_buffered(
     engine: HybridZero,
 ) -> int:  # bytes
-    "Whole gradients that the pool holds at the end of a step: each departure takes a buffer, then moves those under way on by a stage"
+    """Whole gradients that the pool holds at the end of a step: each departure takes a buffer, then moves those under way on by a stage
+
+    Returns:
+        bytes
+    """
     order = [u for chain in reversed(engine.chains) for s in reversed(chain) for u in reversed(s.units) if u in engine.sums and u.layout.factors.grad > 1]
     free: dict[int, int] = {}
     going: list[tuple[int, int]] = []  # (size of a buffer, stages that are left)

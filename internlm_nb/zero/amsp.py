@@ -14,7 +14,15 @@ from .sharding import Sharding, shardings
 
 # %% ../../nbs/zero/09_amsp.ipynb #af80347b
 class Links(NamedTuple):
-    "A cluster in five numbers. Latencies are assumptions of a usual size, not measurements"
+    """A cluster in five numbers. Latencies are assumptions of a usual size, not measurements
+
+    Args:
+        inside: bytes a second from each device to its node (NVLink of 400 GB/s, both directions together)
+        between: bytes a second out of each node (800 Gb/s)
+        inside_s: latency of a hop within the node
+        between_s: and between nodes
+        node: ranks in a node
+    """
 
     inside: float = 200e9  # bytes a second from each device to its node (NVLink of 400 GB/s, both directions together)
     between: float = 100e9  # bytes a second out of each node (800 Gb/s)
@@ -30,7 +38,16 @@ def ring_s(
     stride: int,  # between neighbours of the ring, in ranks
     links: Links = Links(),
 ) -> float:  # seconds
-    "Time of one collective, while the rings beside it do the same"
+    """Time of one collective, while the rings beside it do the same
+
+    Args:
+        size_bytes: of the whole
+        ranks: n
+        stride: between neighbours of the ring, in ranks
+
+    Returns:
+        seconds
+    """
     if ranks == 1:
         return 0.0
     far = ranks * stride > links.node
@@ -41,7 +58,14 @@ def ring_s(
 
 # %% ../../nbs/zero/09_amsp.ipynb #428441cd
 class StepTime(NamedTuple):
-    "Seconds of a step's exchanges, one after another"
+    """Seconds of a step's exchanges, one after another
+
+    Args:
+        parameters: gathers and reductions of each micro-batch, over p
+        gradients: over g / p, of all micro-batches but the last
+        all_reduce: over Z / p, of the last
+        broadcasts: from each owner, over o / p
+    """
 
     parameters: float  # gathers and reductions of each micro-batch, over p
     gradients: float  # over g / p, of all micro-batches but the last
@@ -63,7 +87,16 @@ def amsp_time(
     bucket_bytes: int = 2**30,  # U: 512 Mi elements of bf16
     links: Links = Links(),
 ) -> StepTime:
-    "The cost model of AMSP (arXiv:2311.00257). A fraction of a bucket costs its fraction"
+    """The cost model of AMSP (arXiv:2311.00257). A fraction of a bucket costs its fraction
+
+    Args:
+        params: Φ
+        layers: L
+        sharding: without -1
+        ranks: Z, that hold the same weights
+        micro_num: M: micro-batches of a step on each rank
+        bucket_bytes: U: 512 Mi elements of bf16
+    """
     p, g, o = sharding.resolved(ranks).factors
     layer, buckets = 2 * params / layers, 2 * params / (bucket_bytes * p)
     unit = 2 * ring_s("all_gather", layer, p, 1, links) + ring_s("reduce_scatter", layer, p, 1, links)
@@ -76,7 +109,12 @@ def amsp_time(
 
 # %% ../../nbs/zero/09_amsp.ipynb #77ecdd80
 class Choice(NamedTuple):
-    "A sharding, and what it costs"
+    """A sharding, and what it costs
+
+    Args:
+        seconds: of a step's exchanges
+        bytes: of states on each rank, 2Φ/p + 2Φ/g + 12Φ/o
+    """
 
     sharding: Sharding
     seconds: float  # of a step's exchanges
@@ -92,7 +130,19 @@ def ranked(
     bucket_bytes: int = 2**30,  # U
     links: Links = Links(),
 ) -> list[Choice]:  # cheapest first, then smallest
-    "Every sharding that fits, by AMSP's formula. Raises ValueError when none does"
+    """Every sharding that fits, by AMSP's formula. Raises ValueError when none does
+
+    Args:
+        params: Φ
+        layers: L
+        ranks: Z, that hold the same weights
+        limit_bytes: for states on each rank: of a device, less activations
+        micro_num: M
+        bucket_bytes: U
+
+    Returns:
+        cheapest first, then smallest
+    """
     out = []
     for s in shardings(ranks):
         size = state_bytes(params, s, widths=Widths(grad=2)).total
@@ -111,5 +161,14 @@ def best(
     bucket_bytes: int = 2**30,  # U
     links: Links = Links(),
 ) -> Choice:
-    "The sharding that AMSP's formula finds cheapest of those that fit. Raises ValueError when none does"
+    """The sharding that AMSP's formula finds cheapest of those that fit. Raises ValueError when none does
+
+    Args:
+        params: Φ
+        layers: L
+        ranks: Z, that hold the same weights
+        limit_bytes: for states on each rank: of a device, less activations
+        micro_num: M
+        bucket_bytes: U
+    """
     return ranked(params, layers, ranks, limit_bytes, micro_num, bucket_bytes, links)[0]

@@ -20,7 +20,14 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def fingerprint(
     x: Tensor,  # of any type
 ) -> Tensor:  # (2,) int64
-    "Two sums over the bits of a tensor"
+    """Two sums over the bits of a tensor
+
+    Args:
+        x: of any type
+
+    Returns:
+        (2,) int64
+    """
     bits = x.detach().reshape(-1).view(_BITS[x.element_size()])
     return torch.stack([bits.sum(dtype=torch.int64), bits[::2].sum(dtype=torch.int64)])
 
@@ -28,7 +35,14 @@ def fingerprint(
 def drifted(
     engine: HybridZero,  # all ranks call this
 ) -> list[str]:  # parameters, the same list on every rank; empty: all copies are equal
-    "Whose masters are not the same, bit for bit, on ranks that hold the same slice"
+    """Whose masters are not the same, bit for bit, on ranks that hold the same slice
+
+    Args:
+        engine: all ranks call this
+
+    Returns:
+        parameters, the same list on every rank; empty: all copies are equal
+    """
     mine: set[str] = set()
     for axes in dict.fromkeys(leaf.unit.axes for leaf in engine.leaves):
         leaves = [leaf for leaf in engine.leaves if leaf.unit.axes is axes]

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/zero/08_costs.ipynb #33265999
 class Widths(NamedTuple):
-    "Bytes of an element"
+    """Bytes of an element
+
+    Args:
+        param: bf16
+        grad: fp32; as it is kept
+        reduce: as it is sent
+        master: fp32
+        moments: two of Adam's, fp32
+    """
 
     param: int = 2  # bf16
     grad: int = 4  # fp32; as it is kept
@@ -29,7 +37,11 @@ class Widths(NamedTuple):
 
 
 class Memory(NamedTuple):
-    "Bytes on one rank, by owner"
+    """Bytes on one rank, by owner
+
+    Args:
+        gathered: whole parameters and gradients of the units at work
+    """
 
     parameters: float
     gradients: float
@@ -51,7 +63,14 @@ def state_bytes(
     widths: Widths = Widths(),
     units: int = 2,  # gathered at one time: one is computed with, one is on its way
 ) -> Memory:
-    "Memory of weights, gradients and optimizer states on each rank"
+    """Memory of weights, gradients and optimizer states on each rank
+
+    Args:
+        params: Φ: of one whole copy; with tensor, pipeline or expert parallelism what a rank has of it
+        sharding: without -1
+        unit: parameters of the largest unit
+        units: gathered at one time: one is computed with, one is on its way
+    """
     p, g, o = sharding.factors
     require(p > 0 and o > 0, f"{sharding} has a -1: call resolved(ranks) first")
     require(reshard in get_args(Reshard), f"reshard is {reshard!r}: choose one of {', '.join(get_args(Reshard))}")
@@ -62,7 +81,18 @@ def state_bytes(
 
 # %% ../../nbs/zero/08_costs.ipynb #bda679a2
 class Exchange(NamedTuple):
-    "Collectives of one kind in a step, as a rank sees them"
+    """Collectives of one kind in a step, as a rank sees them
+
+    Args:
+        phase: what for
+        axis: of `Layout.nested`: param, grad, optim, copies
+        op: all_gather, reduce_scatter, all_reduce
+        ranks: of the group
+        times: in a step
+        payload_bytes: of all units together: what a gather results in, what a reduction starts from
+        inside: bytes that a rank sends in a step to ranks of its node
+        between: to other nodes
+    """
 
     phase: str  # what for
     axis: str  # of `Layout.nested`: param, grad, optim, copies
@@ -83,7 +113,12 @@ def leaving(
     groups: tuple[tuple[int, ...], ...],  # global ranks
     node: int,  # ranks in a node
 ) -> float:
-    "Share of the links that leave a node, when each group is a ring in the order of its ranks"
+    """Share of the links that leave a node, when each group is a ring in the order of its ranks
+
+    Args:
+        groups: global ranks
+        node: ranks in a node
+    """
     links = [(a, b) for group in groups for a, b in zip(group, (*group[1:], group[0]))]
     return sum(a // node != b // node for a, b in links) / len(links)
 
@@ -98,7 +133,17 @@ def exchanges(
     node: int = 8,  # ranks in a node
     expert: bool = False,  # are these weights experts, which fewer ranks share?
 ) -> tuple[Exchange, ...]:  # in the order of a step; without those over one rank
-    "What is sent in a step, and over which links. Raises ValueError when the factors do not fit the layout"
+    """What is sent in a step, and over which links. Raises ValueError when the factors do not fit the layout
+
+    Args:
+        params: Φ: of one whole copy; with tensor, pipeline or expert parallelism what a rank has of it
+        micro_num: M: micro-batches of a step on each data rank
+        node: ranks in a node
+        expert: are these weights experts, which fewer ranks share?
+
+    Returns:
+        in the order of a step; without those over one rank
+    """
     z = layout.replica // (layout.expert if expert else 1)
     require(reshard in get_args(Reshard), f"reshard is {reshard!r}: choose one of {', '.join(get_args(Reshard))}")
     p, g, o = (sharding.for_experts(z) if expert else sharding.resolved(z)).factors
@@ -143,7 +188,16 @@ def plot_costs(
     node: int = 8,  # ranks in a node
     limit: float | None = None,  # bytes of a device, as a line
 ) -> "Figure":
-    "Memory by owner, and bytes of a step by link, for several shardings"
+    """Memory by owner, and bytes of a step by link, for several shardings
+
+    Args:
+        params: Φ: of what a rank has, were nothing sharded
+        unit: parameters of the largest unit
+        choices: name -> factors, a row each
+        micro_num: micro-batches of a step on each data rank
+        node: ranks in a node
+        limit: bytes of a device, as a line
+    """
     import matplotlib.pyplot as plt
 
     fig, axes = plt.subplots(1, 3, figsize=(8.4, 0.9 + 0.24 * len(choices)), dpi=80, sharey=True, layout="constrained", width_ratios=(5, 3, 3))

@@ -17,7 +17,13 @@ from .sharding import Factors
 
 # %% ../../nbs/zero/02_flat.ipynb #c6c91220
 class Spot(NamedTuple):
-    "A rank's coordinates on the nested axes"
+    """A rank's coordinates on the nested axes
+
+    Args:
+        param: 0..p-1
+        grad: 0..g/p-1
+        optim: 0..o/g-1
+    """
 
     param: int = 0  # 0..p-1
     grad: int = 0  # 0..g/p-1
@@ -25,7 +31,13 @@ class Spot(NamedTuple):
 
 # %% ../../nbs/zero/02_flat.ipynb #f72d2344
 class Piece(NamedTuple):
-    "A range of one parameter's elements, and where it lies in the buffer"
+    """A range of one parameter's elements, and where it lies in the buffer
+
+    Args:
+        first: element of the parameter
+        last: one past the last
+        start: element of the buffer
+    """
 
     name: str
     first: int  # element of the parameter
@@ -35,7 +47,13 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class FlatLayout:
-    "Where each parameter of a unit lies in its buffer, and how the buffer is cut"
+    """Where each parameter of a unit lies in its buffer, and how the buffer is cut
+
+    Args:
+        names: in the buffer's order
+        starts: first element in the buffer
+        size: elements, padding included
+    """
 
     names: tuple[str, ...]  # in the buffer's order
     shapes: tuple[tuple[int, ...], ...]
@@ -47,7 +65,11 @@ class FlatLayout:
         self,
         name: str,  # of a parameter
     ) -> tuple[int, int]:
-        "(start, stop) of a parameter in the buffer"
+        """(start, stop) of a parameter in the buffer
+
+        Args:
+            name: of a parameter
+        """
         i = self.names.index(name)
         return self.starts[i], self.starts[i] + prod(self.shapes[i])
 
@@ -56,7 +78,12 @@ class FlatLayout:
         spot: Spot,  # a rank's coordinates
         level: str = "optim",  # param, grad or optim: how deep to cut
     ) -> tuple[int, int]:
-        "(start, stop) of the rank's slice in the buffer"
+        """(start, stop) of the rank's slice in the buffer
+
+        Args:
+            spot: a rank's coordinates
+            level: param, grad or optim: how deep to cut
+        """
         p, g, o = self.factors
         start = spot.param * (self.size // p)
         if level == "param":
@@ -72,7 +99,11 @@ class FlatLayout:
         start: int,  # element of the buffer
         stop: int,
     ) -> Iterator[Piece]:
-        "The parts of parameters in a range, in order"
+        """The parts of parameters in a range, in order
+
+        Args:
+            start: element of the buffer
+        """
         for i in range(max(0, bisect_right(self.starts, start) - 1), len(self.names)):
             begin, end = self.starts[i], self.starts[i] + prod(self.shapes[i])
             if begin >= stop:
@@ -87,7 +118,13 @@ def lay_out(
     factors: Factors | None = None,  # how the buffer will be cut; None: not at all
     align: int = 16,  # elements: parameters and slices begin at multiples of it
 ) -> FlatLayout:
-    "Lay parameters in a row, and pad. Raises ValueError for no parameter, or factors that do not divide each other"
+    """Lay parameters in a row, and pad. Raises ValueError for no parameter, or factors that do not divide each other
+
+    Args:
+        shapes: of a unit's parameters, in the model's order
+        factors: how the buffer will be cut; None: not at all
+        align: elements: parameters and slices begin at multiples of it
+    """
     p, g, o = factors or (1, 1, 1)
     require(len(shapes) > 0, "a unit without parameters: leave it out")
     require(min(p, g, o) > 0 and g % p == 0 and o % g == 0, f"(param, grad, optim) = ({p}, {g}, {o}): each must divide the next")

@@ -27,7 +27,16 @@ from .units import Gathers, Stop, UnitSpec, by_kind, counts, join
 
 # %% ../../nbs/zero/06_hybrid.ipynb #b5894335
 class Leaf(NamedTuple):
-    "This rank's piece of a trained parameter: one tensor for the optimizer"
+    """This rank's piece of a trained parameter: one tensor for the optimizer
+
+    Args:
+        name: of the parameter
+        first: element of this rank's part of the parameter, flattened
+        start: the same element in the unit's buffer
+        master: (stop - start,), part of the unit's master
+        counted: in the norm, by this rank or by its copies
+        saves: (start, stop) within the piece: what this rank writes into a checkpoint
+    """
 
     unit: FlatUnit
     name: str  # of the parameter
@@ -40,7 +49,12 @@ class Leaf(NamedTuple):
 
 
 class FlatPart(NamedTuple):
-    "Some elements of one parameter, for a checkpoint"
+    """Some elements of one parameter, for a checkpoint
+
+    Args:
+        tensor: one-dimensional
+        first: element of this rank's part of the parameter, flattened
+    """
 
     name: str
     tensor: Tensor  # one-dimensional
@@ -48,7 +62,11 @@ class FlatPart(NamedTuple):
 
 
 class ExtraSum(NamedTuple):
-    "Parameters whose gradients are summands over one more axis: of norms that saw a rank's tokens only, or of an embedding that two stages hold"
+    """Parameters whose gradients are summands over one more axis: of norms that saw a rank's tokens only, or of an embedding that two stages hold
+
+    Args:
+        coords: on that axis, of those who hold them; None: all
+    """
 
     names: frozenset[str]
     axis: Axis
@@ -61,7 +79,16 @@ def shares(
     coord: int,  # this rank's place among them
     ranks: int,  # how many they are
 ) -> list[tuple[int, int]]:  # (start, stop) within each piece
-    "This rank's part of the work on pieces, laid in a row and cut into equal ranges"
+    """This rank's part of the work on pieces, laid in a row and cut into equal ranges
+
+    Args:
+        sizes: of some pieces that several ranks hold alike
+        coord: this rank's place among them
+        ranks: how many they are
+
+    Returns:
+        (start, stop) within each piece
+    """
     total, at, out = sum(sizes), 0, []
     begin, end = total * coord // ranks, total * (coord + 1) // ranks
     for size in sizes:
@@ -86,7 +113,15 @@ def cuts_of(
     mesh: Mesh,  # all of its ranks call this: groups are made
     sharding: Sharding,  # p | g | o | Z; -1 is Z
 ) -> dict[str, ZeroCut]:  # of "weights", and of "experts", which fewer ranks hold alike
-    "Factors and nested axes. Raises ValueError when the factors do not fit the ranks"
+    """Factors and nested axes. Raises ValueError when the factors do not fit the ranks
+
+    Args:
+        mesh: all of its ranks call this: groups are made
+        sharding: p | g | o | Z; -1 is Z
+
+    Returns:
+        of "weights", and of "experts", which fewer ranks hold alike
+    """
     weights = sharding.resolved(mesh.axis("replica").size).factors
     experts = sharding.for_experts(mesh.axis("expert_replica").size).factors
     out = {"weights": ZeroCut(mesh.nested(*weights), weights)}
@@ -94,7 +129,12 @@ def cuts_of(
 
 
 class Plan(NamedTuple):
-    "A flat buffer that is to be made"
+    """A flat buffer that is to be made
+
+    Args:
+        kind: weights, experts, frozen, frozen experts
+        units: whose parameters of this kind it holds
+    """
 
     kind: str  # weights, experts, frozen, frozen experts
     units: tuple[str, ...]  # whose parameters of this kind it holds
@@ -112,7 +152,11 @@ def plan_buffers(
     placements: Mapping[str, Placement],
     limits: Mapping[str, int],  # elements to which units of a kind join; missing: they do not
 ) -> list[Plan]:
-    "Which parameters lie in which buffer, in the order of the units. Raises ValueError for a parameter or a name that is given twice"
+    """Which parameters lie in which buffer, in the order of the units. Raises ValueError for a parameter or a name that is given twice
+
+    Args:
+        limits: elements to which units of a kind join; missing: they do not
+    """
     seen: set[str] = set()
     for spec in units:
         twice = sorted(seen & {spec.name, *spec.params})
@@ -169,7 +213,22 @@ def _chains(specs: Sequence[UnitSpec], units: Mapping[str, list[FlatUnit]], trai
 
 # %% ../../nbs/zero/06_hybrid.ipynb #8a6fc535
 class HybridZero:
-    "Shards a model over the ranks that hold the same weights, and runs all exchanges of a step from hooks"
+    """Shards a model over the ranks that hold the same weights, and runs all exchanges of a step from hooks
+
+    Args:
+        units: of a model that is filled, in the order of forward; their storages are taken over
+        mesh: this rank's place
+        sharding: p | g | o | Z; -1 is Z. The default is plain data parallelism
+        placements: which part of each parameter is here; None: all of it
+        master: in which the optimizer keeps its slice
+        grad: in which gradients are summed; None: as masters
+        reshard: when gathered parameters are freed
+        overlap: launch ahead and wait late; False: at once, with the same bits
+        check: look for reads of freed or old numbers: slow, and the host waits
+        bucket_bytes: of gradients: where parameters stay whole, small units are reduced together up to so many
+        extra_sums: over further axes, once a step
+        offload: masters lie in the host's memory
+    """
 
     def __init__(
         self,
@@ -218,7 +277,11 @@ class HybridZero:
         self,
         expected: Mapping[str, int] | int | None = None,  # gradients that each parameter will get in this step; None: until `last` is called
     ) -> None:
-        "A step begins, and the last one's gradients are let go. Raises ValueError for a parameter without a number"
+        """A step begins, and the last one's gradients are let go. Raises ValueError for a parameter without a number
+
+        Args:
+            expected: gradients that each parameter will get in this step; None: until `last` is called
+        """
         self._last = False
         self.gathers.start()
         for sums in self.sums.values():
@@ -230,7 +293,11 @@ class HybridZero:
 
     @torch.no_grad()
     def finish(self) -> list[Tensor]:  # for each leaf its gradient, of all ranks and micro-batches, in the master's dtype; with `offload` as it was summed
-        "Wait for every reduction. Raises RuntimeError that names a parameter without a gradient; in check mode ZeroError for one that is not finite"
+        """Wait for every reduction. Raises RuntimeError that names a parameter without a gradient; in check mode ZeroError for one that is not finite
+
+        Returns:
+            for each leaf its gradient, of all ranks and micro-batches, in the master's dtype; with `offload` as it was summed
+        """
         for sums in self.sums.values():
             self.journeys.push(sums.flush())
         self.journeys.drain()
@@ -262,7 +329,14 @@ class HybridZero:
         self,
         grads: Sequence[Tensor],  # from `finish`
     ) -> Tensor:  # () float64
-        "Sum of squares of the whole model's gradient, the same on every rank: each element is counted by one rank"
+        """Sum of squares of the whole model's gradient, the same on every rank: each element is counted by one rank
+
+        Args:
+            grads: from `finish`
+
+        Returns:
+            () float64
+        """
         mine = [g for leaf, g in zip(self.leaves, grads) if leaf.counted and leaf.unit.axes.copies.coord == 0]
         norms = torch._foreach_norm(mine, 2, self.master) if mine else []  # type: ignore[reportPrivateImportUsage]
         total = torch.stack([n.double() for n in norms]).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
@@ -302,7 +376,11 @@ class HybridZero:
 def zeros_like_masters(
     engine: HybridZero,
 ) -> list[Tensor]:  # one for each leaf, where masters lie
-    "Room for a moment of the optimizer"
+    """Room for a moment of the optimizer
+
+    Returns:
+        one for each leaf, where masters lie
+    """
     made = {u: to_host(torch.zeros_like(u.own, dtype=engine.master)) if engine.offload else torch.zeros_like(u.own, dtype=engine.master) for u in engine.sums}
     out = []
     for leaf in engine.leaves:
@@ -316,7 +394,12 @@ def trained_parts(
     tensors: Sequence[Tensor],  # for each leaf one of its size: masters, or moments
     saving: bool = False,  # only what this rank writes into a checkpoint?
 ) -> list[FlatPart]:
-    "What this rank has of each trained parameter"
+    """What this rank has of each trained parameter
+
+    Args:
+        tensors: for each leaf one of its size: masters, or moments
+        saving: only what this rank writes into a checkpoint?
+    """
     out = []
     for leaf, tensor in zip(engine.leaves, tensors):
         begin, end = leaf.saves if saving else (0, leaf.stop - leaf.start)
@@ -329,7 +412,11 @@ def frozen_parts(
     engine: HybridZero,
     saving: bool = False,  # only what this rank writes into a checkpoint?
 ) -> list[FlatPart]:
-    "What this rank has of each frozen parameter"
+    """What this rank has of each frozen parameter
+
+    Args:
+        saving: only what this rank writes into a checkpoint?
+    """
     out = []
     for unit in engine.units:
         if unit.master is not None:
@@ -348,7 +435,11 @@ def frozen_parts(
 def held_bytes(
     engine: HybridZero,
 ) -> dict[str, int]:  # by owner: parameters, gathered, gradients, masters, buffers
-    "Bytes that this rank holds now, moments apart"
+    """Bytes that this rank holds now, moments apart
+
+    Returns:
+        by owner: parameters, gathered, gradients, masters, buffers
+    """
     return {
         "parameters": sum(u.slice.numel() * u.slice.element_size() for u in engine.units),
         "gathered": sum(u.full.untyped_storage().nbytes() for u in engine.units if u.comes),

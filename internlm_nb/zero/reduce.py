@@ -18,7 +18,11 @@ from .flat import FlatLayout
 
 # %% ../../nbs/zero/04_reduce.ipynb #c68d7b38
 class Pool:
-    "Flat buffers, lent out and taken back"
+    """Flat buffers, lent out and taken back
+
+    Args:
+        check: fill with NaN what comes back, so that a late reader is found out
+    """
 
     def __init__(
         self,
@@ -35,7 +39,14 @@ class Pool:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Tensor:  # (size,), of any content
-        "A buffer: one that is free, or a new one"
+        """A buffer: one that is free, or a new one
+
+        Args:
+            size: elements
+
+        Returns:
+            (size,), of any content
+        """
         self.lent += 1
         for i, buffer in enumerate(self.free):
             if buffer.numel() == size and buffer.dtype == dtype:
@@ -48,7 +59,11 @@ class Pool:
         self,
         buffer: Tensor,  # from `take`
     ) -> None:
-        "Take a buffer back"
+        """Take a buffer back
+
+        Args:
+            buffer: from `take`
+        """
         self.lent -= 1
         if self.check:
             buffer.fill_(float("nan"))
@@ -61,7 +76,13 @@ class Pool:
 
 # %% ../../nbs/zero/04_reduce.ipynb #752a1ced
 class Rounds:
-    "Counts the gradients of a unit's parameters in a step, and says when they may leave"
+    """Counts the gradients of a unit's parameters in a step, and says when they may leave
+
+    Args:
+        unit: its name, for messages
+        names: of its parameters
+        at_home: do micro-batches add up here, so that only the step's last round leaves?
+    """
 
     def __init__(
         self,
@@ -76,7 +97,11 @@ class Rounds:
         self,
         due: Mapping[str, int] | int | None,  # gradients that each parameter will get in this step; None: until `arrived` is told of the last
     ) -> None:
-        "A step begins. Raises ValueError for a parameter without a number"
+        """A step begins. Raises ValueError for a parameter without a number
+
+        Args:
+            due: gradients that each parameter will get in this step; None: until `arrived` is told of the last
+        """
         self.due = None if due is None else {n: due if isinstance(due, int) else due.get(n, 0) for n in self.names}
         for name, number in (self.due or {}).items():
             if number < 1:
@@ -91,7 +116,15 @@ class Rounds:
         name: str,  # of a parameter
         last: bool,  # is this backward pass the step's last?
     ) -> bool:  # is it this parameter's first gradient of the step?
-        "Count a gradient. Raises RuntimeError for one too many"
+        """Count a gradient. Raises RuntimeError for one too many
+
+        Args:
+            name: of a parameter
+            last: is this backward pass the step's last?
+
+        Returns:
+            is it this parameter's first gradient of the step?
+        """
         if self.left or (self.due is not None and self.counts[name] == self.due[name]):
             raise RuntimeError(f"parameter {name!r} got more gradients than start was told to expect: unit {self.unit} has left already")
         self.counts[name] += 1
@@ -120,7 +153,15 @@ class Rounds:
 
 # %% ../../nbs/zero/04_reduce.ipynb #bc994310
 class Accumulator:
-    "The gradient side of a unit: `start`, `arrive` for each gradient, and the journeys that it returns"
+    """The gradient side of a unit: `start`, `arrive` for each gradient, and the journeys that it returns
+
+    Args:
+        name: of the unit, for messages
+        layout: of its parameters
+        axes: over which it is cut
+        dtype: of all sums
+        pool: of whole gradients
+    """
 
     def __init__(
         self,
@@ -144,7 +185,11 @@ class Accumulator:
         self,
         due: Mapping[str, int] | int | None,  # gradients that each parameter will get in this step; None: until `arrive` is told of the last
     ) -> None:
-        "A step begins, and the last one's gradients are let go. Raises ValueError for a parameter without a number"
+        """A step begins, and the last one's gradients are let go. Raises ValueError for a parameter without a number
+
+        Args:
+            due: gradients that each parameter will get in this step; None: until `arrive` is told of the last
+        """
         self.rounds.start(due)
         self.held: dict[str, Tensor] = {}  # gradients of this round; with `alone` of the step
         self.sums: Tensor | None = None  # 1/g
@@ -152,7 +197,11 @@ class Accumulator:
 
     @property
     def mine(self) -> Tensor:  # (1/o of the elements,)
-        "Where the step's result will be"
+        """Where the step's result will be
+
+        Returns:
+            (1/o of the elements,)
+        """
         assert self.sums is not None
         return self.sums.chunk(self.axes.optim.size)[self.axes.optim.coord]
 
@@ -168,7 +217,16 @@ class Accumulator:
         stop: int,
         origin: int,  # where this rank's optimizer slice begins in it
     ) -> Tensor:  # (stop - start,)
-        "The step's gradient of a piece of a parameter, once the journeys are over"
+        """The step's gradient of a piece of a parameter, once the journeys are over
+
+        Args:
+            name: of a parameter
+            start: elements of the unit's buffer
+            origin: where this rank's optimizer slice begins in it
+
+        Returns:
+            (stop - start,)
+        """
         return self.held[name].reshape(-1) if self.alone else self.mine[start - origin : stop - origin]
 
     def arrive(
@@ -177,7 +235,16 @@ class Accumulator:
         grad: Tensor,  # of the whole parameter; the caller lets go of it
         last: bool = False,  # is this backward pass the step's last?
     ) -> Iterator[Handle] | None:  # a journey to be run
-        "Take up a gradient. Raises RuntimeError for one too many"
+        """Take up a gradient. Raises RuntimeError for one too many
+
+        Args:
+            name: of a parameter
+            grad: of the whole parameter; the caller lets go of it
+            last: is this backward pass the step's last?
+
+        Returns:
+            a journey to be run
+        """
         first = self.rounds.arrived(name, last)
         if self.alone:
             self.held[name] = grad.to(self.dtype) if first else self.held[name].add_(grad)
@@ -238,7 +305,11 @@ class Accumulator:
 
 # %% ../../nbs/zero/04_reduce.ipynb #0830e3e2
 class Journeys:
-    "Reductions under way, oldest first"
+    """Reductions under way, oldest first
+
+    Args:
+        overlap: False: each is waited for at once
+    """
 
     def __init__(
         self,
@@ -251,7 +322,11 @@ class Journeys:
         self,
         journey: Iterator[Handle] | None,  # from an `Accumulator`
     ) -> None:
-        "Set off, and move the others on"
+        """Set off, and move the others on
+
+        Args:
+            journey: from an `Accumulator`
+        """
         if journey is None:
             return
         if not self.overlap:

@@ -21,7 +21,13 @@ Reshard = Literal["forward", "backward", "step", "never"]  # after what gathered
 
 
 class Factors(NamedTuple):
-    "Three numbers, not checked: parts of the parameters, of the gradients, of the optimizer's states"
+    """Three numbers, not checked: parts of the parameters, of the gradients, of the optimizer's states
+
+    Args:
+        param: p
+        grad: g
+        optim: o
+    """
 
     param: int = 1  # p
     grad: int = 1  # g
@@ -30,7 +36,13 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Sharding:
-    "Over how many ranks each kind of state is spread, param | grad | optim; -1 is all ranks that hold the same weights. Raises ValueError with a chain that would do. From AMSP (arXiv:2311.00257)"
+    """Over how many ranks each kind of state is spread, param | grad | optim; -1 is all ranks that hold the same weights. Raises ValueError with a chain that would do. From AMSP (arXiv:2311.00257)
+
+    Args:
+        param: p: parts of the parameters
+        grad: g: of the gradients
+        optim: o: of the fp32 masters and moments
+    """
 
     param: int = 1  # p: parts of the parameters
     grad: int = 1  # g: of the gradients
@@ -54,7 +66,14 @@ class Sharding:
         self,
         ranks: int,  # Z, that hold the same weights
     ) -> "Sharding":  # without -1
-        "The numbers in a layout. Raises ValueError when they do not divide its ranks"
+        """The numbers in a layout. Raises ValueError when they do not divide its ranks
+
+        Args:
+            ranks: Z, that hold the same weights
+
+        Returns:
+            without -1
+        """
         require(ranks > 0, f"ranks is {ranks}: at least one holds the weights")
         out = Sharding(*(ranks if size == -1 else size for size in self.factors))
         require(
@@ -68,7 +87,11 @@ class Sharding:
         self,
         ranks: int,  # that hold the same expert weights: Z / ep
     ) -> "Sharding":
-        "The factors of weights that fewer ranks hold: each cut down to what it has in common with their number"
+        """The factors of weights that fewer ranks hold: each cut down to what it has in common with their number
+
+        Args:
+            ranks: that hold the same expert weights: Z / ep
+        """
         return Sharding(*(ranks if size == -1 else math.gcd(size, ranks) for size in self.factors))
 
     @classmethod
@@ -78,7 +101,13 @@ class Sharding:
         ranks: int,  # Z, that hold the same weights
         node: int = 8,  # of these, how many sit in one node; more than Z counts as Z
     ) -> "Sharding":
-        "A known scheme. Raises ValueError with the nearest names for an unknown one, and when `node` does not divide `ranks`"
+        """A known scheme. Raises ValueError with the nearest names for an unknown one, and when `node` does not divide `ranks`
+
+        Args:
+            name: one of `known_factors()`
+            ranks: Z, that hold the same weights
+            node: of these, how many sit in one node; more than Z counts as Z
+        """
         known = known_factors(ranks, node)
         close = nearest(name, known)
         require(name in known, f"no sharding named {name!r}: " + (f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(known)}"))
@@ -89,7 +118,12 @@ class Sharding:
         ranks: int,  # Z, that hold the same weights
         node: int = 8,  # of these, how many sit in one node
     ) -> str | None:
-        "What the field calls these factors; None where it has no name for them. Where several names fit, the first of `known_factors()`"
+        """What the field calls these factors; None where it has no name for them. Where several names fit, the first of `known_factors()`
+
+        Args:
+            ranks: Z, that hold the same weights
+            node: of these, how many sit in one node
+        """
         mine = self.resolved(ranks).factors
         return next((name for name, factors in known_factors(ranks, node).items() if mine == factors), None)
 
@@ -98,7 +132,12 @@ class Sharding:
         ranks: int,  # Z, that hold the same weights
         node: int = 8,  # of these, how many sit in one node
     ) -> str:
-        "The factors in words, after their name if they have one"
+        """The factors in words, after their name if they have one
+
+        Args:
+            ranks: Z, that hold the same weights
+            node: of these, how many sit in one node
+        """
         p, g, o = self.resolved(ranks).factors
         name = self.name(ranks, node)
         return f"{name + ': ' if name else ''}parameters over {p}, gradients over {g}, optimizer states over {o} of {ranks} ranks"
@@ -114,7 +153,15 @@ def known_factors(
     ranks: int,  # Z, that hold the same weights
     node: int = 8,  # of these, how many sit in one node; more than Z counts as Z
 ) -> dict[str, Factors]:  # name -> p, g, o
-    "What the field has names for"
+    """What the field has names for
+
+    Args:
+        ranks: Z, that hold the same weights
+        node: of these, how many sit in one node; more than Z counts as Z
+
+    Returns:
+        name -> p, g, o
+    """
     n = min(node, ranks)
     table = {
         "ddp": (1, 1, 1),  # data parallelism: everything everywhere
@@ -136,7 +183,13 @@ def internevo_sharding(
     ranks: int,  # Z, that hold the same weights
     weight: int = 1,  # `parallel.weight.size`, with isp
 ) -> Sharding:
-    "The factors that an older configuration means. Raises ValueError when they do not divide the ranks"
+    """The factors that an older configuration means. Raises ValueError when they do not divide the ranks
+
+    Args:
+        zero1: `parallel.zero1` or its `size`; 0 or less: all ranks
+        ranks: Z, that hold the same weights
+        weight: `parallel.weight.size`, with isp
+    """
     require(weight > 0, f"weight is {weight}: write 1, or the size of the weight group")
     return Sharding(weight, weight, weight * zero1 if zero1 > 0 else -1).resolved(ranks)
 
@@ -144,7 +197,11 @@ def internevo_sharding(
 def shardings(
     ranks: int,  # Z, that hold the same weights
 ) -> list[Sharding]:
-    "Every chain p | g | o | Z, by p, then g, then o"
+    """Every chain p | g | o | Z, by p, then g, then o
+
+    Args:
+        ranks: Z, that hold the same weights
+    """
     def divisors(n: int) -> list[int]:
         return [d for d in range(1, n + 1) if n % d == 0]
 
@@ -166,7 +223,11 @@ def plot_slices(
     sharding: Sharding,
     ranks: int = 8,  # Z, that hold the same weights
 ) -> "Figure":
-    "Which part of one unit each rank holds: a column a kind of state, a row a rank. In a column, ranks of one colour hold the same"
+    """Which part of one unit each rank holds: a column a kind of state, a row a rank. In a column, ranks of one colour hold the same
+
+    Args:
+        ranks: Z, that hold the same weights
+    """
     import matplotlib.pyplot as plt
 
     s = sharding.resolved(ranks)
@@ -189,7 +250,15 @@ def greedy_owners(
     sizes: Sequence[int],  # elements of each tensor
     ranks: int,  # owners
 ) -> list[int]:  # the owner of each tensor
-    "InternEvo's partition of optimizer states: whole tensors, largest first, each to the rank that has least; among equals the first"
+    """InternEvo's partition of optimizer states: whole tensors, largest first, each to the rank that has least; among equals the first
+
+    Args:
+        sizes: elements of each tensor
+        ranks: owners
+
+    Returns:
+        the owner of each tensor
+    """
     load, owner = [0] * ranks, [0] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         owner[i] = load.index(min(load))

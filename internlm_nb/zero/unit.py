@@ -21,7 +21,11 @@ class ZeroError(RuntimeError):
 
 
 class Versions:
-    "From which update each copy of a unit's parameters is"
+    """From which update each copy of a unit's parameters is
+
+    Args:
+        axes: over which they are cut
+    """
 
     def __init__(
         self,
@@ -36,7 +40,12 @@ class Versions:
         to: str,  # own, middle, slice or full
         of: str,  # likewise
     ) -> None:
-        "One copy was made from another"
+        """One copy was made from another
+
+        Args:
+            to: own, middle, slice or full
+            of: likewise
+        """
         self.made[to] = self.made[of]
         for to, of in self._same:  # over an axis of one rank two copies are the same memory
             self.made[to] = self.made[of]
@@ -56,13 +65,27 @@ class Versions:
 def to_host(
     x: Tensor,
 ) -> Tensor:  # a copy
-    "In the host's memory, pinned where a GPU will copy it"
+    """In the host's memory, pinned where a GPU will copy it
+
+    Returns:
+        a copy
+    """
     out = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.device.type == "cuda")
     return out.copy_(x)
 
 # %% ../../nbs/zero/03_unit.ipynb #fc5619f4
 class FlatUnit:
-    "Parameters that are gathered together. They become views of a buffer that this object fills and frees"
+    """Parameters that are gathered together. They become views of a buffer that this object fills and frees
+
+    Args:
+        name: for messages
+        params: by logical name; their data moves into the buffer
+        layout: of these parameters
+        axes: over which it is cut
+        master: in which the optimizer keeps its slice; None: frozen, there is none
+        check: look for reads of what is freed or old
+        on_host: does the master lie in the host's memory?
+    """
 
     def __init__(
         self,
@@ -126,7 +149,11 @@ class FlatUnit:
         self,
         distance: int = 1,  # units from now in which it will be used: 1 for the next
     ) -> None:
-        "Launch what should be under way by now"
+        """Launch what should be under way by now
+
+        Args:
+            distance: units from now in which it will be used: 1 for the next
+        """
         if self._todo is None:
             self._todo = self._steps()
         while len(self._todo) > distance - 1:

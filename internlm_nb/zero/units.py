@@ -21,7 +21,19 @@ from .unit import FlatUnit, ZeroError
 # %% ../../nbs/zero/05_units.ipynb #4a2d3711
 @dataclass(frozen=True, eq=False)
 class UnitSpec:
-    "Parameters that are gathered together, and the module that computes with them"
+    """Parameters that are gathered together, and the module that computes with them
+
+    Args:
+        name: for messages, and for `also` of others
+        module: around whose forward they are gathered; None: only modules that name this unit in `also` use them
+        params: by logical name; those with requires_grad are trained, the others frozen
+        also: other units with which the module computes, too
+        needed_in_backward: does the module's backward read the weights?
+        keep: from forward to backward, which follows at once?
+        chain: units of one chain follow each other in forward, in the order in which they are given
+        fed: does what comes into the chain's first module want a gradient?
+        joins: may small neighbours be reduced together with it?
+    """
 
     name: str  # for messages, and for `also` of others
     module: nn.Module | None  # around whose forward they are gathered; None: only modules that name this unit in `also` use them
@@ -38,7 +50,15 @@ def by_kind(
     params: Mapping[str, nn.Parameter],  # of a unit
     placements: Mapping[str, Placement],  # which part of each is here
 ) -> dict[str, dict[str, nn.Parameter]]:  # weights, experts, frozen, frozen experts: those that are not empty
-    "Parameters that are cut alike"
+    """Parameters that are cut alike
+
+    Args:
+        params: of a unit
+        placements: which part of each is here
+
+    Returns:
+        weights, experts, frozen, frozen experts: those that are not empty
+    """
     out: dict[str, dict[str, nn.Parameter]] = {}
     for name, p in params.items():
         expert = name in placements and placements[name].is_cut("expert")
@@ -50,7 +70,11 @@ def by_kind(
 def counts(
     place: Placement,  # of a parameter
 ) -> bool:
-    "Of the ranks that differ in tensor or pipeline and hold the same, is this one to count it? Ranks with other experts are looked at by the nested axes"
+    """Of the ranks that differ in tensor or pipeline and hold the same, is this one to count it? Ranks with other experts are looked at by the nested axes
+
+    Args:
+        place: of a parameter
+    """
     return all(cut.dim is not None or cut.coord == 0 for cut in place.cuts if cut.axis != "expert")
 
 # %% ../../nbs/zero/05_units.ipynb #74ddb0c9
@@ -59,7 +83,16 @@ def join(
     limit: int,  # elements from which a join is full; 0: nobody joins
     may: Sequence[bool] | None = None,  # which of them may join others; None: all
 ) -> list[list[int]]:  # indexes, in the order of forward
-    "Which neighbours are reduced together"
+    """Which neighbours are reduced together
+
+    Args:
+        sizes: elements of each unit, in the order of forward
+        limit: elements from which a join is full; 0: nobody joins
+        may: which of them may join others; None: all
+
+    Returns:
+        indexes, in the order of forward
+    """
     groups: list[list[int]] = []
     filled, open_ = 0, False
     for i in reversed(range(len(sizes))):
@@ -76,7 +109,12 @@ def join(
 # %% ../../nbs/zero/05_units.ipynb #6a6627ab
 @dataclass(eq=False)
 class Stop:
-    "A module, and what is gathered for it"
+    """A module, and what is gathered for it
+
+    Args:
+        back: does a backward pass come here at all? Not where all up to here is frozen
+        waiting: backward passes that are to come
+    """
 
     spec: UnitSpec
     units: list[FlatUnit] = field(default_factory=list)
@@ -92,7 +130,11 @@ class Stop:
         self,
         distance: int = 1,  # stops from now
     ) -> None:
-        "Launch what should be under way by now"
+        """Launch what should be under way by now
+
+        Args:
+            distance: stops from now
+        """
         for unit in self.units:
             unit.ahead(distance)
 
@@ -110,7 +152,11 @@ class Stop:
 def tensors_in(
     out: Any,  # what a module gave: a tensor, or tuples, lists, dicts of them
 ) -> Iterator[Tensor]:
-    "All tensors of a module's output"
+    """All tensors of a module's output
+
+    Args:
+        out: what a module gave: a tensor, or tuples, lists, dicts of them
+    """
     if isinstance(out, Tensor):
         yield out
     elif isinstance(out, Mapping):
@@ -122,7 +168,13 @@ def tensors_in(
 
 # %% ../../nbs/zero/05_units.ipynb #45cbced5
 class Gathers:
-    "Brings units before a module's passes, and frees them after: all by hooks"
+    """Brings units before a module's passes, and frees them after: all by hooks
+
+    Args:
+        chains: in the order of forward
+        reshard: when wholes are freed
+        overlap: launch ahead?
+    """
 
     def __init__(
         self,

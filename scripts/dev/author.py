@@ -10,6 +10,8 @@ from clean_nbs import clean
 from nbdev.config import get_config
 from nbdev.export import nb_export
 
+from internlm_nb.base.docments import document
+
 HEADER = "---\njupyter:\n  kernelspec:\n    display_name: python3\n    language: python\n    name: python3\n---\n\n"
 
 
@@ -34,7 +36,7 @@ def main():
         if not text.startswith("---"):
             md.write_text(HEADER + text)
         run("jupytext", "--quiet", *(["--update"] if nb.exists() else []), "--to", "ipynb", md, "-o", nb)
-        nb_export(nb, lib_path=cfg.lib_path)
+        nb_export(nb, lib_path=cfg.lib_path, procs=[document])
         run("nbdev-test", nb, "--save", "--do-print")
         clean(nb)
 

@@ -2,13 +2,9 @@
 Recipe: our own, 500 steps of 1024 tokens; its data come with the package.
 Worlds: 1 process."""
 
+from internlm_nb import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, RunConfig, ScheduleConfig, TrainConfig
 from internlm_nb.apps.demo import finish, prepare
-from internlm_nb.data.loader import DataConfig
-from internlm_nb.model.config import ModelConfig
-from internlm_nb.train.config import CheckpointConfig, RunConfig, TrainConfig
-from internlm_nb.train.optim import OptimConfig
 from internlm_nb.train.precision import fast_bf16
-from internlm_nb.train.schedules import ScheduleConfig
 
 __all__ = ["finish", "prepare", "run"]
 

@@ -2,11 +2,7 @@
 Recipe: InternLM's own configuration file: 131,072 tokens a step, rate 1e-4 falling to 1e-5, decay 0.01, 50,000 steps.
 Worlds: 8, 16 or 32 GPUs of 80 GB."""
 
-from internlm_nb.data.loader import DataConfig
-from internlm_nb.model.config import preset
-from internlm_nb.train.config import CheckpointConfig, ParallelConfig, RunConfig, TrainConfig, ZeroConfig
-from internlm_nb.train.optim import OptimConfig
-from internlm_nb.train.schedules import ScheduleConfig
+from internlm_nb import CheckpointConfig, DataConfig, OptimConfig, ParallelConfig, RunConfig, ScheduleConfig, TrainConfig, ZeroConfig, preset
 
 
 def run() -> RunConfig:

@@ -2,11 +2,7 @@
 Recipe: InternLM's own configuration file: 131,072 tokens a step, rate 1e-4 falling to 1e-5, decay 0.01, 50,000 steps, gradients summed in bf16, optimizer states over 8 ranks.
 Worlds: 8, 16 or 32 GPUs of 80 GB. On more, --data.micro-num 4 times their number keeps the table's step."""
 
-from internlm_nb.data.loader import DataConfig
-from internlm_nb.model.config import preset
-from internlm_nb.train.config import CheckpointConfig, RunConfig, TrainConfig, ZeroConfig
-from internlm_nb.train.optim import OptimConfig
-from internlm_nb.train.schedules import ScheduleConfig
+from internlm_nb import CheckpointConfig, DataConfig, OptimConfig, RunConfig, ScheduleConfig, TrainConfig, ZeroConfig, preset
 
 
 def run() -> RunConfig:

@@ -2,11 +2,7 @@
 Recipe: InternLM2's technical report (arXiv:2403.17297): 4 million tokens a step, rate 3e-4 falling to a tenth, decay 0.1; 2,000 steps of warm-up are our choice.
 Worlds: 8, 16, 32, 64, 128, 256, 512 or 1024 GPUs of 80 GB."""
 
-from internlm_nb.data.loader import DataConfig
-from internlm_nb.model.config import preset
-from internlm_nb.train.config import CheckpointConfig, RunConfig, TrainConfig, ZeroConfig
-from internlm_nb.train.optim import OptimConfig
-from internlm_nb.train.schedules import ScheduleConfig
+from internlm_nb import CheckpointConfig, DataConfig, OptimConfig, RunConfig, ScheduleConfig, TrainConfig, ZeroConfig, preset
 
 
 def run() -> RunConfig:

@@ -2,11 +2,7 @@
 Recipe: Alpaca's: rate 2e-5, no decay, 3 % warm-up, and 8 packs of 2048 tokens are about its 128 records a step; 1000 steps read its 52,000 records three times.
 Worlds: 1, 2, 4 or 8 GPUs of 80 GB."""
 
-from internlm_nb.data.loader import DataConfig
-from internlm_nb.model.config import preset
-from internlm_nb.train.config import CheckpointConfig, RunConfig, TrainConfig, ZeroConfig
-from internlm_nb.train.optim import OptimConfig
-from internlm_nb.train.schedules import ScheduleConfig
+from internlm_nb import CheckpointConfig, DataConfig, OptimConfig, RunConfig, ScheduleConfig, TrainConfig, ZeroConfig, preset
 
 
 def run() -> RunConfig:
