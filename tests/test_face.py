@@ -50,7 +50,7 @@ def test_the_face_loads_nothing_before_it_is_asked():
     assert in_python(f"import sys\nimport internlm_nb\nprint({loaded})") == "[]\n"
 
 
-PURE = """base.check base.steps base.values base.docments data.config model.config model.flops parallel.layout parallel.record parallel.schedules parallel.timeline
+PURE = """base.check base.steps base.values base.docments data.config model.config model.flops parallel.layout parallel.record parallel.tokens parallel.traffic parallel.schedules parallel.timeline
 train.schedules train.options train.config zero.sharding zero.flat zero.costs zero.amsp""".split()
 
 

@@ -9,13 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from internlm_nb.model.attention import attention, reference_attention
 from internlm_nb.model.config import ModelConfig, family_defaults
 from internlm_nb.model.segments import Segments
-from internlm_nb.parallel.context import context_bytes, ring_attention
+from internlm_nb.parallel.context import ring_attention
 from internlm_nb.parallel.layout import Coords, Layout
 from internlm_nb.parallel.mesh import Mesh, make_mesh
 from internlm_nb.parallel.partial import combine, has_flash, partial_attention, partial_grads, plain_grads, plain_partial
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.parallel.record import Recorder
 from internlm_nb.parallel.sequence import cut_rows
+from internlm_nb.parallel.traffic import by_purpose, context_traffic
 
 F64 = torch.float64
 
@@ -64,7 +65,7 @@ def against_reference(seeds: range, world: int) -> None:
         for name, a, b in zip(("out", "q", "k", "v"), (out, *have), (expected, *wanted)):
             size = b.abs().max().clamp(min=spread**3)  # where one key takes all, gradients are differences of products of three such numbers
             assert (a - b[rows]).abs().max() <= tolerance * size, (seed, name, lengths)
-        closed = context_bytes(small(heads, kv_heads), lengths, mesh.layout, mesh.coords, dtype.itemsize)
+        closed = by_purpose(context_traffic(small(heads, kv_heads), lengths, mesh.layout, mesh.coords, dtype.itemsize))
         assert {purpose: count for (_, purpose, _), count in recorder.counts.items()} == closed, (seed, lengths)
         with torch.no_grad():
             assert torch.equal(ring_attention(attention, axis, *own, local), out), "with and without gradients it is one computation"  # type: ignore[misc]
@@ -87,13 +88,13 @@ def test_bytes_of_one_document():
     cfg = small(4, 2)
     for size, chunk in ((2, 1), (3, 5), (4, 8), (8, 16)):
         layout, row = Layout(size, context=size), 2 * 2 * 8 * 2
-        counts = [context_bytes(cfg, (2 * size * chunk,), layout, Coords(context=r)) for r in range(size)]
+        counts = [by_purpose(context_traffic(cfg, (2 * size * chunk,), layout, Coords(context=r))) for r in range(size)]
         assert [c["ring"].payload_bytes for c in counts] == [chunk * (size - 1 + r) * row for r in range(size)]
         everything = size * (size - 1) * 2 * chunk * row  # if each rank's keys went to each other rank
         assert 4 * sum(c["ring"].payload_bytes for c in counts) == 3 * everything
         assert sum(c["ring gradients"].payload_bytes for c in counts) == 2 * sum(c["ring backward"].payload_bytes for c in counts)  # float32 against bfloat16
-    assert not context_bytes(cfg, (4,) * 8, Layout(4, context=4), Coords())
-    assert not context_bytes(cfg, (32,), Layout(1), Coords())
+    assert not context_traffic(cfg, (4,) * 8, Layout(4, context=4), Coords())
+    assert not context_traffic(cfg, (32,), Layout(1), Coords())
 
 
 # overlap

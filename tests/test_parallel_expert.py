@@ -16,13 +16,14 @@ from internlm_nb.model.segments import Inputs, Segments
 from internlm_nb.model.transformer import Transformer, recompute
 from internlm_nb.parallel.axis import Axis
 from internlm_nb.parallel.comm import all_gather, all_reduce
-from internlm_nb.parallel.expert import SplitExperts, SplitMixture, dispatch_bytes, expert_parallel, regroup, slot_rows
+from internlm_nb.parallel.expert import SplitExperts, SplitMixture, expert_parallel, regroup, slot_rows
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.mesh import Mesh, Place, destroy, init_distributed, make_mesh, single
 from internlm_nb.parallel.placement import Cut, Placement, init_placed, placements_of
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.parallel.record import Recorder
-from internlm_nb.parallel.tensor import tensor_bytes, tensor_parallel
+from internlm_nb.parallel.tensor import tensor_parallel
+from internlm_nb.parallel.traffic import by_purpose, expert_traffic, tensor_traffic
 from internlm_nb.run.state import TrainState, load_run, save_run, state_chunks
 from internlm_nb.train.config import RunConfig
 from internlm_nb.train.optim import OptimConfig, Optimizer
@@ -229,7 +230,8 @@ def sends(mesh: Mesh) -> None:
         if factor:
             rows = slot_rows(cfg, TOKENS)
             away = rows * (axis.size - 1) // axis.size
-            closed = dispatch_bytes(cfg, rows, away, axis.size, dtype.itemsize, recomputed=recomputed, counts=False, blocks=cfg.num_layers)
+            told = expert_traffic(cfg, rows, away, axis.size, dtype.itemsize, recomputed=recomputed, counts=False, blocks=cfg.num_layers)
+            closed = by_purpose(told)
             assert counts == closed, (counts, closed)
         else:
             assert out.expert_tokens is not None
@@ -238,12 +240,13 @@ def sends(mesh: Mesh) -> None:
             for layer in range(cfg.num_layers):
                 send, came = every[axis.coord, layer], every[:, layer, axis.coord]
                 numbers = [int(n) for n in (send.sum(), send.sum() - send[axis.coord], came.sum(), came.sum() - came[axis.coord])]
-                for purpose, c in dispatch_bytes(cfg, *numbers[:2], axis.size, dtype.itemsize, tuple(numbers[2:]), int(recomputed > 0)).items():  # type: ignore[arg-type]
+                told = expert_traffic(cfg, *numbers[:2], axis.size, dtype.itemsize, tuple(numbers[2:]), int(recomputed > 0))  # type: ignore[arg-type]
+                for purpose, c in by_purpose(told).items():
                     have = closed.get(purpose)
                     closed[purpose] = c if have is None else type(c)(have.calls + c.calls, have.payload_bytes + c.payload_bytes, have.sent_bytes + c.sent_bytes)
             assert counts == closed, (counts, closed)
         tensor = mesh.axis("tensor")
-        told = tensor_bytes(cfg, TOKENS, tensor.size, mesh.layout.mode, dtype.itemsize, recomputed=recomputed)
+        told = by_purpose(tensor_traffic(cfg, TOKENS, tensor.size, mesh.layout.mode, dtype.itemsize, recomputed=recomputed))
         told.pop("partial gradients", None)
         assert over == told, (over, told)
 
@@ -274,7 +277,7 @@ def test_a_step_under_fake_tensors():
                 assert isinstance(out, LossOutput) and out.extra_sum is not None
                 (out.loss_sum + out.extra_sum).backward()
             rows = slot_rows(cfg, 64) if factor else 128
-            closed = dispatch_bytes(cfg, rows, rows // 2, 2, counts=not factor, blocks=2)
+            closed = by_purpose(expert_traffic(cfg, rows, rows // 2, 2, counts=not factor, blocks=2))
             assert {purpose: c for (name, purpose, _), c in recorder.counts.items() if name == "expert"} == closed
     finally:
         destroy()

@@ -22,7 +22,7 @@ from internlm_nb.parallel.halves import WeightQueue
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.mesh import Mesh, Place, destroy, init_distributed, make_mesh, single
 from internlm_nb.parallel.messages import check_schedule
-from internlm_nb.parallel.pipeline import pipeline_bytes, run_schedule
+from internlm_nb.parallel.pipeline import run_schedule
 from internlm_nb.parallel.placement import Placement, add_up, placements_of
 from internlm_nb.parallel.ranks import RankError, run_ranks
 from internlm_nb.parallel.record import Recorder
@@ -30,6 +30,7 @@ from internlm_nb.parallel.schedules import Schedule, ScheduleError, evaluation_s
 from internlm_nb.parallel.stages import defer_weights, expected_gradients, pipeline_cut, split_layers, tied_ranks
 from internlm_nb.parallel.tensor import tensor_parallel
 from internlm_nb.parallel.timeline import timeline
+from internlm_nb.parallel.traffic import by_purpose, pipeline_traffic
 from internlm_nb.train.parallelize import units_of
 from internlm_nb.zero.hybrid import ExtraSum, HybridZero
 
@@ -142,7 +143,7 @@ def piped(mesh: Mesh, cases: list[tuple]) -> list[dict]:
                 "actions": ran.actions,
                 "peak": ran.peak,
                 "counts": counts,
-                "closed": pipeline_bytes(cfg, schedule, axis.coord, [p.input_ids.shape[0] for p in packs(count)], 8, split),
+                "closed": by_purpose(pipeline_traffic(cfg, schedule.owners, axis.coord, [p.input_ids.shape[0] for p in packs(count)], 8, split)),
             }
         )
     return results
@@ -598,7 +599,9 @@ def test_a_step_under_fake_tensors():
                 batch = Pack(ids, ids, ids, Segments(torch.zeros(3, dtype=torch.int32), (8, 8), 8))
                 run_schedule(part, check_schedule(schedule), [batch] * 8, axis, lambda i, out: out.loss_sum, queue=queue)
             assert all(p.grad is not None for p in part.parameters())
-            assert {key[1]: c for key, c in recorder.counts.items()} == pipeline_bytes(cfg, schedule, axis.coord, [16] * 8)
+            assert {key[1]: c for key, c in recorder.counts.items()} == by_purpose(
+                pipeline_traffic(cfg, schedule.owners, axis.coord, [16] * 8, forward_only=schedule.forward_only)
+            )
     finally:
         destroy()
 

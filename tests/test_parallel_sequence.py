@@ -14,14 +14,15 @@ from internlm_nb.model.loss import LossOutput
 from internlm_nb.model.segments import Inputs, KVCache, Segments
 from internlm_nb.model.transformer import Transformer, recompute
 from internlm_nb.parallel import comm
-from internlm_nb.parallel.context import context_bytes, sequence_parallel
+from internlm_nb.parallel.context import sequence_parallel
 from internlm_nb.parallel.layout import Coords, Layout
 from internlm_nb.parallel.mesh import Mesh, make_mesh
 from internlm_nb.parallel.placement import add_up, placements_of
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.parallel.record import Recorder
-from internlm_nb.parallel.sequence import LocalSegments, Ring, cut_rows, ring_of, sequence_bytes, ulysses
-from internlm_nb.parallel.tensor import tensor_bytes, tensor_parallel
+from internlm_nb.parallel.sequence import LocalSegments, Ring, cut_rows, ring_of, ulysses
+from internlm_nb.parallel.tensor import tensor_parallel
+from internlm_nb.parallel.traffic import by_purpose, context_traffic, sequence_traffic, tensor_traffic
 
 Lengths = tuple[int, ...]
 
@@ -208,10 +209,11 @@ def same_computation(cases: list) -> None:
         out.loss_sum.backward()
         have = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         add_up([g for name, g in have.items() if placements[name].partial], mesh.axis("tensor"), "partial gradients")
+        recomputed = 0 if policy == "none" else cfg.num_layers
         closed = {
-            "tensor": tensor_bytes(cfg, len(rows), layout.tensor, layout.mode, dtype.itemsize, recomputed=0 if policy == "none" else cfg.num_layers),
-            "sequence": sequence_bytes(cfg, sum(lengths), layout, dtype.itemsize, 0 if policy == "none" else cfg.num_layers),
-            "context": context_bytes(cfg, lengths, layout, mesh.coords, dtype.itemsize, 0 if policy == "none" else cfg.num_layers),
+            "tensor": by_purpose(tensor_traffic(cfg, len(rows), layout.tensor, layout.mode, dtype.itemsize, recomputed)),
+            "sequence": by_purpose(sequence_traffic(cfg, sum(lengths), layout, dtype.itemsize, recomputed)),
+            "context": by_purpose(context_traffic(cfg, lengths, layout, mesh.coords, dtype.itemsize, recomputed)),
         }
         for name, recorder in recorders.items():
             assert {purpose: count for (_, purpose, _), count in recorder.counts.items()} == closed[name], (name, what)

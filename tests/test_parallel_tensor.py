@@ -18,7 +18,8 @@ from internlm_nb.parallel.mesh import Mesh, Place, destroy, init_distributed, ma
 from internlm_nb.parallel.placement import Placement, add_up, init_placed, placements_of
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.parallel.record import Recorder
-from internlm_nb.parallel.tensor import tensor_bytes, tensor_parallel
+from internlm_nb.parallel.tensor import tensor_parallel
+from internlm_nb.parallel.traffic import by_purpose, tensor_traffic
 
 LENGTHS = (7, 1, 12, 4)  # documents of a pack; none ends where a rank's tokens end
 TOKENS = sum(LENGTHS)
@@ -69,13 +70,12 @@ def train(
     mode: str,
     dtype: torch.dtype,
     policy: str = "none",
-    embedding: str = "vocabulary",
     smoothing: float = 0.0,
     chunk: int = 10,
 ) -> dict:
     "Three steps of AdamW with one global norm: outputs and gradients of the first, and weights after the last, whole"
     model = Transformer(cfg, device="meta", dtype=dtype)
-    placements = placements_of(model) if axis is None else tensor_parallel(model, axis, mode, embedding)  # type: ignore[arg-type]
+    placements = placements_of(model) if axis is None else tensor_parallel(model, axis, mode)  # type: ignore[arg-type]
     allocate(model, "cpu")
     fill(model, placements)
     recompute(model, 0.0 if policy == "none" else 1.0, "full" if policy == "none" else policy)  # type: ignore[arg-type]
@@ -121,26 +121,26 @@ def compare(have: dict, want: dict, dtype: torch.dtype, what: str) -> None:
 
 
 CASES = [
-    # family, changes, mode, recomputation, embedding, smoothing
-    *[("internlm", {}, mode, policy, "vocabulary", 0.1) for mode, policy in (("mtp", "none"), ("msp", "full"), ("fsp", "selective"))],
-    *[("internlm2", {}, mode, policy, "hidden", 0.0) for mode, policy in (("mtp", "selective"), ("msp", "none"), ("fsp", "full"))],
+    # family, changes, mode, recomputation, smoothing
+    *[("internlm", {}, mode, policy, 0.1) for mode, policy in (("mtp", "none"), ("msp", "full"), ("fsp", "selective"))],
+    *[("internlm2", {}, mode, policy, 0.0) for mode, policy in (("mtp", "selective"), ("msp", "none"), ("fsp", "full"))],
     *[
-        ("llama", dict(tie_embeddings=True, embed_grad_scale=0.5), mode, policy, "vocabulary", 0.0)
+        ("llama", dict(tie_embeddings=True, embed_grad_scale=0.5), mode, policy, 0.0)
         for mode, policy in (("mtp", "full"), ("msp", "selective"), ("fsp", "none"))
     ],
-    ("llama", {}, "mtp", "none", "vocabulary", 0.0),
+    ("llama", {}, "mtp", "none", 0.0),
 ]
 
 
 def same_computation(mesh: Mesh, cases: list) -> None:
     axis, alone = mesh.axis("tensor"), {}
-    for family, changes, mode, policy, embedding, smoothing in cases:
+    for family, changes, mode, policy, smoothing in cases:
         cfg = config(family, **changes)
         key = family, str(changes), smoothing
         if key not in alone:
             alone[key] = train(cfg, None, "", torch.float64, smoothing=smoothing)
-        have = train(cfg, axis, mode, torch.float64, policy, embedding, smoothing)
-        compare(have, alone[key], torch.float64, f"{family} {changes} {mode} {policy} {embedding}")
+        have = train(cfg, axis, mode, torch.float64, policy, smoothing)
+        compare(have, alone[key], torch.float64, f"{family} {changes} {mode} {policy}")
         mesh.check_waited()
     cfg = config("internlm2")
     want = train(cfg, None, "", torch.float32)
@@ -162,11 +162,9 @@ def counted(recorder: Recorder) -> dict:
     return {purpose: count for (_, purpose, _), count in recorder.counts.items()}
 
 
-def cut_model(
-    cfg: ModelConfig, axis: Axis, mode: str, dtype: torch.dtype = torch.float32, embedding: str = "vocabulary"
-) -> tuple[Transformer, dict[str, Placement]]:
+def cut_model(cfg: ModelConfig, axis: Axis, mode: str, dtype: torch.dtype = torch.float32) -> tuple[Transformer, dict[str, Placement]]:
     model = Transformer(cfg, device="meta", dtype=dtype)
-    placements = tensor_parallel(model, axis, mode, embedding)  # type: ignore[arg-type]
+    placements = tensor_parallel(model, axis, mode)  # type: ignore[arg-type]
     allocate(model, "cpu")
     fill(model, placements)
     return model, placements
@@ -181,22 +179,22 @@ def heard(axis: Axis, recorder: Recorder) -> Recorder:
 def sends(mesh: Mesh) -> None:
     axis = mesh.axis("tensor")
     recorder = heard(axis, Recorder())
-    for family, mode, policy, embedding, smoothing, dtype in [
-        *[("internlm", mode, policy, "vocabulary", 0.1, torch.float32) for mode in ("mtp", "msp", "fsp") for policy in ("none", "full", "selective")],
-        *[("internlm2", mode, "none", "hidden", 0.0, torch.bfloat16) for mode in ("mtp", "msp", "fsp")],
-        ("llama", "fsp", "none", "vocabulary", 0.0, torch.float64),
+    for family, mode, policy, smoothing, dtype in [
+        *[("internlm", mode, policy, 0.1, torch.float32) for mode in ("mtp", "msp", "fsp") for policy in ("none", "full", "selective")],
+        *[("internlm2", mode, "none", 0.0, torch.bfloat16) for mode in ("mtp", "msp", "fsp")],
+        ("llama", "fsp", "none", 0.0, torch.float64),
     ]:
         cfg = config(family)  # type: ignore[arg-type]
-        model, placements = cut_model(cfg, axis, mode, dtype, embedding)
+        model, placements = cut_model(cfg, axis, mode, dtype)
         recomputed = 0 if policy == "none" else 1  # of two blocks
         recompute(model, recomputed / 2, "full" if policy == "none" else policy)  # type: ignore[arg-type]
         model.head.label_smoothing, model.head.chunk = smoothing, 7
         recorder.reset()
         loss_of(model, *pack(cfg, 0)).loss_sum.backward()
         add_up([p.grad for name, p in model.named_parameters() if placements[name].partial and p.grad is not None], axis, "partial gradients")
-        closed = tensor_bytes(cfg, TOKENS, axis.size, mode, dtype.itemsize, embedding, recomputed, smoothing > 0, chunk=7)  # type: ignore[arg-type]
-        assert counted(recorder) == closed, (family, mode, policy, embedding)
-    assert not tensor_bytes(config("llama"), TOKENS, 1, "fsp")
+        closed = by_purpose(tensor_traffic(cfg, TOKENS, axis.size, mode, dtype.itemsize, recomputed, smoothing > 0, chunk=7))  # type: ignore[arg-type]
+        assert counted(recorder) == closed, (family, mode, policy)
+    assert not tensor_traffic(config("llama"), TOKENS, 1, "fsp")
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -290,16 +288,15 @@ def together(mesh: Mesh) -> None:
     # weights are drawn in place, bit for bit those of one process
     whole = Transformer(cfg)
     init_weights(whole, seed=5)
-    for embedding in ("vocabulary", "hidden"):
-        model = Transformer(cfg, device="meta")
-        placements = tensor_parallel(model, axis, "fsp", embedding)  # type: ignore[arg-type]
-        assert list(placements) == [name for name, _ in whole.named_parameters()] == [name for name, _ in model.named_parameters()]
-        allocate(model, "cpu")
-        recorder.reset()
-        init_placed(model, placements, seed=5)
-        assert not recorder.counts
-        for name, p in model.named_parameters():
-            assert torch.equal(p, placements[name].cut(whole.get_parameter(name))), name
+    model = Transformer(cfg, device="meta")
+    placements = tensor_parallel(model, axis, "fsp")
+    assert list(placements) == [name for name, _ in whole.named_parameters()] == [name for name, _ in model.named_parameters()]
+    allocate(model, "cpu")
+    recorder.reset()
+    init_placed(model, placements, seed=5)
+    assert not recorder.counts
+    for name, p in model.named_parameters():
+        assert torch.equal(p, placements[name].cut(whole.get_parameter(name))), name
     # logits, with and without gradients, and generation
     ids, labels = pack(cfg, 1)
     want = whole(ids, offsets())
@@ -393,23 +390,20 @@ def test_dtensors_styles_say_the_same():
 
 
 @pytest.mark.parametrize(
-    "changes, mode, embedding, words",
+    "changes, mode, words",
     [
-        (dict(num_heads=6, num_kv_heads=6, hidden_size=36), "mtp", "vocabulary", "num_heads 6 is not divisible by tensor 4"),
-        (dict(num_kv_heads=2), "mtp", "vocabulary", "num_kv_heads 2 is not divisible by tensor 4"),
-        (dict(intermediate_size=70), "mtp", "vocabulary", "ffn_size 70 is not divisible by tensor 4"),
-        (dict(vocab_size=66), "msp", "vocabulary", "vocab_size 66 is not divisible by tensor 4.*pad vocab_size"),
-        (dict(hidden_size=34, head_dim_override=8), "fsp", "hidden", "hidden_size 34 is not divisible by tensor 4"),
-        (dict(tie_embeddings=True), "mtp", "hidden", "write embedding='vocabulary'"),
-        ({}, "isp", "vocabulary", "mode is 'isp': choose one of mtp, msp, fsp"),
-        ({}, "mtp", "words", "embedding is 'words': choose one of vocabulary, hidden"),
+        (dict(num_heads=6, num_kv_heads=6, hidden_size=36), "mtp", "num_heads 6 is not divisible by tensor 4"),
+        (dict(num_kv_heads=2), "mtp", "num_kv_heads 2 is not divisible by tensor 4"),
+        (dict(intermediate_size=70), "mtp", "ffn_size 70 is not divisible by tensor 4"),
+        (dict(vocab_size=66), "msp", "vocab_size 66 is not divisible by tensor 4.*pad vocab_size"),
+        ({}, "isp", "mode is 'isp': choose one of mtp, msp, fsp"),
     ],
 )
-def test_what_does_not_fit_is_named(changes, mode, embedding, words):
+def test_what_does_not_fit_is_named(changes, mode, words):
     model = Transformer(config("internlm2", **changes), device="meta")
     shapes = [p.shape for p in model.parameters()]
     with pytest.raises(ValueError, match=words):
-        tensor_parallel(model, Axis("tensor", (0, 1, 2, 3), 1, 4), mode, embedding)
+        tensor_parallel(model, Axis("tensor", (0, 1, 2, 3), 1, 4), mode)
     assert [p.shape for p in model.parameters()] == shapes, "the model was changed"
 
 
@@ -451,7 +445,7 @@ def test_a_step_under_fake_tensors():
                 out = model(ids, labels=ids)
                 assert isinstance(out, LossOutput)
                 out.loss_sum.backward()
-            closed = tensor_bytes(cfg, 64, 4, mode)
+            closed = by_purpose(tensor_traffic(cfg, 64, 4, mode))
             closed.pop("partial gradients", None)
             assert counted(recorder) == closed
     finally:

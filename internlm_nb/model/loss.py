@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLAB_BYTES', 'LossOutput', 'ExtraLosses', 'cross_entropy_reference', 'check_labels', 'chunk_loss', 'slab_rows',
-           'through_slabs', 'LinearCrossEntropy', 'times', 'chunk_tokens', 'linear_cross_entropy']
+           'through_slabs', 'LinearCrossEntropy', 'times', 'linear_cross_entropy']
 
 # %% ../../nbs/model/05_loss.ipynb #1ca1626f
 from dataclasses import dataclass, field
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..base.check import IGNORE_INDEX
+from .config import chunk_tokens
 from .layers import wide_dtype
 
 # %% ../../nbs/model/05_loss.ipynb #8764c310
@@ -275,20 +276,6 @@ def times(
         else:
             result.copy_(part * upstream)
     return out
-
-
-def chunk_tokens(
-    vocab_size: int,  # number of words
-) -> int:  # tokens
-    """How many rows of logits are worth having at one time: 64 Mi elements, for then a small vocabulary's pack is one chunk; never fewer than 1024 rows, which the weight's gradient wants
-
-    Args:
-        vocab_size: number of words
-
-    Returns:
-        tokens
-    """
-    return max(1024, 2**26 // vocab_size)
 
 
 def linear_cross_entropy(
