@@ -148,6 +148,7 @@ def beside_transformers(part: str, folder: Path) -> list[dict]:
     return load(next(folder.glob(f"*_{part}.json")))["results"]
 
 
+@pytest.mark.slow
 @needs_transformers
 def test_packed_training_beside_a_peer(tmp_path):
     "The same work on both sides, and a record that says so"

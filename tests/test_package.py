@@ -67,7 +67,7 @@ def test_shipped_runs_start_on_their_worlds(name):
         layout = layout_of(run, world)
         Loader(run.data, run.train.seed, run.model.vocab_size).check_ranks(layout.data)
         check_batch(run, layout.data)
-        assert memory_needed(run, layout.replica) < DEVICE_BYTES - LEFT_FOR_ACTIVATIONS, (name, world)
+        assert memory_needed(run, layout) < DEVICE_BYTES - LEFT_FOR_ACTIVATIONS, (name, world)
 
 
 def test_recipes_are_what_they_say():

@@ -72,8 +72,15 @@ def ended(mesh: Mesh, how: int, at: int) -> None:
     raise AssertionError("nobody was missed")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(
+    "how, at",
+    [
+        (signal.SIGKILL, 2),
+        (signal.SIGSTOP, 0),
+        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGSTOP, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_that_ends_in_the_middle_of_its_work_is_named(how, at):
     "A stopped one by the others; a killed one by run_ranks, which sees it end before they miss it"
     if how == signal.SIGKILL:
@@ -213,13 +220,13 @@ def differ(mesh: Mesh, how: str) -> None:
             "shape",
             r"collective number 2 of the data axis \(step 0\): rank 0 calls all_reduce for 'gradients' of float32 \(4,\), sum, and rank 1 calls .*\(5,\)",
         ),
-        ("transposed", r"float32 \(6, 2\).*rank 1 calls .*float32 \(2, 6\)"),
+        pytest.param("transposed", r"float32 \(6, 2\).*rank 1 calls .*float32 \(2, 6\)", marks=pytest.mark.slow),
         ("dtype", r"float32 \(4,\).*rank 1 calls all_gather for 'weights' of int32 \(4,\)"),
-        ("reduction", r"reduce_scatter for 'norm' of .*, sum, and rank 1 calls .*, max"),
+        pytest.param("reduction", r"reduce_scatter for 'norm' of .*, sum, and rank 1 calls .*, max", marks=pytest.mark.slow),
         ("op", r"rank 0 calls all_reduce for 'x'.*rank 1 calls all_gather for 'x'"),
         ("purpose", r"rank 0 calls all_reduce for 'the first'.*rank 1 calls all_reduce for 'the second'"),
         ("count", r"rank 0 calls all_reduce for 'only some'.*rank 1 calls all_reduce for 'loss'"),
-        ("source", r"from 0, and rank 1 calls .*from 1"),
+        pytest.param("source", r"from 0, and rank 1 calls .*from 1", marks=pytest.mark.slow),
         ("rows", r"rank 0 sends 2 rows to rank 1, which expects 3"),
         ("message", r"message 1 from rank 1 to rank (2|0) over the data axis, 'ring' \(step 0\): .*4 elements"),
     ],
@@ -230,7 +237,7 @@ def test_what_differs_is_named_before_it_runs(how, words):
     assert "SIGABRT" not in str(e.value)
 
 
-@pytest.mark.parametrize("how", ["shape", "purpose", "count", "rows"])
+@pytest.mark.parametrize("how", ["shape", "count", *(pytest.param(how, marks=pytest.mark.slow) for how in ("purpose", "rows"))])
 def test_of_three_ranks_the_odd_one_is_in_the_message_whoever_comes_first(how):
     with pytest.raises(RankError, match=r"Mismatch: ranks differ at collective number 2 of the data axis.*rank 1") as e:
         run_ranks(differ, Layout(3), how, timeout=30)

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Kind', 'Shape', 'Name', 'Action', 'Schedule', 'one_f_one_b', 'interleaved', 'zbh1', 'zbv', 'make_schedule',
-           'evaluation_schedule', 'ScheduleError', 'inputs_of']
+           'evaluation_schedule', 'ScheduleError', 'inputs_of', 'split_layers']
 
 # %% ../../nbs/parallel/24_schedules.ipynb #2c2def84
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple, get_args
 
 from ..base.check import require
@@ -283,3 +284,22 @@ def inputs_of(
     if kind == "W":
         return [Action("B", m, s)]
     return [Action("F", m, s), *([Action("B", m, s + 1)] if s < schedule.stages - 1 else [])]
+
+# %% ../../nbs/parallel/24_schedules.ipynb #efb2dd6b
+def split_layers(
+    num_layers: int,  # of the model
+    stages: int,  # of the pipeline
+) -> tuple[range, ...]:  # layers of each stage
+    """Cut the layers evenly, the remainder to the last stages. Raises ValueError for fewer layers than stages
+
+    Args:
+        num_layers: of the model
+        stages: of the pipeline
+
+    Returns:
+        layers of each stage
+    """
+    require(0 < stages <= num_layers, f"{num_layers} layers do not fill {stages} stages: each needs one, so make pipeline or chunks smaller")
+    each, more = divmod(num_layers, stages)
+    starts = [s * each + max(0, s - (stages - more)) for s in range(stages + 1)]
+    return tuple(range(a, b) for a, b in pairwise(starts))

@@ -9,7 +9,6 @@ __all__ = ['TOKEN_BYTES', 'memory_needed', 'checkpoint_bytes', 'memory_there', '
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,39 +17,26 @@ from ..data.loader import Loader, Validation
 from ..data.facts import look_at
 from ..data.order import ShuffledPacks
 from ..model.config import num_params
+from ..parallel.layout import Layout
 from ..train.config import RunConfig
 from ..train.precision import PRECISIONS
-from ..zero.costs import Widths, state_bytes
-from ..zero.sharding import Sharding
+from ..train.sizes import most_memory
 
 # %% ../../nbs/run/03_preflight.ipynb #85f67fbc
 def memory_needed(
     run: RunConfig,  # Architecture, precision, what is cut
-    ranks: int = 1,  # That hold the same weights: Hybrid ZeRO shares out among them
+    layout: Layout = Layout(1),  # Of the world
 ) -> int:  # Bytes
-    """Weights, gradients, masters and moments of one rank; activations come on top. With a pipeline it is the mean of the stages
+    """Weights, gradients, masters and moments of the fullest rank, with what is gathered and under way; activations come on top
 
     Args:
         run: Architecture, precision, what is cut
-        ranks: That hold the same weights: Hybrid ZeRO shares out among them
+        layout: Of the world
 
     Returns:
         Bytes
     """
-    p, z, l, cfg = PRECISIONS[run.train.precision], run.zero, run.parallel, run.model
-    sharding = Sharding(z.param, z.grad, z.optim).resolved(ranks)
-    grad = (p.param if z.grad_dtype == "param" else p.master).itemsize
-    widths = Widths(p.param.itemsize, grad, grad, p.master.itemsize if p.has_master else 0, 2 * p.master.itemsize)
-    if z.offload:
-        widths = widths._replace(master=0, moments=0)
-    of_experts = 3 * cfg.num_experts * cfg.hidden_size * cfg.ffn_size  # in a block
-    block = num_params(replace(cfg, num_layers=2)) - num_params(replace(cfg, num_layers=1)) - of_experts
-    dense, experts = (n // (l.tensor * l.pipeline) for n in (num_params(cfg) - cfg.num_layers * of_experts, cfg.num_layers * of_experts // l.expert))
-    unit, unit_of_experts = max(block, cfg.vocab_size * cfg.hidden_size) // l.tensor, of_experts // (l.tensor * l.expert)
-    own = state_bytes(experts, sharding.for_experts(max(1, ranks // l.expert)), unit_of_experts, z.reshard, widths) if experts else None
-    moving = 2 * 3 * p.master.itemsize * max(unit, unit_of_experts) // sharding.optim if z.offload else 0  # slices on their way to and from the host
-    cast = p.master.itemsize * (dense + experts) // sharding.optim if grad < p.master.itemsize and not z.offload else 0  # gradients, for the update
-    return int(state_bytes(dense, sharding, unit, z.reshard, widths).total + (own.total if own else 0) + moving + cast)
+    return most_memory(run, layout).device
 
 
 def checkpoint_bytes(
@@ -87,16 +73,22 @@ def memory_there(
 def check_memory(
     run: RunConfig,  # What is to be trained
     device: torch.device,  # Where
-    ranks: int = 1,  # That hold the same weights
+    layout: Layout = Layout(1),  # Of the world
 ) -> None:
     """Raise ValueError when weights, gradients and optimizer alone are more than the device has
 
     Args:
         run: What is to be trained
         device: Where
-        ranks: That hold the same weights
+        layout: Of the world
     """
-    need, there = memory_needed(run, ranks), memory_there(device)
+    memory, there = most_memory(run, layout), memory_there(device)
+    need, host = memory.device, memory_there(torch.device("cpu"))
+    if memory.host > host:
+        raise ValueError(
+            f"--zero.offload keeps {memory.host / 1e9:.0f} GB of masters and moments of each rank in the host's memory, which has {host / 1e9:.0f} GB: "
+            f"share them out (--zero.optim -1), or leave --zero.offload away"
+        )
     if need > there:
         raise ValueError(
             f"{run.name} needs {need / 1e9:.0f} GB for weights, gradients and optimizer, and {device} has {there / 1e9:.0f} GB: "

@@ -140,7 +140,7 @@ def resolve(
     schedule = plan_steps(run, layout)
     refuse_optimizer(run, schedule)
     if final:
-        check_memory(run, device, layout.replica)
-    need = memory_needed(run, layout.replica)
+        check_memory(run, device, layout)
+    need = memory_needed(run, layout)
     precision = PRECISIONS[run.train.precision]
     return Resolved(run, device, layout, sharding, precision, schedule, need, checkpoint_bytes(run))

@@ -378,6 +378,6 @@ def summary(
         *zero,
         backend,
         *fast_paths(run, mesh.device.type),
-        f"memory: {memory_needed(run, layout.replica) / 1e9:.2f} GB for weights, gradients and optimizer{' of a rank' if layout.world > 1 else ''}{again}",
+        f"memory: {memory_needed(run, layout) / 1e9:.2f} GB for weights, gradients and optimizer{' of a rank' if layout.world > 1 else ''}{again}",
         f"folder: {run_dir}",
     ]

@@ -19,11 +19,11 @@ from ..base.check import require, some
 from ..parallel.comm import Axis, all_reduce
 from ..parallel.mesh import Mesh, Nested
 from ..parallel.placement import Placement, add_up
-from .flat import lay_out
+from .flat import join, lay_out
 from .reduce import Accumulator, Journeys, Pool
 from .sharding import Factors, Reshard, Sharding
 from .unit import FlatUnit, ZeroError, to_host
-from .units import Gathers, Stop, UnitSpec, by_kind, counts, join
+from .units import Gathers, Stop, UnitSpec, by_kind, counts
 
 # %% ../../nbs/zero/06_hybrid.ipynb #b5894335
 class Leaf(NamedTuple):
@@ -247,7 +247,8 @@ class HybridZero:
     ):
         if reshard not in get_args(Reshard):
             raise ValueError(f"reshard is {reshard!r}: choose one of {', '.join(get_args(Reshard))}")
-        self.mesh, self.reshard, self.overlap, self.check = mesh, reshard, overlap, check
+        self.mesh, self.overlap, self.check = mesh, overlap, check
+        self.reshard: Reshard = reshard
         self.master, self.offload, self.extra_sums = master, offload, tuple(extra_sums)
         self.params = {name: p for spec in units for name, p in spec.params.items()}
         self.placements = dict(placements or {n: Placement(tuple(p.shape)) for n, p in self.params.items()})
