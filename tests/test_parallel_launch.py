@@ -13,11 +13,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from train_runs import TINY, facts, tensors, tiny_run, trainer
+from test_parallel_alive import listeners
+from train_runs import TINY, facts, tensors, tiny_run, trainer, write_folder
 
+from internlm_nb.apps import pretrain
+from internlm_nb.apps.runfile import load_run_file
 from internlm_nb.checkpoint.durable import CheckpointError
 from internlm_nb.checkpoint.find import newest
 from internlm_nb.checkpoint.keep import steps
@@ -25,15 +29,17 @@ from internlm_nb.checkpoint.reader import Checkpoint
 from internlm_nb.checkpoint.writer import Writer
 from internlm_nb.parallel.comm import CollectiveTimeout
 from internlm_nb.parallel.layout import Layout
-from internlm_nb.parallel.mesh import Mesh
+from internlm_nb.parallel.mesh import Mesh, Place, make_mesh
 from internlm_nb.parallel.ranks import RankError
 from internlm_nb.parallel.ranks import run_ranks as run_ranks_for
 from internlm_nb.parallel.together import RankFailed
 from internlm_nb.run import launch
 from internlm_nb.run.callbacks import Callback
 from internlm_nb.run.stopping import Stopped
-from internlm_nb.train.config import ParallelConfig, RunConfig, changes, from_dict, to_dict
-from internlm_nb.train.parallelize import layout_of
+from internlm_nb.train.config import ParallelConfig, RunConfig, ZeroConfig, changes, from_dict, to_dict
+from internlm_nb.train.parallelize import build, layout_of
+from internlm_nb.zero.copies import drifted
+from internlm_nb.zero.hybrid import frozen_parts, trained_parts
 
 ROOT = Path(__file__).parents[1]
 run_ranks = partial(run_ranks_for, timeout=180)  # a busy machine may take its time
@@ -161,6 +167,7 @@ def test_ranks_of_one_machine(tmp_path):
     wait_for_steps(tmp_path / "out" / "metrics.jsonl", made + 3, process)
     children = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _environ(p).get("RANK") == "1" and str(tmp_path) in _cmdline(p)]
     assert len(children) == 1
+    assert listeners({process.pid, *children}) == {"127.0.0.1"}
     os.kill(children[0], signal.SIGKILL)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGKILL
@@ -351,7 +358,8 @@ class _Flip(Callback):
 
     def before_step(self, state):
         if state.step == 3 and self.trainer.mesh.rank == 1:
-            self.trainer.optimizer.engine.leaves[2].master.view(torch.int64)[0] ^= 1
+            leaves = self.trainer.optimizer.engine.leaves
+            next(leaf for leaf in leaves if "norm" in leaf.name).master.view(torch.int64)[0] ^= 1
 
 
 def _drifting(mesh, run, folder):
@@ -361,12 +369,42 @@ def _drifting(mesh, run, folder):
         return type(e).__name__, str(e)
 
 
-def test_copies_that_drift_are_not_saved(tmp_path):
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(tensor=2)], ids=["data", "tensor"])
+def test_copies_that_drift_are_not_saved(parallel, tmp_path):
     "One bit of one weight on one of two ranks: the save before stays the newest, and the parameter is named"
-    got = run_ranks(_drifting, Layout(2), wide_run(train_steps=6, checkpoint_every=2), tmp_path)
+    run = replace(wide_run(train_steps=6, checkpoint_every=2), parallel=parallel)
+    got = run_ranks(_drifting, layout_of(run, 2), run, tmp_path)
     assert [g[0] for g in got] == ["CheckpointError", "RankFailed"]
-    assert re.match(r"nothing is saved: \S+\.weight differ between ranks", got[0][1]), got
+    assert re.match(r"nothing is saved: \S+norm\.weight differ between ranks", got[0][1]), got
     assert [f.step for f in steps(tmp_path / "checkpoints")] == [2]
+
+
+def _turn(mesh, run, flips):
+    "What is found when a bit of a parameter is turned over on a rank, and back"
+    engine, found = build(run, mesh).engine, []
+    parts = [*trained_parts(engine, [leaf.master for leaf in engine.leaves]), *frozen_parts(engine)]
+    held = {part.name: part.tensor for part in parts}
+    for rank, name, lenient in flips:
+        if mesh.rank == rank:
+            held[name].view(torch.int64)[0] ^= 1
+        found.append(drifted(engine, same_kernels=not lenient))
+        if mesh.rank == rank:
+            held[name].view(torch.int64)[0] ^= 1
+    return [*found, drifted(engine)]
+
+
+def test_copies_are_found_wherever_they_are():
+    "Over tensor, over stages of a pipeline that share an embedding, over data with sharded weights; frozen ones too"
+    model = replace(TINY, vocab_size=96, tie_embeddings=True)
+    tied = replace(wide_run(optim_frozen=("head.norm.weight",)), model=model)
+    staged = replace(tied, parallel=ParallelConfig(tensor=2, pipeline=2))
+    norm, tie, frozen = "blocks.1.ffn_norm.weight", "embedding.weight", "head.norm.weight"
+    layout, last = layout_of(staged, 4), 3  # of the last stage and the second tensor rank, whatever the order of axes
+    flips = [(last, norm, False), (last, tie, False), (last, frozen, False), (last, norm, True)]
+    assert run_ranks(_turn, layout, staged, flips) == [[[norm], [tie], [frozen], [], []]] * 4
+    sharded = replace(tied, zero=ZeroConfig(param=2, grad=2, optim=2))
+    flips = [(3, tie, True), (0, frozen, False)]
+    assert run_ranks(_turn, Layout(4), sharded, flips) == [[[tie], [frozen], []]] * 4
 
 
 def test_nothing_is_saved_when_a_rank_is_gone(tmp_path, no_plots, monkeypatch):
@@ -482,6 +520,89 @@ def _other_facts(mesh, run):
 def test_what_data_folders_hold_is_compared():
     with pytest.raises(RankError, match="rank 2: what data/tok holds is 300 documents, on rank 0 400 documents"):
         run_ranks(_other_facts, Layout(3), wide_run())
+
+
+def _what(fn, *args, **options):
+    "What a rank is told"
+    begin = time.monotonic()
+    try:
+        fn(*args, **options)
+    except (ValueError, RankFailed, pretrain.UsageError) as e:
+        return str(e), time.monotonic() - begin
+    raise AssertionError("nothing was said")
+
+
+def _unlike(mesh, root, run):
+    "Each rank has a folder of its own under the same name: other held-out text, other text, another run file"
+    os.chdir(Path(root) / str(mesh.rank))
+    validates = replace(run, train=replace(run.train, valid_every=2), data=replace(run.data, valid_folder="held"))
+    pretrain.open_mesh = lambda *args, **options: mesh
+    module = load_run_file("mine.py", Path(root))
+    place = Place(mesh.rank, 2, mesh.rank)
+    return [
+        _what(trainer, validates, Path(root) / "out", mesh=mesh),
+        _what(trainer, replace(run, data=replace(run.data, train_folder=("tok",))), Path(root) / "out", mesh=mesh),
+        _what(trainer, replace(run, optim=replace(run.optim, lr=1e-3 + mesh.rank)), Path(root) / "out", mesh=mesh),
+        _what(pretrain.make_trainer, module, run, str(Path(root) / "out"), "", place),
+    ]
+
+
+def test_ranks_that_differ_are_named_at_once(tmp_path):
+    "In held-out data, in training data of equal counts, in a field, in the run file's code: before anything is made"
+    for rank in range(2):
+        write_folder(tmp_path / str(rank) / "held", kinds=("en",), count=20 - rank, top=96)
+        write_folder(tmp_path / str(rank) / "tok", kinds=("en",), top=96)
+        (tmp_path / str(rank) / "mine.py").write_text(OWN + f"# {rank}\n")
+    path = tmp_path / "1" / "tok" / "en" / "a.bin"
+    path.write_bytes(path.read_bytes().translate(bytes.maketrans(b"12", b"21")))
+    told = run_ranks(_unlike, Layout(2), tmp_path, wide_run())
+    words = (
+        r"rank 1: held holds other data: 19 documents",
+        r"rank 1: tok holds other data: 60 documents.*first difference: en/a.bin has other content",
+        r"rank 1: --optim.lr is 1.001, on rank 0 0.001",
+        r"rank 1: the run file's code is \w+, on rank 0 \w+",
+    )
+    for rank in range(2):
+        for (text, seconds), word in zip(told[rank], words, strict=True):
+            assert re.search(word, text) and seconds < 60, text  # the timeout would be 180 s
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+class _Slow(Callback):
+    "Rank 1 writes slowly, and rank 0 deletes slowly"
+
+    def __init__(self, rank, seconds):
+        self.rank, self.seconds = rank, seconds
+
+    def start(self, trainer):
+        import internlm_nb.checkpoint.writer as writer
+        import internlm_nb.run.saver as saver
+
+        module, name = (saver, "prune") if self.rank == 0 else (writer, "write_shard")
+        real = getattr(module, name)
+        setattr(module, name, lambda *args, **options: (time.sleep(self.seconds), real(*args, **options))[1])
+
+
+def _patient(mesh, root, run, limit, seconds):
+    "Preparing, saving, deleting, and comparing checksums at a resume, each longer than a collective may take"
+    mesh = make_mesh(mesh.layout, timeout=limit)
+    module = ModuleType("mine")
+    module.prepare = lambda run: (time.sleep(seconds if mesh.rank == 0 else 0), run)[1]  # type: ignore[attr-defined]
+    run = pretrain.prepare(module, run, mesh)
+    fit(mesh, run, Path(root), 2, callbacks=[_Slow(mesh.rank, seconds)])
+    real = Checkpoint.verify
+
+    def slow(self, *args):
+        time.sleep(seconds if mesh.rank == 1 else 0)
+        return real(self, *args)
+
+    Checkpoint.verify = slow  # type: ignore[method-assign]
+    return trainer(run, Path(root), mesh=mesh).state.step
+
+
+def test_slow_work_on_files_is_waited_for(tmp_path):
+    got = run_ranks(_patient, Layout(2), tmp_path, wide_run(checkpoint_every=2), 2.0, 2.4)
+    assert got == [2, 2]
 
 
 def _resuming(mesh, root, seen):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
+import tracemalloc
 import weakref
 from pathlib import Path
 
@@ -19,7 +22,8 @@ from train_runs import facts, same, tensors, tiny_run, trainer, with_fields
 from internlm_nb.apps.pretrain import main
 from internlm_nb.checkpoint.durable import CheckpointError
 from internlm_nb.checkpoint.keep import steps
-from internlm_nb.observe.sinks import Sink, keep_before, read_metrics, sample_metrics
+from internlm_nb.observe.sinks import JsonlSink, Sink, keep_before, read_metrics, sample_metrics
+from internlm_nb.observe.terminal import TerminalSink
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.run.callbacks import Callback
@@ -157,6 +161,27 @@ def test_figures_that_wait_are_the_same(every, tmp_path):
     same(tmp_path / "a", tmp_path / "b", 10)
 
 
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_wait_for_data_counts(every, tmp_path):
+    "In tokens a second, in TFLOP/s and in the shares of the peak; it stands beside them, and in the forecast"
+    run = tiny_run(train_steps=3, log_flush_every=every)
+    trainer(run, tmp_path / "fast").fit()
+    t = trainer(run, tmp_path / "slow")
+    real = t.loader.batch
+    t.loader.batch = lambda *args: (time.sleep(0.1), real(*args))[1]  # type: ignore[method-assign]
+    t.fit()
+    now, lines = [0.0], []
+    shown = TerminalSink(100, every=1, write=lines.append, clock=lambda: now[0])
+    records = read_metrics(tmp_path / "slow")
+    for r, s in zip(read_metrics(tmp_path / "fast"), records, strict=True):
+        for name in ("tflops", "mfu", "mfu_causal", "hfu"):  # over the same seconds as tokens a second
+            assert s[name] / s["tgs"] == pytest.approx(r[name] / r["tgs"], rel=1e-9)
+        shown.write(s)
+        now[0] += 10.0
+    assert sum(s["tokens"] / s["tgs"] for s in records) >= sum(s["data_wait_s"] for s in records) >= 0.3
+    assert "waiting for data" in lines[0] and "16m 10s to go" in lines[-1]  # 97 steps of 10 s
+
+
 def test_figures_that_wait_are_written_when_a_step_fails(tmp_path):
     t = trainer(tiny_run(checkpoint_every=0, log_flush_every=100), tmp_path)
     calls = []
@@ -254,7 +279,7 @@ def test_a_streak_of_bad_steps_deletes_nothing(tmp_path):
         t.fit()
     left = [f.step for f in steps(tmp_path / "checkpoints")]
     assert {4, 6} <= set(left) and all(bool(x.isfinite().all()) for n, x in tensors(tmp_path, 6).items() if n.startswith("model."))
-    with pytest.raises(CheckpointError, match=r"not all finite.*checkpoint.resume \S+/checkpoints/6"):
+    with pytest.raises(CheckpointError, match=r"not all finite \(head.weight\).*checkpoint.resume \S+/checkpoints/6"):
         trainer(run, tmp_path)
 
 
@@ -322,8 +347,10 @@ def test_what_only_describes_costs_no_step(tmp_path, monkeypatch):
 
     monkeypatch.setattr("internlm_nb.run.callbacks.save_plots", broken)
     said: list[str] = []
-    run = tiny_run(train_steps=6, log_plots_every=2)
+    run = tiny_run(train_steps=6, log_plots_every=2, train_profile_steps="1-2")
+    (tmp_path / "profile").write_text("in the way")
     assert trainer(run, tmp_path, said, sinks=[Down()]).fit() is Stopped.DONE
+    assert sum("no profile" in s and "steps_1-2: FileExistsError" in s for s in said) == 1
     assert [r["step"] for r in facts(tmp_path)] == list(range(6))
     assert any("Down failed: ConnectionError: 503" in s for s in said) and sum("no plots" in s for s in said) == 1
 
@@ -363,6 +390,25 @@ def test_room_is_asked_for_all_that_stand_at_once(tmp_path, monkeypatch):
     assert not any("move some away" in line for line in said)
     trainer(tiny_run(train_steps=100, checkpoint_every=10, checkpoint_keep_last=0), tmp_path / "all", said)
     assert any("move some away in time" in line for line in said)
+
+
+def test_a_stranger_under_the_number_of_a_step_is_no_save(tmp_path):
+    "Somebody copies a checkpoint into the folder of a run: it is not taken for the run's own, and stays"
+    run = tiny_run(train_steps=6, checkpoint_every=2)
+    t = trainer(run, tmp_path)
+    t.fit(2)
+    shutil.copytree(tmp_path / "checkpoints" / "2", tmp_path / "checkpoints" / "4")
+    with pytest.raises(CheckpointError, match=r"checkpoints/4 came while the run was under way .*: move it away"):
+        t.fit()
+    assert [f.step for f in steps(tmp_path / "checkpoints")] == [2, 4]
+    (tmp_path / "checkpoints" / "4").rename(tmp_path / "elsewhere")
+    assert trainer(run, tmp_path).fit() is Stopped.DONE
+
+
+def test_a_folder_may_begin_with_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert trainer(tiny_run(train_steps=1), Path("~/out")).fit() is Stopped.DONE
+    assert (tmp_path / "out" / "checkpoints" / "1" / "index.json").exists()
 
 
 def test_a_folder_is_held_from_construction_on(tmp_path):
@@ -428,6 +474,24 @@ def test_the_end_of_a_long_file_is_enough(tmp_path):
         dropped = (tmp_path / "metrics.dropped.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in dropped if line.endswith("}")] == list(range(cut, 100))
     assert [r["step"] for r in sample_metrics(path, most=10, small=10)][-1] == 94
+
+
+def test_a_million_records_are_resumed_in_seconds(tmp_path):
+    "A file of 250 MB: only its end is read, and a picture takes some thousand of its lines"
+    path, block = tmp_path / "metrics.jsonl", 10_000
+    with path.open("wb") as file:
+        for first in range(0, 1_000_000, block):
+            lines = (b'{"step": %d, "loss": 1.25, "more": "%s"}\n' % (first + k, b"x" * 200) for k in range(block))
+            file.write(b"".join(lines))
+    size, begin = path.stat().st_size, time.process_time()
+    tracemalloc.start()
+    sink = JsonlSink(tmp_path, start_step=999_500)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sink.dropped == 500 and most < 2**27 and path.stat().st_size < size
+    sampled = sample_metrics(tmp_path)
+    assert sampled[-1]["step"] == 999_499 and 3000 < len(sampled) < 5000
+    assert time.process_time() - begin < 20  # about 1 where nothing else is at work
 
 
 # trackers

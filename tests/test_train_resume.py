@@ -23,6 +23,7 @@ from internlm_nb.checkpoint.reader import Checkpoint
 from internlm_nb.data.tokenfiles import write_tokens
 from internlm_nb.data.tokenline import TokenFileError
 from internlm_nb.observe.sinks import Sink
+from internlm_nb.run.callbacks import Callback
 from internlm_nb.run.stopping import TOGETHER_S
 from internlm_nb.run.trainer import Stopped
 from internlm_nb.train.precision import LossScaleConfig
@@ -473,17 +474,53 @@ def test_folders_moved_and_folders_grown(tmp_path):
         trainer(there, tmp_path / "c")
 
 
-def test_data_that_breaks_on_the_way_costs_no_step(tmp_path):
+def test_data_that_changed_are_refused_or_said(tmp_path):
+    "Other text in as many bytes; one byte of a large file, which only the file's time tells; other held-out text"
+    folder, held = write_folder(tmp_path / "tokens"), write_folder(tmp_path / "held", count=20)
+    big = write_tokens(folder / "en" / "big.bin", [[1, 2, 3]] * 20_000)
+    run = tiny_run(data_train_folder=(str(folder),), data_valid_folder=str(held), train_valid_every=3)
+    trainer(with_fields(run, checkpoint_every=3), tmp_path / "a").fit(3)
+    path, raw = folder / "cn" / "a.bin", (folder / "cn" / "a.bin").read_bytes()
+    path.write_bytes(raw.translate(bytes.maketrans(b"12", b"21")))
+    with pytest.raises(ValueError, match=r"tokens holds other data: 20,120 documents.*as many as .*cn/a.bin has other"):
+        trainer(run, tmp_path / "a")
+    path.write_bytes(raw)
+    large = bytearray(big.read_bytes())
+    large[large.index(b"3]", 6000)] = ord("4")
+    later = time.time_ns() + 10**9
+    big.write_bytes(large)
+    os.utime(big, ns=(later, later))
+    (held / "cn" / "a.bin").rename(held / "cn" / "b.bin")
+    (held / "cn" / "a.bin.meta").rename(held / "cn" / "b.bin.meta")
+    said: list[str] = []
+    t = trainer(run, tmp_path / "a", said)
+    assert sum("tokens was written to since the checkpoint was made, last en/big.bin" in line for line in said) == 1
+    assert sum("held holds other data" in line and "cn/b.bin has its content" in line for line in said) == 1
+    assert t.state.step == 3 and t.state.best_loss is None
+
+
+@pytest.mark.parametrize("how", ["broken", "shorter"])
+def test_data_that_breaks_on_the_way_costs_no_step(how, tmp_path):
     "A document that cannot be read, deep in the run: the steps before it are saved, and the file and line are named"
     folder = write_folder(tmp_path / "tokens", kinds=("en",), count=700)
     run = tiny_run(data_train_folder=(str(folder),), train_steps=200, checkpoint_every=0)
-    t = trainer(run, tmp_path / "a")
     path = folder / "en" / "a.bin"
+
+    class Cut(Callback):
+        "Somebody writes the file anew while the run is under way"
+
+        def before_step(self, state):
+            if how == "shorter" and state.step == 2:
+                os.truncate(path, at)
+
+    t = trainer(run, tmp_path / "a", callbacks=[Cut()])
     raw = bytearray(path.read_bytes())
     at = raw.index(b"\n", 2 * len(raw) // 3) + 2  # inside some document's line
     raw[at : at + 1] = b"x"
-    path.write_bytes(raw)
-    with pytest.raises(TokenFileError, match=r"a.bin, line \d+"):
+    if how == "broken":
+        path.write_bytes(raw)
+    words = r"a.bin, line \d+" if how == "broken" else "a.bin: the file was changed while it was read"
+    with pytest.raises(TokenFileError, match=words):
         t.fit()
     assert t.state.step > 0 and (tmp_path / "a" / "checkpoints" / str(t.state.step)).exists()
 

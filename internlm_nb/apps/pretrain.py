@@ -11,6 +11,7 @@ __all__ = ['PATIENCE_S', 'GOOD_ENDS', 'GRACE_S', 'program', 'own_options', 'RunF
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import io
 import json
 import os
@@ -27,17 +28,16 @@ from tempfile import TemporaryDirectory
 from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
 from ..base.check import program as started_as
 from .runfile import UsageError, find_hook, listed, load_run_file, names_of, parse_run, require_data, shipped_runs, with_noise
 from ..checkpoint.durable import CheckpointError
 from ..data.tokenline import TokenFileError
 from ..parallel.comm import CollectiveTimeout
 from ..parallel.mesh import Mesh, Place, destroy, find_place
+from ..parallel.ranks import local_store
 from ..parallel.together import RankFailed, together
 from ..train.config import RunConfig
-from ..run.launch import open_mesh
+from ..run.launch import agree_on, open_mesh
 from ..run.stopping import Stopped
 from ..run.trainer import Trainer
 from ..train.parallelize import layout_of
@@ -234,6 +234,9 @@ def make_trainer(
             layout_of(run, place.world)
             require_data(run, module, noise)
         mesh = open_mesh(run, place, final=final)
+        if place.world > 1:  # before the file's own preparation, which may take long
+            code = Path(str(module.__file__)).read_bytes()
+            agree_on(run, mesh, {"the run file's code": hashlib.blake2b(code, digest_size=8).hexdigest()})
         run = prepare(module, run, mesh)
         require_data(run, module, noise)
         world = mesh.axis("world")
@@ -394,7 +397,7 @@ def start_ranks(
     Returns:
         exit code: 0, or that of the rank which failed first
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = local_store()
     with TemporaryDirectory(prefix="internlm-train-") as errors:
         processes: list[subprocess.Popen] = []
         with passing_signals(processes):

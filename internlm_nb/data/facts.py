@@ -18,7 +18,7 @@ from .tokenline import TokenFileError, num_targets
 from .walk import why_unreadable
 
 # %% auto #0
-__all__ = ['LOOK', 'folder_facts', 'differences', 'Look', 'look_at']
+__all__ = ['LOOK', 'folder_facts', 'differences', 'written_since', 'Look', 'look_at']
 
 # %% ../../nbs/data/17_facts.ipynb #e7190495
 _PLACES, _BLOCK = 8, 4096  # of a `.bin`, bytes at each
@@ -46,15 +46,15 @@ def _file_digest(path: Path) -> str:
 def folder_facts(
     folder: TokenFolder | str | Path,  # an open folder, or its path
     min_length: int = 0,  # of a path: documents with fewer tokens do not count
-) -> dict[str, Any]:  # documents, tokens, files, digest, parts: to be saved as JSON
-    """What the order of the data depends on beside the configuration. TokenFileError for files that cannot be read
+) -> dict[str, Any]:  # documents, tokens, files, digest, parts, newest: to be saved as JSON
+    """What the order of the data depends on beside the configuration, and the newest file. TokenFileError if unreadable
 
     Args:
         folder: an open folder, or its path
         min_length: of a path: documents with fewer tokens do not count
 
     Returns:
-        documents, tokens, files, digest, parts: to be saved as JSON
+        documents, tokens, files, digest, parts, newest: to be saved as JSON
     """
     opened = folder if isinstance(folder, TokenFolder) else read_tokens(folder, min_length)
     names = ["" if path == opened.root else path.relative_to(opened.root).as_posix() for path in opened.files]
@@ -74,7 +74,16 @@ def folder_facts(
         "files": len(names),
         "digest": digest,
         "parts": parts,
+        "newest": max(([_written_ns(path), name] for name, path in zip(names, opened.files)), default=[0, ""]),
     }
+
+
+def _written_ns(path: Path) -> int:
+    "When a pair of files was written to last, by the clock of its filesystem"
+    try:
+        return max(os.stat(path).st_mtime_ns, os.stat(meta_of(path)).st_mtime_ns)
+    except OSError as error:
+        raise TokenFileError(path, None, why_unreadable(error)) from None
 
 # %% ../../nbs/data/17_facts.ipynb #885dc691
 def _first_difference(was: Mapping[str, str], now: Mapping[str, str], when: str) -> str:
@@ -123,6 +132,32 @@ def differences(
             clause += f", as many as {when}"
         where = _first_difference(old["parts"], new["parts"], when) if "parts" in old and "parts" in new else ""
         lines.append(f"{name} holds other data: {clause}" + (f"; first difference: {where}" if where else ""))
+    return lines
+
+
+def written_since(
+    was: Sequence[Mapping[str, Any]],  # facts of each folder, as saved
+    now: Sequence[Mapping[str, Any]],  # facts of each folder here: the same data as far as `differences` can tell
+    folders: Sequence[str] = (),  # what the folders are called here
+) -> list[str]:  # empty: nothing was
+    """A line for each folder whose newest file is newer than what was there
+
+    Args:
+        was: facts of each folder, as saved
+        now: facts of each folder here: the same data as far as `differences` can tell
+        folders: what the folders are called here
+
+    Returns:
+        empty: nothing was
+    """
+    lines = []
+    for number, (old, new) in enumerate(zip(was, now)):
+        if "newest" in old and new["newest"][0] > old["newest"][0]:
+            folder = folders[number] if number < len(folders) else f"folder {number}"
+            lines.append(
+                f"{folder} was written to since the checkpoint was made, last {new['newest'][1] or 'the file'}: names, "
+                "sizes, indexes and samples of the content are as they were; what lies between them was not compared"
+            )
     return lines
 
 # %% ../../nbs/data/17_facts.ipynb #26cf1d70

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ..base.check import Say
 from ..base.steps import parse_steps
 
 # %% ../../nbs/observe/05_profile.ipynb #c3ea2733
@@ -34,14 +35,18 @@ def write_whole(
     return path
 
 # %% ../../nbs/observe/05_profile.ipynb #7df01327
+_log: Say = logging.getLogger(__name__).warning
+
+
 class StepProfiler:
-    """Records chosen steps of a run into `profile/`; costs nothing on the others
+    """Records chosen steps of a run into `profile/`; costs nothing on the others, and a remark where it cannot write
 
     Args:
         run_dir: run folder
         steps: "3-5,9"; empty: none
         memory: memory too: a snapshot on CUDA, a table by allocation on CPU
         rank: global rank: part of the file names beyond 0
+        say: takes remarks
     """
 
     def __init__(
@@ -50,12 +55,14 @@ class StepProfiler:
         steps: str = "",  # "3-5,9"; empty: none
         memory: bool = False,  # memory too: a snapshot on CUDA, a table by allocation on CPU
         rank: int = 0,  # global rank: part of the file names beyond 0
+        say: Say = _log,  # takes remarks
     ):
+        self.say = say
         self.ranges = parse_steps(steps)
         self.folder, self.memory, self.rank = Path(run_dir) / "profile", memory, rank
         self.cuda = torch.cuda.is_available()
         if memory and self.ranges and not self.cuda:
-            logging.getLogger(__name__).warning("memory snapshots need CUDA: on this device the table lists memory by operator instead")
+            say("memory snapshots need CUDA: on this device the table lists memory by operator instead")
         self.running: tuple[profile, int] | None = None  # the profiler and the first step that it saw
         self.last = -1  # the last step that it saw
 
@@ -96,13 +103,20 @@ class StepProfiler:
         if self.cuda:
             torch.cuda.synchronize()  # kernels that are still under way belong to the trace
         recorder.stop()
-        self.folder.mkdir(parents=True, exist_ok=True)
         name = f"steps_{first}-{max(self.last, first)}" + (f"_rank{self.rank}" if self.rank else "")
+        try:
+            self._write(recorder, name)
+        except Exception as e:
+            self.say(f"no profile {self.folder / name}: {type(e).__name__}: {e}")
+        if self.memory and self.cuda:
+            torch.cuda.memory._record_memory_history(enabled=None)
+
+    def _write(self, recorder: profile, name: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / f"{name}.trace.json", recorder.export_chrome_trace)
         write_whole(self.folder / f"{name}.txt", lambda p: Path(p).write_text(self._table(recorder)))
         if self.memory and self.cuda:
             write_whole(self.folder / f"{name}.memory.pickle", torch.cuda.memory._dump_snapshot)
-            torch.cuda.memory._record_memory_history(enabled=None)
 
     def _table(self, recorder: profile) -> str:
         device = "device" if self.cuda else "cpu"

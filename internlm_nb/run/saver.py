@@ -6,6 +6,7 @@
 __all__ = ['Saver']
 
 # %% ../../nbs/run/10_saver.ipynb #110d81d4
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ class Saver:
         self.say = say
         self.seconds = 0.0  # that the last save took
         self.wrote = False  # did it write, or was the checkpoint there already?
+        self.own = {f.step for f in steps(checkpoints)}  # what stands when the run begins, and what it writes
         self.lost_at: int | None = None  # the first step after which a weight was found not to be finite
 
     def save(
@@ -79,6 +81,7 @@ class Saver:
         self.wrote = bool(agree(int(missing and self.world.coord == 0), self.world, "is it to be saved?"))
         if self.wrote:
             self._refuse_drifted()
+            self.own |= set() if snapshot else {step}
             facts, valid = data_facts(self.loader), data_facts(self.validation)
             save_run(folder, self.model, self.optimizer, state, self.run, snapshot, facts, valid, self.mesh)
         if not self.sound(step):
@@ -92,7 +95,8 @@ class Saver:
 
     def _refuse_drifted(self) -> None:
         "Raise CheckpointError where ranks that hold the same weights do not have the same numbers: nothing is saved of them"
-        if names := drifted(self.optimizer.engine):
+        same_kernels = not (self.run.train.compile and self.mesh.device.type == "cuda")
+        if names := drifted(self.optimizer.engine, same_kernels):
             message = (
                 f"nothing is saved: {some(names)} differ between ranks that hold copies of them. A memory or a link is broken, or "
                 "code changes weights on some ranks alone; go on from the newest checkpoint, on other machines"
@@ -147,6 +151,10 @@ class Saver:
     def _choose(self, step: int, snapshot: bool) -> str:
         folder = snapshot_folder(self.checkpoints, say=self.say) if snapshot else self.checkpoints / str(step)
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if not snapshot and step not in self.own and os.path.lexists(folder):
+            raise CheckpointError(
+                f"{folder} came while the run was under way and is not its own: move it away, and start again"
+            )
         return str(folder)
 
     def _tidy(self, state: TrainState) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..base.check import some
 from ..checkpoint.durable import CheckpointError, in_bytes, require_space, sweep
 from ..checkpoint.keep import mark_best, newest_sound, resolve, set_aside, space_needed, steps, superseded_remark
 from ..checkpoint.reader import Checkpoint
@@ -151,7 +152,11 @@ def load_start(
         if not weights_are_finite(optimizer):
             sound = newest_sound(resume.parent, look=True, until=made - 1, say=say)
             other = f": --checkpoint.resume {sound}" if sound else ""
-            raise CheckpointError(f"{resume}: its weights are not all finite, so nothing can be trained from them; go on from an earlier one{other}")
+            lost = some([leaf.name for leaf in optimizer.engine.leaves if not leaf.master.isfinite().all()])
+            raise CheckpointError(
+                f"{resume}: its weights are not all finite ({lost}), so nothing can be trained from them; "
+                f"go on from an earlier one{other}"
+            )
         if any(c.name.startswith("data.valid") for c in found):
             state = replace(state, best_loss=None, best_step=None)  # losses on another set cannot be compared
         say(f"resumed from {resume} at step {state.step}")

@@ -21,7 +21,7 @@ from ..checkpoint.durable import CheckpointError
 from ..checkpoint.logical import Source, load_into, save_state
 from ..checkpoint.reader import Checkpoint
 from ..checkpoint.regions import Chunk
-from ..data.facts import differences
+from ..data.facts import differences, written_since
 from ..data.loader import Loader, Validation, parse_folders
 from ..model.transformer import parameter_names
 from ..parallel.alive import at_work
@@ -251,6 +251,9 @@ def _judge_data(found: list[Change], old: RunConfig, new: RunConfig, was: list, 
     differ = differences(was, now, [str(folder) for folder, _ in folders[1]])
     if differ and old.data.train_folder == new.data.train_folder:
         return [*found, *(Change("data.train_folder (content)", was, now, True, line) for line in differ)]
+    if not differ:
+        touched = written_since(was, now, [str(folder) for folder, _ in folders[1]])
+        found = [*found, *(Change("data.train_folder (content)", None, None, False, line) for line in touched)]
     moved = not differ and [weight for _, weight in folders[0]] == [weight for _, weight in folders[1]]
     return [replace(c, breaks=False) if moved and c.name == "data.train_folder" else c for c in found]
 
@@ -282,6 +285,8 @@ def check_resume(
     if valid is not None and "valid_data" in saved and old.data.valid_folder == run.data.valid_folder:
         differ = differences(saved["valid_data"], valid, [run.data.valid_folder])
         found += [Change("data.valid_folder (content)", None, None, False, line) for line in differ]
+        touched = [] if differ else written_since(saved["valid_data"], valid, [run.data.valid_folder])
+        found += [Change("held-out data", None, None, False, line) for line in touched]
     if any(c.breaks for c in found):
         listed = "\n  ".join(str(c) for c in found if c.breaks)
         harmless = ", ".join(str(c) for c in found if not c.breaks)

@@ -134,7 +134,8 @@ class Loop:
                         bar.update()
             t.raise_trouble("records")
         finally:
-            bar.close()
+            with contextlib.suppress(OSError, ValueError):
+                bar.close()
             self.data.close()  # type: ignore[attr-defined]  # a generator: ends the reading thread
 
 # %% ../../nbs/run/16_trainer.ipynb #9833dcb9
@@ -192,7 +193,7 @@ class Trainer:
         lines += ["host memory: what is freed is kept for the next step"] if kept_memory else []
         self.recorder.introduce(lines, self.state.step)
         steps, memory = run.train.profile_steps if self.leads else "", run.train.profile_memory
-        self.profiler = StepProfiler(self.run_dir, steps, memory)
+        self.profiler = StepProfiler(self.run_dir, steps, memory, say=self.say)
         self.stepper = Stepper(run, self.built, self.loader, self.mesh, self.profiler)
         self.request = StopRequest()  # what a signal leaves
         self.valid_s = 0.0  # that the last validation took

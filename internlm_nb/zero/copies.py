@@ -6,12 +6,14 @@
 __all__ = ['fingerprint', 'drifted']
 
 # %% ../../nbs/zero/12_copies.ipynb #c380cb68
+import hashlib
+
 import torch
 from torch import Tensor
 
 from ..parallel.comm import agree, all_gather
 from ..parallel.together import gather_texts
-from .hybrid import HybridZero
+from .hybrid import HybridZero, frozen_parts, trained_parts
 
 # %% ../../nbs/zero/12_copies.ipynb #f556c94a
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -34,24 +36,40 @@ def fingerprint(
 
 def drifted(
     engine: HybridZero,  # all ranks call this
+    same_kernels: bool = True,  # False: ranks of a tensor axis may differ in gradients that each computes for itself
 ) -> list[str]:  # parameters, the same list on every rank; empty: all copies are equal
-    """Whose masters are not the same, bit for bit, on ranks that hold the same slice
+    """Whose masters, or frozen weights, are not the same, bit for bit, on ranks that hold the same elements
 
     Args:
         engine: all ranks call this
+        same_kernels: False: ranks of a tensor axis may differ in gradients that each computes for itself
 
     Returns:
         parameters, the same list on every rank; empty: all copies are equal
     """
-    mine: set[str] = set()
-    for axes in dict.fromkeys(leaf.unit.axes for leaf in engine.leaves):
-        leaves = [leaf for leaf in engine.leaves if leaf.unit.axes is axes]
-        if axes.copies.size > 1:
-            sums = torch.cat([fingerprint(leaf.master) for leaf in leaves]).to(engine.mesh.device)
-            rows = all_gather(sums, axes.copies, "are copies equal?").view(axes.copies.size, len(leaves), 2)
-            unlike = (rows != rows[:1]).any(2).any(0)
-            mine |= {leaf.name for leaf, differs in zip(leaves, unlike.tolist()) if differs}
-    world = engine.mesh.axis("world")
-    if not agree(int(bool(mine)), world, "are copies equal?"):
+    mesh, purpose = engine.mesh, "are copies equal?"
+    world = mesh.axis("world")
+    if world.size == 1:
         return []
-    return sorted({name for text in gather_texts("\n".join(sorted(mine)), world, "which copies differ") for name in text.split("\n") if name})
+    parts = [*trained_parts(engine, [leaf.master for leaf in engine.leaves]), *frozen_parts(engine)]
+    mine: dict[int, str] = {}  # names, by a number for what is held
+    for part in parts:
+        place = engine.placements[part.name]
+        own_gradient = engine.params[part.name].requires_grad and place.dim is None and not place.partial
+        alone = mesh.coords.tensor if own_gradient and not same_kernels else 0
+        what = repr((part.name, place.region, part.first, part.tensor.numel(), alone)).encode()
+        mine[int.from_bytes(hashlib.blake2b(what, digest_size=8).digest(), "little", signed=True)] = part.name
+    numbers = torch.zeros(int(agree(len(mine), world, purpose)), dtype=torch.int64, device=mesh.device)
+    numbers[: len(mine)] = torch.tensor(list(mine), dtype=torch.int64)
+    held, count = all_gather(numbers, world, purpose).cpu().unique(return_counts=True)
+    twice, sums = set(held[count > 1].tolist()), torch.zeros(len(numbers), 2, dtype=torch.int64, device=mesh.device)
+    for row, number, part in zip(sums, mine, parts):
+        if number in twice:
+            row.copy_(fingerprint(part.tensor))
+    seen = all_gather(torch.column_stack([numbers, sums]), world, purpose).view(-1, 3).cpu().unique(dim=0)
+    held, count = seen[:, 0].unique(return_counts=True)
+    if not (unlike := set(held[count > 1].tolist())):
+        return []
+    names = "\n".join(sorted({mine[number] for number in unlike & mine.keys()}))
+    told = gather_texts(names, world, "which copies differ")
+    return sorted({name for text in told for name in text.split("\n") if name})
