@@ -16,7 +16,7 @@ from ..base.check import Say
 from .monitor import LivePlot, in_notebook
 from .sinks import Guarded, Record, Sink, Sinks, TensorBoardSink
 from .terminal import TerminalSink
-from .trackers import TRACKERS, missing_trackers, open_tracker
+from .trackers import TRACKERS, Told, TrackerSink, missing_trackers, open_tracker
 
 # %% ../../nbs/observe/08_outputs.ipynb #62f54623
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def open_outputs(
     wanted: Wanted,
     run_dir: Path,  # run folder
     start_step: int,  # the step that the run begins or resumes with
-    told: int,  # records of steps before this one were written by an earlier start
+    told: Told,  # what trackers have heard from earlier starts
     earlier: Callable[[], Iterable[Record]],  # reads the records of the part that is done
     own: Iterable[Sink],  # the caller's
     say: Say,  # takes remarks
@@ -71,7 +71,7 @@ def open_outputs(
     Args:
         run_dir: run folder
         start_step: the step that the run begins or resumes with
-        told: records of steps before this one were written by an earlier start
+        told: what trackers have heard from earlier starts
         earlier: reads the records of the part that is done
         own: the caller's
         say: takes remarks
@@ -95,4 +95,7 @@ def open_outputs(
             opened.append(TensorBoardSink(run_dir, start_step))
         elif name in TRACKERS:
             opened.append(open_tracker(name, wanted.name, run_dir, wanted.config or {}, told, say))
+    for sink in own:
+        if isinstance(sink, TrackerSink):
+            sink.told = told
     return Sinks([Guarded(sink, say) for sink in (*opened, *own)])

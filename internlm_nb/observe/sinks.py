@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['Record', 'METRICS_FILE', 'VALIDATION_FILE', 'SMALL', 'Sink', 'split_lines', 'read_metrics', 'sample_metrics',
-           'to_json', 'keep_before', 'JsonlSink', 'ConsoleSink', 'TensorBoardSink', 'Sinks', 'Guarded', 'open_sinks']
+           'to_json', 'keep_before', 'newest', 'JsonlSink', 'ConsoleSink', 'TensorBoardSink', 'Sinks', 'Guarded',
+           'open_sinks']
 
 # %% ../../nbs/observe/02_sinks.ipynb #c04e12a7
 import json
 import logging
 import math
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -80,8 +82,11 @@ class Sink(Protocol):
             step: when: steps made
         """
 
+    def begin(self) -> None:
+        "Steps are about to be made: what takes long to open is opened here, where no step waits for it"
+
     def close(self) -> None:
-        "Let go of files; called once, at the end"
+        "Let go of files, when no more steps are made for now"
 
 # %% ../../nbs/observe/02_sinks.ipynb #a9fa60fd
 METRICS_FILE = "metrics.jsonl"  # one record a training step
@@ -218,6 +223,21 @@ def keep_before(
     return len(dropped)
 
 
+def newest(
+    path: Path,  # a jsonl file; may be missing
+) -> int:  # -1 where there is none
+    """Step of the last whole record
+
+    Args:
+        path: a jsonl file; may be missing
+
+    Returns:
+        -1 where there is none
+    """
+    good, _ = split_lines(_tail(path, sys.maxsize, 1 << 16)[1]) if path.exists() else ([], [])
+    return good[-1][1]["step"] if good else -1
+
+
 def _append(path: Path, data: bytes) -> None:
     "Add to a file's end and leave it as it was when that fails"
     with path.open("ab", buffering=0) as f:
@@ -250,6 +270,7 @@ class JsonlSink(Sink):
     ):
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         self.path = Path(run_dir) / name
+        self.known = newest(self.path) + 1  # an earlier start has written the records of steps before this one
         self.dropped = keep_before(self.path, start_step)  # lines that were set aside
 
     def write(self, record: Record) -> None:
@@ -377,6 +398,10 @@ class Sinks(Sink):
         "The line, to each"
         self._each(lambda s: s.event(line, step))
 
+    def begin(self) -> None:
+        "Open each"
+        self._each(lambda s: s.begin())
+
     def close(self) -> None:
         "Close each"
         self._each(lambda s: s.close())
@@ -403,6 +428,7 @@ class Guarded(Sink):
         clock: Callable[[], float] = time.monotonic,  # seconds
     ):
         self.sink, self.say, self.clock = sink, say, clock
+        self.name = str(getattr(sink, "name", type(sink).__name__))  # in remarks
         self.first_s, self.longest_s = first_s, longest_s
         self.missed: deque[Callable[[Sink], object]] = deque(maxlen=most)
         self.wait_s = 0.0  # between the last two tries; 0: it works
@@ -416,24 +442,25 @@ class Guarded(Sink):
 
     def _try(self) -> None:
         "Hand over what it has missed, until one fails"
-        name = type(self.sink).__name__
         while self.missed:
+            start = self.clock()
             try:
                 self.missed[0](self.sink)
             except Exception as e:
                 self.failed += 1
                 if not self.wait_s:
-                    self.say(f"{name} failed: {type(e).__name__}: {e}. The run goes on, and it is tried again")
+                    self.say(f"{self.name} failed: {type(e).__name__}: {e}. The run goes on, and it is tried again")
                 if self.failed == 5:
                     self.missed.popleft()
                     self.failed = 0
                 self.wait_s = min(2 * self.wait_s or self.first_s, self.longest_s)
-                self.again = self.clock() + self.wait_s
+                now = self.clock()
+                self.again = now + max(self.wait_s, 19 * (now - start))  # tries that take long take a twentieth of the time
                 return
             self.missed.popleft()
             self.failed = 0
         if self.wait_s:
-            self.say(f"{name} works again")
+            self.say(f"{self.name} works again")
             self.wait_s = 0.0
 
     def write(self, record: Record) -> None:
@@ -452,14 +479,21 @@ class Guarded(Sink):
         "The line, now or later"
         self._give(lambda s: s.event(line, step) if hasattr(s, "event") else None)
 
+    def begin(self) -> None:
+        "Open it, now or later"
+        self._give(lambda s: s.begin() if hasattr(s, "begin") else None)
+
     def close(self) -> None:
         "A last try, then close it"
         self._try()
-        self.missed.append(lambda s: s.close())
-        self._try()
         if self.missed:
-            self.say(f"{type(self.sink).__name__} did not take the last {len(self.missed)} of what it was given")
+            self.say(f"{self.name} did not take the last {len(self.missed)} of what it was given")
             self.missed.clear()
+            self.failed = 0
+        try:
+            self.sink.close()
+        except Exception as e:
+            self.say(f"{self.name} failed to close: {type(e).__name__}: {e}")
 
 # %% ../../nbs/observe/02_sinks.ipynb #91771b26
 def open_sinks(

@@ -14,6 +14,7 @@ from ..observe.metrics import StepRecord
 from ..observe.outputs import Wanted, open_outputs
 from ..observe.sinks import VALIDATION_FILE, Guarded, JsonlSink, Record, Sink, Sinks, sample_metrics
 from ..observe.terminal import TerminalSink
+from ..observe.trackers import Told
 from ..parallel.mesh import Mesh
 from .folder import rank_file
 from .moments import Troubles
@@ -54,7 +55,7 @@ class Recorder:
         if mesh.rank == 0:
             self.records = JsonlSink(run_dir, step)
             self.validations = JsonlSink(run_dir, step + 1 if step else 0, name=VALIDATION_FILE)
-            log, told = run.log, step + self.records.dropped
+            log, told = run.log, Told(self.records.known, self.validations.known)
             keys, fields = log.line == "keys", dict(flatten(run))
             wanted = Wanted(log.sinks, run.name, run.train.steps, ranks, log.every, keys, log.progress, fields)
             self.sinks = open_outputs(wanted, run_dir, step, told, partial(sample_metrics, run_dir), sinks, say)

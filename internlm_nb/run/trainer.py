@@ -124,6 +124,7 @@ class Loop:
         shown = run.log.progress and t.leads
         bar = progress_bar(run.train.steps, t.state.step, None if shown else True, run.name)
         try:
+            t.recorder.sinks.begin()
             self.stepper.restart_clock()
             self.fetch(t.state.step)
             t.raise_trouble("data")

@@ -217,7 +217,7 @@ class LogConfig:
     """Where the run's figures go
 
     Args:
-        sinks: metrics.jsonl is always written; tensorboard only where its package is installed; trackio and wandb are trackers
+        sinks: metrics.jsonl is always written; tensorboard only where its package is installed; trackio (see them with: trackio show) and wandb are trackers: pip install 'internlm_nb[tracking]'
         every: Steps from one line of the terminal to the next; 0: each step up to 10, then each 10th
         line: The terminal's lines: for people, or key=value pairs for tools
         plots_every: Draw plots/ after every n steps (they are always drawn at the end)
@@ -226,7 +226,7 @@ class LogConfig:
         peak_tflops: Peak of the device, for MFU; 0: from its datasheet, measured by a matrix product on CPU
     """
 
-    sinks: tuple[SinkName, ...] = ("console", "tensorboard")  # metrics.jsonl is always written; tensorboard only where its package is installed; trackio and wandb are trackers
+    sinks: tuple[SinkName, ...] = ("console", "tensorboard")  # metrics.jsonl is always written; tensorboard only where its package is installed; trackio (see them with: trackio show) and wandb are trackers: pip install 'internlm_nb[tracking]'
     every: int = 0  # Steps from one line of the terminal to the next; 0: each step up to 10, then each 10th
     line: Literal["short", "keys"] = "short"  # The terminal's lines: for people, or key=value pairs for tools
     plots_every: int = 0  # Draw plots/ after every n steps (they are always drawn at the end)
