@@ -42,7 +42,7 @@ def test_lessons_against_module(path, monkeypatch):
 
 
 # what is not the same in a kernel: display, bars, signals, processes, the main thread
-TOUCHY = {"observe/04_monitor", "parallel/10_ranks", "run/08_stopping", "apps/03_pretrain"}
+TOUCHY = {"observe/05_monitor", "parallel/10_ranks", "run/08_stopping", "apps/03_pretrain"}
 
 
 def name_of(path: Path) -> str:

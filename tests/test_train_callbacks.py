@@ -22,7 +22,8 @@ from train_runs import facts, same, tensors, tiny_run, trainer, with_fields
 from internlm_nb.apps.pretrain import main
 from internlm_nb.checkpoint.durable import CheckpointError
 from internlm_nb.checkpoint.keep import steps
-from internlm_nb.observe.sinks import Guarded, JsonlSink, Sink, keep_before, read_metrics, sample_metrics
+from internlm_nb.observe.guarded import Guarded
+from internlm_nb.observe.sinks import JsonlSink, Sink, keep_before, read_metrics, sample_metrics
 from internlm_nb.observe.terminal import TerminalSink
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.ranks import run_ranks

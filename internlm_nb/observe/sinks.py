@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Record', 'METRICS_FILE', 'VALIDATION_FILE', 'SMALL', 'Sink', 'split_lines', 'read_metrics', 'sample_metrics',
-           'to_json', 'keep_before', 'newest', 'JsonlSink', 'ConsoleSink', 'TensorBoardSink', 'Sinks', 'Guarded',
-           'open_sinks']
+           'to_json', 'keep_before', 'newest', 'JsonlSink', 'ConsoleSink', 'TensorBoardSink', 'Sinks', 'open_sinks']
 
 # %% ../../nbs/observe/02_sinks.ipynb #c04e12a7
 import json
@@ -13,8 +12,6 @@ import logging
 import math
 import os
 import sys
-import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -405,95 +402,6 @@ class Sinks(Sink):
     def close(self) -> None:
         "Close each"
         self._each(lambda s: s.close())
-
-# %% ../../nbs/observe/02_sinks.ipynb #eacbceb1
-class Guarded(Sink):
-    """A sink whose failures cost a remark: it is tried again after a while, and then gets what it has missed
-
-    Args:
-        say: takes remarks
-        first_s: until it is tried again; doubled each time
-        longest_s: at most so long
-        most: calls that are kept for it; older ones are lost
-        clock: seconds
-    """
-
-    def __init__(
-        self,
-        sink: Sink,
-        say: Callable[[str], object],  # takes remarks
-        first_s: float = 1.0,  # until it is tried again; doubled each time
-        longest_s: float = 300.0,  # at most so long
-        most: int = 10_000,  # calls that are kept for it; older ones are lost
-        clock: Callable[[], float] = time.monotonic,  # seconds
-    ):
-        self.sink, self.say, self.clock = sink, say, clock
-        self.name = str(getattr(sink, "name", type(sink).__name__))  # in remarks
-        self.first_s, self.longest_s = first_s, longest_s
-        self.missed: deque[Callable[[Sink], object]] = deque(maxlen=most)
-        self.wait_s = 0.0  # between the last two tries; 0: it works
-        self.again = -math.inf  # when it may be tried again
-        self.failed = 0  # tries of the oldest call
-
-    def _give(self, call: Callable[[Sink], object]) -> None:
-        self.missed.append(call)
-        if self.clock() >= self.again:
-            self._try()
-
-    def _try(self) -> None:
-        "Hand over what it has missed, until one fails"
-        while self.missed:
-            start = self.clock()
-            try:
-                self.missed[0](self.sink)
-            except Exception as e:
-                self.failed += 1
-                if not self.wait_s:
-                    self.say(f"{self.name} failed: {type(e).__name__}: {e}. The run goes on, and it is tried again")
-                if self.failed == 5:
-                    self.missed.popleft()
-                    self.failed = 0
-                self.wait_s = min(2 * self.wait_s or self.first_s, self.longest_s)
-                now = self.clock()
-                self.again = now + max(self.wait_s, 19 * (now - start))  # tries that take long take a twentieth of the time
-                return
-            self.missed.popleft()
-            self.failed = 0
-        if self.wait_s:
-            self.say(f"{self.name} works again")
-            self.wait_s = 0.0
-
-    def write(self, record: Record) -> None:
-        "The record, now or later"
-        self._give(lambda s: s.write(record))
-
-    def text(self, tag: str, text: str, step: int = 0) -> None:
-        "The text, now or later"
-        self._give(lambda s: s.text(tag, text, step))
-
-    def figure(self, tag: str, figure: Any, step: int = 0) -> None:
-        "The figure, now or later"
-        self._give(lambda s: s.figure(tag, figure, step))
-
-    def event(self, line: str, step: int = 0) -> None:
-        "The line, now or later"
-        self._give(lambda s: s.event(line, step) if hasattr(s, "event") else None)
-
-    def begin(self) -> None:
-        "Open it, now or later"
-        self._give(lambda s: s.begin() if hasattr(s, "begin") else None)
-
-    def close(self) -> None:
-        "A last try, then close it"
-        self._try()
-        if self.missed:
-            self.say(f"{self.name} did not take the last {len(self.missed)} of what it was given")
-            self.missed.clear()
-            self.failed = 0
-        try:
-            self.sink.close()
-        except Exception as e:
-            self.say(f"{self.name} failed to close: {type(e).__name__}: {e}")
 
 # %% ../../nbs/observe/02_sinks.ipynb #91771b26
 def open_sinks(

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from ..observe.metrics import StepRecord
 from ..observe.outputs import Wanted, open_outputs
-from ..observe.sinks import VALIDATION_FILE, Guarded, JsonlSink, Record, Sink, Sinks, sample_metrics
+from ..observe.guarded import Guarded
+from ..observe.sinks import VALIDATION_FILE, JsonlSink, Record, Sink, Sinks, sample_metrics
 from ..observe.terminal import TerminalSink
 from ..observe.trackers import Told
 from ..parallel.mesh import Mesh
