@@ -5,6 +5,7 @@ costs nothing, and configurations and closed forms work where PyTorch is not ins
 """
 
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -92,4 +93,5 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     "What tab completion shows"
-    return sorted({*globals(), *_WHERE})
+    own = {name for name, value in globals().items() if name.startswith("__") or isinstance(value, ModuleType)}
+    return sorted(own | _WHERE.keys())

@@ -538,3 +538,34 @@ def test_a_mesh_of_another_size(fake_world):
             make_mesh(Layout(4))
         finally:
             destroy()
+
+
+# who heard what from whom
+
+
+def exchanged(mesh: Mesh) -> list:
+    axis, n = mesh.axis("data"), mesh.axis("data").size
+    me, right, left = axis.coord, (axis.coord + 1) % n, (axis.coord - 1) % n
+    comm.all_to_all(torch.ones(sum(me + b for b in range(n))), axis, "rows", [me + b for b in range(n)], [a + me for a in range(n)])
+    sends = [(torch.ones(me + 1), right), (torch.ones(5), left)]
+    comm.start_send_receive(sends, [(torch.empty(left + 1), left), (torch.empty(5), right)], axis, "ring").wait()
+    if me < 2:  # one way, between two of them
+        ends = ([(torch.ones(7), 1)], []) if me == 0 else ([], [(torch.empty(7), 0)])
+        comm.start_send_receive(*ends, axis, "one way").wait()
+    comm.all_reduce(torch.ones(3), axis, "sum")
+    assert mesh.recorder is not None
+    return [event.call for event in mesh.recorder.events if event.kind == "launch"]
+
+
+def test_a_message_is_the_same_at_both_ends():
+    "What one rank says it sends to another, the other says it receives; so ranks can be held against each other without a run"
+    calls = run_ranks(exchanged, Layout(3), recorder=Recorder(events=True))
+    said = [{(call.purpose, m.rank): m for call in mine for m in call.messages} for mine in calls]
+    assert not any(call.messages for mine in calls for call in mine if call.op == "all_reduce")
+    for rank, messages in enumerate(said):
+        for (purpose, other), message in messages.items():
+            back = said[other][purpose, rank]
+            assert (message.sent_bytes, message.received_bytes) == (back.received_bytes, back.sent_bytes)
+    for mine in calls:
+        assert all(sum(m.sent_bytes for m in call.messages) == call.sent_bytes for call in mine if call.messages)
+    assert said[0]["one way", 1] == (1, 28, 0) and said[1]["one way", 0] == (0, 0, 28) and ("one way", 0) not in said[2]

@@ -151,7 +151,7 @@ def test_all_sinks_at_once(tmp_path, env):
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_run_that_breaks_goes_on(name, tmp_path, env):
     "It breaks off after its second validation, and goes on from the first one: nothing is told twice"
-    broken = "class Break(Callback):\n    def before_step(self, state):\n        if state.step == 4: raise KeyError('me')\n"
+    broken = "class Break(Callback):\n    def before_step(self, state):\n        if state.step == 4: 1 / 0\n"
     scripted(env, tmp_path, name, broken + "make(callbacks=[Break()]).fit()", code=1)
     for path in list((tmp_path / "run" / "checkpoints").iterdir()):
         if path.name.isdigit() and int(path.name) > 2:
@@ -167,7 +167,8 @@ def test_a_killed_run_goes_on(name, tmp_path, env):
     "What was not yet written is lacking; no step is there twice, and all that comes after the kill is there"
     kill = (
         "class Kill(Callback):\n    def before_step(self, state):\n"
-        "        if state.step == 4: time.sleep(1.5)\n        if state.step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        if state.step == 4: time.sleep(1.5)\n"
+        "        if state.step == 5: os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     scripted(env, tmp_path, name, kill + "make(callbacks=[Kill()]).fit()", code=-9)
     scripted(env, tmp_path, name, "make().fit()")

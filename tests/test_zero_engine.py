@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from internlm_nb.run.state import TrainState, init_run, load_run, save_run
 from internlm_nb.train.config import ParallelConfig, RunConfig, ZeroConfig
 from internlm_nb.train.parallelize import layout_of
 from internlm_nb.train.step import train_step
+from internlm_nb.zero.hybrid import held_bytes
 from internlm_nb.zero.sharding import Sharding, shardings
 
 
@@ -76,6 +78,45 @@ def test_bf16_is_close_and_masters_are_fp32():
             for (loss, norm), (loss1, norm1) in zip(plain[0], got[0]):
                 assert abs(loss - loss1) <= 2e-3 * loss and abs(norm - norm1) <= (2e-2 if i % 2 else 2e-3) * norm
             assert all(w.dtype == torch.bfloat16 for w in got[1].values())
+
+
+# ---- what the recorder hears of memory
+
+
+def heard_of_memory(mesh: Mesh, which: list[tuple[tuple[int, int, int], dict]]) -> None:
+    "By owner, at every module and every gradient of two steps: what the storages weigh"
+    for factors, options in which:
+        run = run_of(4)
+        mesh = make_mesh(mesh.layout, recorder=Recorder(events=True))
+        model, opt, _ = make(mesh, run, Sharding(*factors), **options)
+        engine = opt.engine
+        looks: list[int] = []
+
+        def look(*_: Any, engine=engine, recorder=mesh.recorder, looks=looks) -> None:
+            weighed = held_bytes(engine)
+            told = {owner: recorder.held.get(owner, 0) for owner in weighed}
+            assert told == weighed, (told, weighed)
+            looks.append(sum(told.values()))
+
+        for module in (model.embedding, *model.blocks, model.head):
+            module.register_forward_pre_hook(look)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(look)
+        go(mesh, run, model, opt, range(2))
+        look()
+        recorder = mesh.recorder
+        assert recorder is not None and len(looks) > 20
+        moments = [m for leaf in engine.leaves for m in (opt.inner.state[leaf.master]["exp_avg"], opt.inner.state[leaf.master]["exp_avg_sq"])]
+        assert recorder.held["moments"] == sum(m.numel() * m.element_size() for m in moments)
+        for owner, now in recorder.held.items():
+            changes = [change.bytes for change in recorder.changes if change.owner == owner]
+            assert sum(changes) == now and max(itertools.accumulate(changes)) == recorder.most[owner]
+
+
+def test_the_recorder_hears_of_memory():
+    run_ranks(heard_of_memory, layout_of(run_of(4), 1), [((1, 1, 1), {})])
+    which = [((1, 1, 2), {}), ((1, 2, 2), dict(overlap=False)), ((2, 2, 2), {}), ((2, 2, 2), dict(reshard="step"))]
+    run_ranks(heard_of_memory, layout_of(run_of(4), 2), which)
 
 
 # ---- order

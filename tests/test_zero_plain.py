@@ -22,10 +22,11 @@ from internlm_nb.train.optim import OptimConfig
 from internlm_nb.train.parallelize import make_optimizer
 from internlm_nb.train.precision import PRECISIONS
 from internlm_nb.train.step import train_step
+from internlm_nb.zero.flat import join
 from internlm_nb.zero.hybrid import HybridZero, held_bytes
 from internlm_nb.zero.sharding import Sharding, shardings
 from internlm_nb.zero.unit import ZeroError
-from internlm_nb.zero.units import UnitSpec, join
+from internlm_nb.zero.units import UnitSpec
 
 CFG = ModelConfig(family="internlm2", vocab_size=97, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16)
 

@@ -233,7 +233,7 @@ def finish(
     folders = trainer.run.data.train_folder
     prepared = Path(folders[0]).parent
     if not (prepared / "tokenizer.model").is_file() or not prepared.name.startswith("demo-"):
-        print("no comparison: the run was trained on an own folder, not on the embedded corpus")
+        print("no comparison: the run was trained on a folder of your own, not on the embedded corpus")
         return
     assert isinstance(trainer.model, Transformer), "finish is for a whole model on one rank"
     tokenizer, train, held_out = Tokenizer(prepared / "tokenizer.model"), corpus("train"), corpus("valid")

@@ -181,7 +181,7 @@ def resolve(
         return newest(Path(run_dir) / "checkpoints", verify, say, damaged)
     path = Path(resume)
     if not os.path.lexists(standing(path)):
-        raise CheckpointError(f"{path}: no such checkpoint; give the folder that holds index.json, or auto or none")
+        raise CheckpointError(f"{path}: no such checkpoint; give the folder that holds index.json, or a run's folder")
     for folder in (path / "checkpoints", path):
         if not (path / "index.json").is_file() and (steps(folder) or snapshots(folder, say)):
             found = newest(folder, verify, say, damaged)

@@ -50,7 +50,7 @@ def tokenizer_file(
     if not path.is_file():
         raise FileNotFoundError(
             f"no tokenizer model at {path}: give the path of a SentencePiece .model or a tokenizer.json, or train "
-            "one with the command `tokenizer`"
+            "one with `internlm-data tokenizer`"
         )
     return path
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.autograd import profiler
 
 from . import matching
-from .record import Call, Recorder, sent_bytes
+from .record import Call, Message, Recorder, sent_bytes
 
 # %% ../../nbs/parallel/05_axis.ipynb #1416c120
 @dataclass
@@ -101,6 +101,7 @@ def begin(
     sent: int | None = None,  # bytes that leave this rank; None: by the closed form
     facts: str = "",  # type, shape and more that must be equal on all ranks: compared in check mode
     rows: tuple[Sequence[int], Sequence[int]] | None = None,  # to each rank and from each, of an uneven exchange: likewise
+    messages: tuple[Message, ...] = (),  # with single ranks: for the recorder
 ) -> Call:
     """Number a collective, compare it in check mode (Mismatch), and tell the recorder. Messages between two ranks are counted apart: others of the group may have more or fewer
 
@@ -112,10 +113,12 @@ def begin(
         sent: bytes that leave this rank; None: by the closed form
         facts: type, shape and more that must be equal on all ranks: compared in check mode
         rows: to each rank and from each, of an uneven exchange: likewise
+        messages: with single ranks: for the recorder
     """
     progress, group = axis.progress, axis.key.partition("/")[0] + (" messages" if op == "send" else "")
     progress.numbers[group] = number = progress.numbers.get(group, 0) + 1
-    call = Call(op, axis.name, purpose, payload_bytes, sent_bytes(op, payload_bytes, axis.size) if sent is None else sent, axis.ranks, progress.step, number)
+    leaving = sent_bytes(op, payload_bytes, axis.size) if sent is None else sent
+    call = Call(op, axis.name, purpose, payload_bytes, leaving, axis.ranks, progress.step, number, messages)
     if axis.check and op != "send" and axis.backend != "fake":
         key, where = f"internlm_nb/check/{group}/{number}", f"collective number {number} of the {axis.name} axis (step {progress.step})"
         matching.say(_store(), key, where, f"{key}/differs", progress.rank, f"{op} for {purpose!r} of {facts}")

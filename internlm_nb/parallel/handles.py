@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .axis import Axis, begin, check_messages, finish, launch
-from .record import Call
+from .record import Call, Message
 
 # %% ../../nbs/parallel/06_handles.ipynb #46b8910e
 class Handle:
@@ -149,6 +149,12 @@ def start_reduce_scatter(
     return Handle(launch(_scatter, axis, call, out, x, _reduce_op(op), group=axis.group, async_op=True), out, axis, call, x)
 
 
+def _messages(axis: Axis, sent: Sequence[int], received: Sequence[int]) -> tuple[Message, ...]:
+    "What goes between this rank and each other one, from bytes by coordinate"
+    both = zip(axis.ranks, sent, received)
+    return tuple(Message(*each) for i, each in enumerate(both) if i != axis.coord and (each[1] or each[2]))
+
+
 def start_all_to_all(
     x: Tensor,  # contiguous; rows for coordinate 0, then 1, ...
     axis: Axis,  # over which
@@ -182,7 +188,9 @@ def start_all_to_all(
     row_bytes = (x.numel() // x.shape[0] if x.shape[0] else 0) * x.element_size()
     pairs = None if send is None or receive is None else (send, receive)
     facts = _facts(axis, x) if pairs is None else _facts(axis, x[:0], "with rows for each")
-    call = begin(axis, "all_to_all", purpose, x.numel() * x.element_size(), (x.shape[0] - kept) * row_bytes, facts, pairs)
+    messages = () if pairs is None else _messages(axis, [n * row_bytes for n in pairs[0]], [n * row_bytes for n in pairs[1]])
+    leaving = (x.shape[0] - kept) * row_bytes
+    call = begin(axis, "all_to_all", purpose, x.numel() * x.element_size(), leaving, facts, pairs, messages)
     splits = (None, None) if send is None or receive is None else (list(receive), list(send))
     return Handle(launch(dist.all_to_all_single, axis, call, out, x, *splits, group=axis.group, async_op=True), out, axis, call, x)
 
@@ -209,8 +217,12 @@ def start_send_receive(
         return Handle([], buffers, axis, None)
     if axis.size == 1:
         raise ValueError(f"the {axis.name} axis has one rank, and nobody to send to: skip the message where axis.size == 1")
-    payload = sum(x.numel() * x.element_size() for x, _ in sends)
+    sent, received = [0] * axis.size, [0] * axis.size  # bytes, by coordinate
+    for x, to in sends:
+        sent[to] += x.numel() * x.element_size()
+    for x, of in receives:
+        received[of] += x.numel() * x.element_size()
     check_messages(axis, purpose, sends, receives)
-    call = begin(axis, "send", purpose, payload)
+    call = begin(axis, "send", purpose, sum(sent), messages=_messages(axis, sent, received))
     batch = [dist.P2POp(dist.isend, x, axis.ranks[to], axis.group) for x, to in sends] + [dist.P2POp(dist.irecv, x, axis.ranks[of], axis.group) for x, of in receives]
     return Handle(launch(dist.batch_isend_irecv, axis, call, batch), buffers, axis, call, [x for x, _ in sends])

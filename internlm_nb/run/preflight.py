@@ -90,8 +90,9 @@ def check_memory(
             f"share them out (--zero.optim -1), or leave --zero.offload away"
         )
     if need > there:
+        owners = ", ".join(f"{name} {n / 1e9:.1f}" for name, n in memory._asdict().items() if n and name != "host")
         raise ValueError(
-            f"{run.name} needs {need / 1e9:.0f} GB for weights, gradients and optimizer, and {device} has {there / 1e9:.0f} GB: "
+            f"{run.name} needs {need / 1e9:.0f} GB for weights, gradients and optimizer ({owners}), and {device} has {there / 1e9:.0f} GB: "
             f"make the model smaller (--model.num-layers, --model.hidden-size), use a larger device, or share it out: "
             f"--zero.optim -1 (then --zero.grad -1 and --zero.param -1) over data ranks, --parallel.tensor, --parallel.pipeline{', --parallel.expert' if run.model.num_experts else ''}"
         )

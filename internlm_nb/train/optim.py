@@ -151,6 +151,9 @@ class Optimizer:
         for leaf, *moments in zip(engine.leaves, zeros_like_masters(engine), zeros_like_masters(engine)):  # now, not at the first step: a checkpoint is loaded into them
             count = torch.zeros((), dtype=torch.float32, device=device)
             self.inner.state[leaf.master] = {"step": count, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+            if engine.mesh.recorder is not None:
+                size = sum(m.numel() * m.element_size() for m in moments)
+                engine.mesh.recorder.memory("host moments" if engine.offload else "moments", size)
 
     def zero_grad(
         self,

@@ -271,15 +271,18 @@ def state_memory(
 
 def most_memory(
     run: RunConfig,
-    layout: Layout,  # of the world
+    layout: Layout | int,  # of the world, or its ranks: then the run says how they are laid out
 ) -> StateMemory:  # of the rank that needs most: stages of a pipeline differ
-    """Weights, gradients and optimizer of the fullest rank
+    """Weights, gradients and optimizer of the fullest rank. Raises ValueError where the ranks do not divide
 
     Args:
-        layout: of the world
+        layout: of the world, or its ranks: then the run says how they are laid out
 
     Returns:
         of the rank that needs most: stages of a pipeline differ
     """
+    if isinstance(layout, int):
+        p = run.parallel
+        layout = Layout(layout, p.tensor, p.sequence, p.context, p.pipeline, p.expert, p.mode)
     ranks = [Coords(pipeline=rank) for rank in range(layout.pipeline)]
     return max((state_memory(run, layout, coords) for coords in ranks), key=lambda memory: memory.device)

@@ -252,7 +252,7 @@ class HybridZero:
         self.master, self.offload, self.extra_sums = master, offload, tuple(extra_sums)
         self.params = {name: p for spec in units for name, p in spec.params.items()}
         self.placements = dict(placements or {n: Placement(tuple(p.shape)) for n, p in self.params.items()})
-        self.pool, self.journeys = Pool(check), Journeys(overlap)
+        self.pool, self.journeys = Pool(check, mesh.recorder), Journeys(overlap)
         self._last = False  # is the next backward pass the step's last?
         cuts, summed = cuts_of(mesh, sharding), grad or master
         plans = plan_buffers(units, self.placements, {kind: bucket_bytes // summed.itemsize for kind, cut in cuts.items() if cut.joins})

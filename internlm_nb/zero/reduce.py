@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..parallel.comm import Handle, start_all_reduce, start_reduce_scatter
 from ..parallel.mesh import Nested
+from ..parallel.record import Recorder
 from .flat import FlatLayout
 
 # %% ../../nbs/zero/04_reduce.ipynb #c68d7b38
@@ -22,13 +23,15 @@ class Pool:
 
     Args:
         check: fill with NaN what comes back, so that a late reader is found out
+        recorder: hears of buffers
     """
 
     def __init__(
         self,
         check: bool = False,  # fill with NaN what comes back, so that a late reader is found out
+        recorder: Recorder | None = None,  # hears of buffers
     ):
-        self.check = check
+        self.check, self.recorder = check, recorder
         self.free: list[Tensor] = []
         self.lent = 0  # buffers that are out
         self.held_bytes = 0  # in buffers, lent or not
@@ -52,8 +55,13 @@ class Pool:
             if buffer.numel() == size and buffer.dtype == dtype:
                 return self.free.pop(i)
         buffer = torch.empty(size, dtype=dtype, device=device)
-        self.held_bytes += buffer.numel() * buffer.element_size()
+        self._tell(buffer.numel() * buffer.element_size())
         return buffer
+
+    def _tell(self, change: int) -> None:
+        self.held_bytes += change
+        if self.recorder is not None:
+            self.recorder.memory("buffers", change)
 
     def give(
         self,
@@ -71,7 +79,7 @@ class Pool:
 
     def clear(self) -> None:
         "Let go of the free ones"
-        self.held_bytes -= sum(b.numel() * b.element_size() for b in self.free)
+        self._tell(-sum(b.numel() * b.element_size() for b in self.free))
         self.free.clear()
 
 # %% ../../nbs/zero/04_reduce.ipynb #752a1ced
@@ -178,6 +186,8 @@ class Accumulator:
         self.rounds = Rounds(name, layout.names, at_home)
         self.ranges, self.shapes = {n: layout.range_of(n) for n in layout.names}, dict(zip(layout.names, layout.shapes))
         ends = [*(start for start, _ in self.ranges.values()), layout.size]
+        self.held: dict[str, Tensor] = {}  # gradients of this round; with `alone` of the step
+        self.sums: Tensor | None = None  # 1/g
         self.gaps = [(stop, following) for (_, stop), following in zip(self.ranges.values(), ends[1:]) if stop < following]
         self.start(None)
 
@@ -191,8 +201,8 @@ class Accumulator:
             due: gradients that each parameter will get in this step; None: until `arrive` is told of the last
         """
         self.rounds.start(due)
-        self.held: dict[str, Tensor] = {}  # gradients of this round; with `alone` of the step
-        self.sums: Tensor | None = None  # 1/g
+        self._tell(-self.held_bytes)
+        self.held, self.sums = {}, None
         self.done = False  # is the last journey over?
 
     @property
@@ -209,6 +219,10 @@ class Accumulator:
     def held_bytes(self) -> int:
         "Bytes of what is kept of gradients, whole ones under way apart"
         return sum(t.numel() * t.element_size() for t in ([self.sums] if self.sums is not None else self.held.values() if self.alone else ()))
+
+    def _tell(self, change: int) -> None:
+        if change and self.axes.param.recorder is not None:
+            self.axes.param.recorder.memory("gradients", change)
 
     def piece(
         self,
@@ -248,6 +262,7 @@ class Accumulator:
         first = self.rounds.arrived(name, last)
         if self.alone:
             self.held[name] = grad.to(self.dtype) if first else self.held[name].add_(grad)
+            self._tell(grad.numel() * self.dtype.itemsize if first else 0)
         elif self.rounds.at_home:
             view = self._sums()[slice(*self.ranges[name])].view(self.shapes[name])
             view.copy_(grad) if first else view.add_(grad)
@@ -264,6 +279,7 @@ class Accumulator:
         "Memory for the sums"
         if self.sums is None:
             self.sums = torch.empty(self.layout.size // self.layout.factors.grad, dtype=self.dtype, device=self.device)
+            self._tell(self.held_bytes)
             for start, stop in self.gaps if self.rounds.at_home else ():
                 self.sums[start:stop].zero_()
         return self.sums

@@ -110,6 +110,11 @@ class FlatUnit:
             self.middle, self.own = self.slice[a - start : b - start], self.slice[c - start : d - start]  # 1/g and 1/o of the slice
             wide = self.own.to(master)  # of one dtype they are one memory
             self.master = to_host(wide) if on_host else wide
+        self._tell("parameters", self.slice.numel() * self.slice.element_size())
+        if self.comes:
+            self._tell("gathered", self.full_bytes)
+        if self.master is not None and self.master is not self.own:
+            self._tell("host masters" if on_host else "masters", self.master.numel() * self.master.element_size())
         self.there, self.stale = True, False  # is the whole usable; is the slice older than the master?
         self.versions = Versions(axes)
         self._todo: list[Callable[[], Handle]] | None = None  # gathers not launched yet
@@ -142,8 +147,14 @@ class FlatUnit:
 
     def _resize(self, size: int) -> None:
         storage = self.full.untyped_storage()
-        if storage.nbytes() != size:
+        change = size - storage.nbytes()
+        if change:
             storage.resize_(size)
+            self._tell("gathered", change)
+
+    def _tell(self, owner: str, change: int) -> None:
+        if self.axes.param.recorder is not None:
+            self.axes.param.recorder.memory(owner, change)
 
     def ahead(
         self,
