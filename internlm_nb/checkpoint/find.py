@@ -181,7 +181,7 @@ def resolve(
         return newest(Path(run_dir) / "checkpoints", verify, say, damaged)
     path = Path(resume)
     if not os.path.lexists(standing(path)):
-        raise CheckpointError(f"{path}: no such checkpoint; give the folder that holds index.json, or a run's folder")
+        raise CheckpointError(f"{path}: no such checkpoint; give the folder that holds index.json, or a run's folder; to resume also auto or none")
     for folder in (path / "checkpoints", path):
         if not (path / "index.json").is_file() and (steps(folder) or snapshots(folder, say)):
             found = newest(folder, verify, say, damaged)
