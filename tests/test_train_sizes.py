@@ -11,7 +11,9 @@ from internlm_nb.data.config import DataConfig
 from internlm_nb.model.params import parameter_shapes
 from internlm_nb.parallel.layout import Coords
 from internlm_nb.parallel.mesh import Place, destroy, init_distributed, make_mesh
+from internlm_nb.train.options import ELEMENT_BYTES
 from internlm_nb.train.parallelize import build, layout_of
+from internlm_nb.train.precision import PRECISIONS
 from internlm_nb.train.sizes import engine_sizes, most_memory, state_memory
 from internlm_nb.zero.account import sizes_of
 
@@ -109,6 +111,10 @@ def test_memory_is_what_traces_of_the_real_step_weighed(zero, parallel, world, w
     found = [state_memory(run, layout, Coords(pipeline=rank)).device / 1e9 for rank in range(layout.pipeline)]
     assert [round(gb, 2) for gb in found] == want
     assert most_memory(run, layout).device == max(round(gb * 1e9) for gb in found)
+
+
+def test_bytes_of_each_precision_are_those_of_its_dtypes():
+    assert ELEMENT_BYTES == {name: (p.param.itemsize, p.master.itemsize) for name, p in PRECISIONS.items()}
 
 
 def test_states_in_the_host_are_counted_there():

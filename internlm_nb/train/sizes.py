@@ -18,7 +18,7 @@ from ..parallel.schedules import make_schedule, split_layers
 from .config import RunConfig
 from .options import ELEMENT_BYTES
 from ..zero.account import EngineSizes, StopSizes, UnitSizes, held, most_buffered, most_gathered
-from ..zero.flat import join, lay_out
+from ..zero.flat import join_by_kind, lay_out
 from ..zero.sharding import Factors, Sharding
 
 # %% ../../nbs/train/11_sizes.ipynb #84e6cb88
@@ -138,23 +138,20 @@ def buffers_of(
     """
     parts: list[tuple[Spec, str, Shapes]] = []
     for spec in specs:
-        kinds: dict[str, Shapes] = {}
+        own: dict[str, Shapes] = {}
         for name, shape in spec.params.items():
             still = "frozen" if any(fnmatchcase(name, pattern) for pattern in frozen) else ""
             kind = " ".join(filter(None, (still, "experts" if apart and is_expert(name) else ""))) or "weights"
-            kinds.setdefault(kind, {})[name] = shape
-        parts += [(spec, kind, params) for kind, params in kinds.items()]
-    rows: dict[tuple[int, str], list[int]] = {}
-    for i, (spec, kind, _) in enumerate(parts):
-        rows.setdefault((spec.chain, kind), []).append(i)
-    found: list[tuple[int, Buffer]] = []
-    for (_, kind), row in rows.items():
-        sizes = [sum(map(prod, parts[i][2].values())) for i in row]
-        for group in join(sizes, limits.get(kind, 0), [parts[i][0].joins for i in row]):
-            members = [parts[row[j]] for j in group]
-            params = {name: shape for _, _, some in members for name, shape in some.items()}
-            found.append((row[group[0]], Buffer(kind, tuple(spec.name for spec, _, _ in members), params)))
-    return [buffer for _, buffer in sorted(found, key=lambda item: item[0])]
+            own.setdefault(kind, {})[name] = shape
+        parts += [(spec, kind, params) for kind, params in own.items()]
+    kinds = [(spec.chain, kind) for spec, kind, _ in parts]
+    sizes = [sum(map(prod, params.values())) for _, _, params in parts]
+    out = []
+    for group in join_by_kind(kinds, sizes, [spec.joins for spec, _, _ in parts], limits):
+        members = [parts[i] for i in group]
+        params = {name: shape for _, _, some in members for name, shape in some.items()}
+        out.append(Buffer(members[0][1], tuple(spec.name for spec, _, _ in members), params))
+    return out
 
 # %% ../../nbs/train/11_sizes.ipynb #f73b99fe
 def engine_sizes(

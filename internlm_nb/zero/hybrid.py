@@ -19,7 +19,7 @@ from ..base.check import require, some
 from ..parallel.comm import Axis, all_reduce
 from ..parallel.mesh import Mesh, Nested
 from ..parallel.placement import Placement, add_up
-from .flat import join, lay_out
+from .flat import join_by_kind, lay_out
 from .reduce import Accumulator, Journeys, Pool
 from .sharding import Factors, Reshard, Sharding
 from .unit import FlatUnit, ZeroError, to_host
@@ -163,17 +163,14 @@ def plan_buffers(
         require(not twice, f"unit {spec.name}: {some(twice)} given twice")
         seen |= {spec.name, *spec.params}
     parts = [(spec, kind, params) for spec in units for kind, params in by_kind(spec.params, placements).items()]
-    rows: dict[tuple[int, str], list[int]] = {}
-    for i, (spec, kind, _) in enumerate(parts):
-        rows.setdefault((spec.chain, kind), []).append(i)
-    plans: list[tuple[int, Plan]] = []
-    for (_, kind), row in rows.items():
-        sizes = [sum(p.numel() for p in parts[i][2].values()) for i in row]
-        for group in join(sizes, limits.get(kind, 0), [parts[i][0].joins for i in row]):
-            members = [parts[row[j]] for j in group]
-            params = {name: p for _, _, some_params in members for name, p in some_params.items()}
-            plans.append((row[group[0]], Plan(kind, tuple(spec.name for spec, _, _ in members), params)))
-    return [plan for _, plan in sorted(plans, key=lambda item: item[0])]
+    kinds = [(spec.chain, kind) for spec, kind, _ in parts]
+    sizes = [sum(p.numel() for p in params.values()) for _, _, params in parts]
+    plans = []
+    for group in join_by_kind(kinds, sizes, [spec.joins for spec, _, _ in parts], limits):
+        members = [parts[i] for i in group]
+        params = {name: p for _, _, some_params in members for name, p in some_params.items()}
+        plans.append(Plan(members[0][1], tuple(spec.name for spec, _, _ in members), params))
+    return plans
 
 # %% ../../nbs/zero/06_hybrid.ipynb #a71425f7
 def _flat(plan: Plan, cut: ZeroCut, master: torch.dtype, check: bool, offload: bool) -> FlatUnit:
