@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from internlm_nb.checkpoint.durable import CheckpointError, sibling
-from internlm_nb.checkpoint.logical import gather_state, load_into, load_model, save_state
+from internlm_nb.checkpoint.logical import gather_state, load_into, load_weights, save_state
 from internlm_nb.checkpoint.reader import Checkpoint
 from internlm_nb.checkpoint.regions import Chunk, Region, check_cover, range_boxes, region_boxes, transfer, whole
 from internlm_nb.checkpoint.shards import SAFE_NAMES, Shard, checksum, write_shard
@@ -305,7 +305,7 @@ def test_buffers_go_along_and_what_is_not_persistent_does_not(tmp_path):
     model(torch.randn(4, 3))
     save_state(tmp_path / "1", {**gather_state(model), "exp_avg.weight": torch.ones(3)})
     fresh = torch.nn.BatchNorm1d(3)
-    assert load_model(fresh, Checkpoint(tmp_path / "1")) == []  # the optimizer's names are not the model's business
+    assert load_weights(fresh, Checkpoint(tmp_path / "1")) == []  # the optimizer's names are not the model's business
     assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), model.state_dict().values()))
 
 

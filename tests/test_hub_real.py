@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from internlm_nb.checkpoint.logical import load_model, save_state
+from internlm_nb.checkpoint.logical import load_weights, save_state
 from internlm_nb.checkpoint.reader import Checkpoint
 from internlm_nb.data.chat import chat_text
 from internlm_nb.data.corpus import corpus
@@ -90,7 +90,7 @@ def test_same_tokens_and_perplexity_all_the_way(folder, theirs, tmp_path):
 
     save_state(tmp_path / "native", {f"model.{n}": p.detach() for n, p in model.named_parameters()}, {"step": 0, "model": asdict(model.cfg)})
     loaded = allocate(Transformer(model.cfg, device="meta"), "cpu")
-    load_model(loaded, Checkpoint(tmp_path / "native"))
+    load_weights(loaded, Checkpoint(tmp_path / "native"))
     to_hf(loaded, tokenizer, tmp_path / "out")
     back, again = from_hf(tmp_path / "out")
     assert back.cfg == model.cfg

@@ -14,7 +14,7 @@ from internlm_nb.model.config import ModelConfig, num_params, preset
 from internlm_nb.model.flops import linear_flops, step_flops
 from internlm_nb.model.init import parameter_std
 from internlm_nb.model.loss import ExtraLosses, LossOutput
-from internlm_nb.model.moe import MixtureOfExperts, capacity_of, choose, chosen, experts_reference, extra_term, places
+from internlm_nb.model.moe import MixtureOfExperts, aux_loss, capacity_of, experts_reference, position_in_expert, tokens_per_expert, top_k
 from internlm_nb.model.segments import Inputs, KVCache, Segments
 from internlm_nb.model.transformer import Transformer, recompute
 
@@ -119,8 +119,8 @@ def test_mixtral_says_the_same():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
     # their balance loss counts each of the k choices as a whole: k times ours
     logits = F.linear(x, moe.gate.weight)
-    probs, _, choices = choose(logits, 2)
-    ours = extra_term(replace(cfg, aux_loss_coef=1.0, z_loss_coef=0.0), logits, probs, chosen(choices, 4), 50) / 50
+    probs, _, choices = top_k(logits, 2)
+    ours = aux_loss(replace(cfg, aux_loss_coef=1.0, z_loss_coef=0.0), logits, probs, tokens_per_expert(choices, 4), 50) / 50
     torch.testing.assert_close(2 * ours, load_balancing_loss_func((logits,), 4, 2), rtol=1e-6, atol=0)
 
 
@@ -139,15 +139,15 @@ def slow_extra(cfg: ModelConfig, logits: Tensor) -> Tensor:
 def test_extra_losses_are_the_formulas():
     cfg = config(num_experts=5, experts_per_token=3)
     logits = torch.randn(31, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    probs, weights, choices = choose(logits, 3)
+    probs, weights, choices = top_k(logits, 3)
     torch.testing.assert_close(weights.sum(1), torch.ones(31, dtype=torch.float64))
-    have = extra_term(cfg, logits, probs, chosen(choices, 5), 31)
+    have = aux_loss(cfg, logits, probs, tokens_per_expert(choices, 5), 31)
     want = slow_extra(cfg, logits)
     torch.testing.assert_close(have, want, **NEAR)
     torch.testing.assert_close(*(torch.autograd.grad(t, logits)[0] for t in (have, want)), **NEAR)
     even = torch.eye(4, dtype=torch.float64).repeat(5, 1)  # each expert chosen equally often and equally likely: the balance loss is 1
-    probs, _, choices = choose(even, 1)
-    one = extra_term(config(experts_per_token=1, aux_loss_coef=1.0, z_loss_coef=0.0), even, probs, chosen(choices, 4), 20)
+    probs, _, choices = top_k(even, 1)
+    one = aux_loss(config(experts_per_token=1, aux_loss_coef=1.0, z_loss_coef=0.0), even, probs, tokens_per_expert(choices, 4), 20)
     torch.testing.assert_close(one / 20, torch.tensor(1.0, dtype=torch.float64))
 
 
@@ -155,7 +155,7 @@ def slow_capacity(moe: MixtureOfExperts, x: Tensor) -> tuple[Tensor, int]:
     "Token after token, each to its experts as long as they have room; and how often there was none"
     cfg, dropped, out = moe.cfg, 0, []
     left = [capacity_of(cfg, len(x))] * cfg.num_experts
-    _, weights, choices = choose(F.linear(x, moe.gate.weight), cfg.experts_per_token)
+    _, weights, choices = top_k(F.linear(x, moe.gate.weight), cfg.experts_per_token)
     for t in range(len(x)):
         row = torch.zeros_like(x[t])
         for weight, e in zip(weights[t], choices[t].tolist()):
@@ -187,9 +187,9 @@ def test_capacity_drops_as_a_slow_loop_does(factor, changes):
 
 def test_places_in_queues():
     choices = torch.tensor([[0, 2], [2, 1], [0, 1], [2, 0]])
-    assert places(choices, 3).tolist() == [[0, 0], [1, 0], [1, 1], [2, 2]]
+    assert position_in_expert(choices, 3).tolist() == [[0, 0], [1, 0], [1, 1], [2, 2]]
     keep = torch.tensor([[True, False], [True, True], [True, True], [True, True]])
-    assert places(choices, 3, keep).tolist() == [[0, 0], [0, 0], [1, 1], [1, 2]]
+    assert position_in_expert(choices, 3, keep).tolist() == [[0, 0], [0, 0], [1, 1], [1, 2]]
 
 
 def total(model: Transformer, ids: Tensor, labels: Tensor) -> tuple[Tensor, LossOutput]:

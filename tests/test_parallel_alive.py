@@ -17,11 +17,11 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from internlm_nb.parallel import comm
 from internlm_nb.parallel.alive import at_work, wait_for_all
 from internlm_nb.parallel.comm import CollectiveTimeout
+from internlm_nb.parallel.consensus import RankFailed, raise_together, run_on_all
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.mesh import Mesh, Place, check_in, find_place, init_distributed, make_mesh, single
 from internlm_nb.parallel.ranks import RankError, run_ranks
 from internlm_nb.parallel.record import Recorder
-from internlm_nb.parallel.together import RankFailed, meet, together
 
 # slow work
 
@@ -30,8 +30,8 @@ def slow(mesh: Mesh, who: tuple[int, ...]) -> list:
     "Some ranks work three times as long as a collective may take"
     world = make_mesh(mesh.layout, timeout=1.5).axis("world")
     work = lambda: time.sleep(4.5 if mesh.rank in who else 0) or mesh.rank  # noqa: E731
-    out = [together(work, world, "working", only_first=who == (0,))]
-    out.append(together(lambda: "quick", world, "again", quick=True))
+    out = [run_on_all(work, world, "working", only_first=who == (0,))]
+    out.append(run_on_all(lambda: "quick", world, "again", quick=True))
     if mesh.rank == 1:
         error = OSError("no")
     else:
@@ -39,7 +39,7 @@ def slow(mesh: Mesh, who: tuple[int, ...]) -> list:
     try:
         with at_work(world, "writing"):
             time.sleep(3 if mesh.rank == 1 else 0)
-        meet(error, world, "writing")
+        raise_together(error, world, "writing")
     except (OSError, RankFailed) as e:
         out.append(f"{type(e).__name__}: {e}")
     comm.barrier(world, "the group is whole")
@@ -65,7 +65,7 @@ def ended(mesh: Mesh, how: int, at: int) -> None:
             time.sleep(60)
 
     try:
-        together(work, world, "reading a checkpoint")
+        run_on_all(work, world, "reading a checkpoint")
     except CollectiveTimeout as e:
         assert time.monotonic() - begin < 15  # 2.5 of work, 2 of silence; the rest is a busy machine's
         raise CollectiveTimeout(f"heard: {e}") from None
@@ -162,9 +162,9 @@ def test_one_process_waits_for_nobody():
     with at_work(world, "x"):
         assert threading.active_count() == before
     wait_for_all(world, "x")
-    assert together(lambda: 3, world, "x") == 3 and not dist.is_initialized()
+    assert run_on_all(lambda: 3, world, "x") == 3 and not dist.is_initialized()
     with pytest.raises(ZeroDivisionError):
-        together(lambda: 1 // 0, world, "x")
+        run_on_all(lambda: 1 // 0, world, "x")
 
 
 def many(mesh: Mesh) -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from internlm_nb.parallel import comm, pairs
+from internlm_nb.parallel import comm, mappings
 from internlm_nb.parallel.comm import Axis, CollectiveTimeout
 from internlm_nb.parallel.layout import Layout, axis_names
 from internlm_nb.parallel.mesh import Mesh, Place, destroy, find_place, init_distributed, make_mesh, single
@@ -65,7 +65,7 @@ def results(mesh: Mesh) -> None:
     got = comm.all_to_all(rows, axis, "t", count[me], [count[a][me] for a in range(n)])
     assert torch.equal(got, torch.cat([torch.full((count[a][me], 2), 10.0 * a + me) for a in range(n)]))
     # agreement of hosts
-    assert comm.agree(me, axis, "t") == n - 1 and comm.agree(0.5, axis, "t", "sum") == n / 2 and comm.agree(True, axis, "t", "min") is True
+    assert comm.all_reduce_number(me, axis, "t") == n - 1 and comm.all_reduce_number(0.5, axis, "t", "sum") == n / 2 and comm.all_reduce_number(True, axis, "t", "min") is True
     comm.barrier(axis, "t")
     # errors are raised before anything is sent, so the group stays whole
     for call, words in [
@@ -74,7 +74,7 @@ def results(mesh: Mesh) -> None:
         (lambda: comm.all_to_all(torch.ones(n), axis, "t", send=[1] * n), "both send and receive"),
         (lambda: comm.all_to_all(torch.ones(n), axis, "t", [1] * (n - 1) + [2], [1] * n), "sum to"),
         (lambda: comm.all_reduce(torch.ones(n), axis, "t", op="mean"), "choose sum, avg, max or min"),
-        (lambda: pairs.exchange(torch.ones(n, n + 1), axis, "t", split=1, join=0), "not divisible"),
+        (lambda: mappings.all_to_all_dims(torch.ones(n, n + 1), axis, "t", split=1, join=0), "not divisible"),
         (lambda: mesh.axis("zero"), "no axis named 'zero'"),
     ]:
         with pytest.raises(ValueError, match=words):
@@ -127,20 +127,20 @@ def gradients(mesh: Mesh) -> None:
 
     # replicated activations: copy_to ... reduce_from
     a, b, c = x0.clone().requires_grad_(), w0[:, cols].clone().requires_grad_(), v0[cols].clone().requires_grad_()
-    y = pairs.reduce_from((pairs.copy_to(a.sin(), axis, "x") @ b).tanh() @ c, axis, "y")
+    y = mappings.reduce_from((mappings.copy_to(a.sin(), axis, "x") @ b).tanh() @ c, axis, "y")
     value = (y * c0).sum()
     compare(a, b, c, value, value, x.grad)
     # split by sequence: gather_from_sequence ... scatter_to_sequence; each rank sees its rows of the loss
     for dim in (0, 1):  # the sequence as dim 0, and as dim 1
         a, b, c = x0[rows].clone().requires_grad_(), w0[:, cols].clone().requires_grad_(), v0[cols].clone().requires_grad_()
         turn = (lambda t: t.transpose(0, 1).contiguous()) if dim else (lambda t: t)
-        full = turn(pairs.gather_from_sequence(turn(a.sin()), axis, "x", dim))
-        y = turn(pairs.scatter_to_sequence(turn((full @ b).tanh() @ c), axis, "y", dim))
+        full = turn(mappings.gather_from_sequence(turn(a.sin()), axis, "x", dim))
+        y = turn(mappings.scatter_to_sequence(turn((full @ b).tanh() @ c), axis, "y", dim))
         value = (y * c0[rows]).sum()
         compare(a, b, c, value, comm.all_reduce(value.detach(), axis, "loss"), x.grad[rows])
     # in and out of a split: split_to ... gather_to
     a = x0.clone().requires_grad_()
-    y = pairs.gather_to(pairs.split_to(a.sin(), axis, "x", 0).exp(), axis, "y", 0)
+    y = mappings.gather_to(mappings.split_to(a.sin(), axis, "x", 0).exp(), axis, "y", 0)
     one = x0.clone().requires_grad_()
     (y * x0).sum().backward()
     (one.sin().exp() * x0).sum().backward()
@@ -148,9 +148,9 @@ def gradients(mesh: Mesh) -> None:
     # heads and sequence change places, and back
     whole = values(2 * n, 7, 2 * n, 3)  # (sequence, heads, width)
     a, one = whole[rows].clone().requires_grad_(), whole.clone().requires_grad_()
-    heads = pairs.exchange(a, axis, "heads", split=1, join=0)
+    heads = mappings.all_to_all_dims(a, axis, "heads", split=1, join=0)
     assert torch.equal(heads, whole[:, rows])
-    y = pairs.exchange(heads.cumsum(0), axis, "sequence", split=0, join=1)
+    y = mappings.all_to_all_dims(heads.cumsum(0), axis, "sequence", split=0, join=1)
     (y.sin() * whole[rows]).sum().backward()
     (one.cumsum(0).sin() * whole).sum().backward()
     torch.testing.assert_close(a.grad, one.grad[rows], rtol=1e-13, atol=1e-13)  # type: ignore[index]
@@ -241,11 +241,11 @@ def compiled(mesh: Mesh) -> None:
     recorder = heard(axis)
 
     def block(x: Tensor, w: Tensor) -> Tensor:
-        y = pairs.reduce_from((pairs.copy_to(x, axis, "x") @ w).tanh(), axis, "y")
-        y = pairs.scatter_to_sequence(pairs.gather_from_sequence(y, axis, "g").sin(), axis, "s")
-        y = pairs.exchange(y, axis, "u", split=1, join=0)
-        y = comm.all_to_all(pairs.copy_to(y, lone, "nothing"), axis, "a")
-        return pairs.gather_to(pairs.split_to(y, axis, "p"), axis, "q").square().sum()
+        y = mappings.reduce_from((mappings.copy_to(x, axis, "x") @ w).tanh(), axis, "y")
+        y = mappings.scatter_to_sequence(mappings.gather_from_sequence(y, axis, "g").sin(), axis, "s")
+        y = mappings.all_to_all_dims(y, axis, "u", split=1, join=0)
+        y = comm.all_to_all(mappings.copy_to(y, lone, "nothing"), axis, "a")
+        return mappings.gather_to(mappings.split_to(y, axis, "p"), axis, "q").square().sum()
 
     def run(fn):
         x, w = values(2 * n, 1, 4).requires_grad_(), values(4, axis.coord, 2 * n).requires_grad_()
@@ -282,9 +282,9 @@ def inductor(mesh: Mesh) -> None:
     axis = mesh.axis("tensor")
 
     def block(x: Tensor, w: Tensor) -> Tensor:
-        y = pairs.gather_from_sequence((pairs.copy_to(x, axis, "x") @ w).tanh(), axis, "g")
+        y = mappings.gather_from_sequence((mappings.copy_to(x, axis, "x") @ w).tanh(), axis, "g")
         return (
-            comm.all_reduce_(pairs.reduce_from(y * 2, axis, "y").detach() + 1, axis, "in place").sum() + pairs.scatter_to_sequence(y, axis, "s").square().sum()
+            comm.all_reduce_(mappings.reduce_from(y * 2, axis, "y").detach() + 1, axis, "in place").sum() + mappings.scatter_to_sequence(y, axis, "s").square().sum()
         )
 
     grads = []
@@ -413,14 +413,14 @@ def test_one_process_has_no_groups_and_no_calls():
         comm.all_to_all(x, axis, "t"),
         comm.broadcast(x, axis, "t"),
         comm.start_all_gather(x, axis, "t").wait(),
-        pairs.copy_to(x, axis, "t"),
-        pairs.exchange(x, axis, "t", 0, 1),
-        pairs.gather_from_sequence(x, axis, "t"),
+        mappings.copy_to(x, axis, "t"),
+        mappings.all_to_all_dims(x, axis, "t", 0, 1),
+        mappings.gather_from_sequence(x, axis, "t"),
     ):
         assert same is x
     out = torch.zeros(4)
     assert comm.start_reduce_scatter(torch.ones(4), axis, "t", out=out).wait() is out and out.tolist() == [1.0] * 4
-    assert comm.agree(3, axis, "t") == 3
+    assert comm.all_reduce_number(3, axis, "t") == 3
     assert [a.size for a in mesh.nested(1, 1, 1)] == [1] * 4
     assert not recorder.events and not recorder.counts
     assert make_mesh(Layout(1)).axis("data").group is None

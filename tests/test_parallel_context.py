@@ -9,10 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from internlm_nb.model.attention import attention, reference_attention
 from internlm_nb.model.config import ModelConfig, family_defaults
 from internlm_nb.model.segments import Segments
+from internlm_nb.parallel.blockwise import combine, has_flash, partial_attention, partial_grads, plain_grads, plain_partial
 from internlm_nb.parallel.context import ring_attention
 from internlm_nb.parallel.layout import Coords, Layout
 from internlm_nb.parallel.mesh import Mesh, make_mesh
-from internlm_nb.parallel.partial import combine, has_flash, partial_attention, partial_grads, plain_grads, plain_partial
 from internlm_nb.parallel.ranks import run_ranks
 from internlm_nb.parallel.record import Recorder
 from internlm_nb.parallel.sequence import cut_rows
@@ -208,7 +208,7 @@ def test_parts_far_apart_combine():
 
 def test_flash_kernels_are_called_right(monkeypatch):
     "Without a GPU at least the operators' signatures and shapes"
-    monkeypatch.setattr("internlm_nb.parallel.partial.has_flash", lambda x: True)
+    monkeypatch.setattr("internlm_nb.parallel.blockwise.has_flash", lambda x: True)
     q, k, v, grad = (torch.empty(n, h, 64, dtype=torch.bfloat16, device="meta") for n, h in ((100, 8), (257, 2), (257, 2), (100, 8)))
     out, lse = partial_attention(q, k, v, False, 0.1)
     assert out.shape == q.shape and lse.shape == (100, 8) and out.dtype == lse.dtype == torch.float32

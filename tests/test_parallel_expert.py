@@ -70,7 +70,7 @@ def forward(model: Transformer, cfg: ModelConfig, seed: int) -> LossOutput:
 
 def whole_pieces(opt: Optimizer, tensors: list[Tensor]) -> dict[str, Tensor]:
     "Gradients or masters of one piece each, in the parameters' shapes: nothing is cut over replicas here"
-    return {leaf.name: t.detach().view(opt.engine.params[leaf.name].shape).clone() for leaf, t in zip(opt.engine.leaves, tensors)}
+    return {shard.name: t.detach().view(opt.engine.params[shard.name].shape).clone() for shard, t in zip(opt.engine.shards, tensors)}
 
 
 def three_steps(mesh: Mesh, cfg: ModelConfig, policy: str = "none"):
@@ -97,7 +97,7 @@ def three_steps(mesh: Mesh, cfg: ModelConfig, policy: str = "none"):
         if step == 0:
             first = whole_pieces(opt, opt.collect())
     mesh.check_waited()
-    return figures, first, whole_pieces(opt, [leaf.master for leaf in opt.engine.leaves]), placements
+    return figures, first, whole_pieces(opt, [shard.master for shard in opt.engine.shards]), placements
 
 
 def hold(layout: Layout, cfg: ModelConfig, policy: str = "none") -> None:
@@ -381,7 +381,7 @@ def save(mesh: Mesh, cfg: ModelConfig, folder: str) -> list[str]:
     forward(model, cfg, mesh.axis("data").coord).loss_sum.backward()
     opt.update()
     save_run(folder, model, opt, TrainState(step=1), run_config(cfg), mesh=mesh)
-    return [leaf.name for leaf in opt.engine.leaves if placements[leaf.name].is_cut("expert")]
+    return [shard.name for shard in opt.engine.shards if placements[shard.name].is_cut("expert")]
 
 
 def load(mesh: Mesh, cfg: ModelConfig, folder: str) -> None:

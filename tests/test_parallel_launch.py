@@ -28,11 +28,11 @@ from internlm_nb.checkpoint.keep import steps
 from internlm_nb.checkpoint.reader import Checkpoint
 from internlm_nb.checkpoint.writer import Writer
 from internlm_nb.parallel.comm import CollectiveTimeout
+from internlm_nb.parallel.consensus import RankFailed
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.mesh import Mesh, Place, make_mesh
 from internlm_nb.parallel.ranks import RankError
 from internlm_nb.parallel.ranks import run_ranks as run_ranks_for
-from internlm_nb.parallel.together import RankFailed
 from internlm_nb.run import launch
 from internlm_nb.run.callbacks import Callback
 from internlm_nb.run.stopping import Stopped
@@ -358,8 +358,8 @@ class _Flip(Callback):
 
     def before_step(self, state):
         if state.step == 3 and self.trainer.mesh.rank == 1:
-            leaves = self.trainer.optimizer.engine.leaves
-            next(leaf for leaf in leaves if "norm" in leaf.name).master.view(torch.int64)[0] ^= 1
+            shards = self.trainer.optimizer.engine.shards
+            next(shard for shard in shards if "norm" in shard.name).master.view(torch.int64)[0] ^= 1
 
 
 def _drifting(mesh, run, folder):
@@ -382,7 +382,7 @@ def test_copies_that_drift_are_not_saved(parallel, tmp_path):
 def _turn(mesh, run, flips):
     "What is found when a bit of a parameter is turned over on a rank, and back"
     engine, found = build(run, mesh).engine, []
-    parts = [*trained_parts(engine, [leaf.master for leaf in engine.leaves]), *frozen_parts(engine)]
+    parts = [*trained_parts(engine, [shard.master for shard in engine.shards]), *frozen_parts(engine)]
     held = {part.name: part.tensor for part in parts}
     for rank, name, lenient in flips:
         if mesh.rank == rank:
@@ -421,7 +421,7 @@ def test_nothing_is_saved_when_a_rank_is_gone(tmp_path, no_plots, monkeypatch):
     with pytest.raises(OSError, match="gone"):
         t.raise_trouble("data")
     assert saves == [1]
-    monkeypatch.setattr("internlm_nb.run.trainer.meet", lost)
+    monkeypatch.setattr("internlm_nb.run.trainer.raise_together", lost)
     with pytest.raises(CollectiveTimeout, match="rank 1 has not arrived"):
         t.raise_trouble("data")
     assert saves == [1]

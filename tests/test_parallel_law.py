@@ -130,7 +130,7 @@ def three_steps(mesh: Mesh, run: RunConfig):
 
 def parts(opt: Optimizer, grads: bool = False) -> dict[str, list[tuple[int, torch.Tensor]]]:
     "By name of a parameter: where a range of this rank's part of it begins, and the range, of masters or of their gradients"
-    tensors = opt.collect() if grads else [leaf.master for leaf in opt.engine.leaves]
+    tensors = opt.collect() if grads else [shard.master for shard in opt.engine.shards]
     return {part.name: [(part.first, part.tensor.detach().clone())] for part in trained_parts(opt.engine, tensors)}
 
 

@@ -18,7 +18,6 @@ from internlm_nb.model.loss import LossOutput
 from internlm_nb.model.segments import Segments
 from internlm_nb.model.transformer import Transformer, recompute
 from internlm_nb.parallel.comm import Axis, all_reduce, start_send_receive
-from internlm_nb.parallel.halves import WeightQueue
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.parallel.mesh import Mesh, Place, destroy, init_distributed, make_mesh, single
 from internlm_nb.parallel.messages import check_schedule
@@ -27,6 +26,7 @@ from internlm_nb.parallel.placement import Placement, add_up, placements_of
 from internlm_nb.parallel.ranks import RankError, run_ranks
 from internlm_nb.parallel.record import Recorder
 from internlm_nb.parallel.schedules import Schedule, ScheduleError, evaluation_schedule, make_schedule
+from internlm_nb.parallel.split_backward import WeightQueue
 from internlm_nb.parallel.stages import defer_weights, expected_gradients, pipeline_cut, split_layers, tied_ranks
 from internlm_nb.parallel.tensor import tensor_parallel
 from internlm_nb.parallel.timeline import timeline
@@ -289,7 +289,7 @@ def summed(mesh: Mesh, arguments: tuple) -> tuple[dict[str, Tensor], list[bool]]
     mine = packs(2 * schedule.micro_num)[data.coord :: 2]
     run_schedule(part, check_schedule(schedule), mine, mesh.axis("pipeline"), lambda i, out: out.loss_sum / 100, queue=queue)
     left = [s.rounds.left for s in engine.sums.values()]
-    grads = dict(zip((leaf.name for leaf in engine.leaves), engine.finish()))
+    grads = dict(zip((shard.name for shard in engine.shards), engine.finish()))
     mesh.check_waited()
     return {n: g.view(engine.params[n].shape).clone() for n, g in grads.items()}, left
 

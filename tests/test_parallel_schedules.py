@@ -8,7 +8,7 @@ from graphlib import CycleError, TopologicalSorter
 
 import pytest
 
-from internlm_nb.parallel.messages import Do, Plan, check_schedule, follow, plan_messages
+from internlm_nb.parallel.messages import Do, MessagePlan, check_schedule, follow, plan_messages
 from internlm_nb.parallel.schedules import Action, Schedule, ScheduleError, evaluation_schedule, make_schedule
 from internlm_nb.parallel.timeline import timeline
 
@@ -96,7 +96,7 @@ def torch_actions(cls, ranks: int, n: int, chunks: int) -> list[list[tuple[str, 
             made.number_of_rounds = max(1, n // ranks)
             made.microbatches_per_round = n // made.number_of_rounds
         orders = {r: made._calculate_single_rank_operations(r) for r in range(ranks)}
-    kind = {"FORWARD": "F", "FULL_BACKWARD": "B", "BACKWARD_INPUT": "I", "BACKWARD_WEIGHT": "W"}
+    kind = {"FORWARD": "F", "FULL_BACKWARD": "BW", "BACKWARD_INPUT": "B", "BACKWARD_WEIGHT": "W"}
     return [
         [(kind[a.computation_type.name], a.microbatch_index, a.stage_index) for a in orders[r] if a is not None and a.computation_type.name in kind]
         for r in range(ranks)
@@ -127,10 +127,10 @@ def test_second_opinion(ranks):
 def oracle(s: Schedule) -> bool:
     "Is a schedule right? Said another way than the check says it: the same actions as a good one, and no cycle among needs and orders"
     for rank, order in enumerate(s.orders):
-        want = {Action(k, m, st) for st in s.stages_of(rank) for m in range(s.micro_num) for k in ("FIW" if s.split else "FB")}
+        want = {Action(k, m, st) for st in s.stages_of(rank) for m in range(s.micro_num) for k in (("F", "B", "W") if s.split else ("F", "BW"))}
         if set(order) != want or len(order) != len(want):
             return False
-    back = "I" if s.split else "B"
+    back = "B" if s.split else "BW"
     graph: dict[Action, set[Action]] = {}
     for order in s.orders:
         for before, action in zip((None, *order), order):
@@ -139,7 +139,7 @@ def oracle(s: Schedule) -> bool:
             if k == "F" and st:
                 needs.add(Action("F", m, st - 1))
             if k == "W":
-                needs.add(Action("I", m, st))
+                needs.add(Action("B", m, st))
             if k == back:
                 needs |= {Action("F", m, st)} | ({Action(back, m, st + 1)} if st < s.stages - 1 else set())
             graph[action] = needs  # type: ignore[assignment]
@@ -168,7 +168,7 @@ def mutate(s: Schedule, rng: random.Random) -> tuple[str, Schedule]:
     elif how == "other rank":
         orders[rng.randrange(s.ranks)].append(order.pop(i))
     elif how == "kind":
-        order[i] = order[i]._replace(kind=rng.choice("FBIW"))
+        order[i] = order[i]._replace(kind=rng.choice(("F", "B", "W", "BW")))
     elif how == "micro":
         order[i] = order[i]._replace(micro=rng.randrange(-1, s.micro_num + 1))
     else:
@@ -196,7 +196,7 @@ def test_the_check_finds_every_mutant():
     assert min(seen.values()) > 200, seen
 
 
-def strict(plan: Plan) -> bool:
+def strict(plan: MessagePlan) -> bool:
     "Another model of the network than `follow`: a message moves when both ends have launched all that is before it in their queues, and these have moved"
     at, queues, moved, have = [0] * plan.schedule.ranks, [[] for _ in plan.programs], set(), set()
     s = plan.schedule
@@ -208,7 +208,7 @@ def strict(plan: Plan) -> bool:
                 continue
             what, a = program[at[r]]
             if what == "run":
-                made = a._replace(kind="B") if a.kind == "I" else a
+                made = a._replace(kind="B") if a.kind == "BW" else a
                 needs = {"F": [(0, -1)] if a.stage else [], "W": []}.get(a.kind, [(1, 1)] if a.stage < s.stages - 1 else [])
                 ready = all((Action("F" if far < 0 else "B", a.micro, a.stage + far), r) in have for _, far in needs)
                 if not ready:

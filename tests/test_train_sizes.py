@@ -15,7 +15,7 @@ from internlm_nb.train.options import ELEMENT_BYTES
 from internlm_nb.train.parallelize import build, layout_of
 from internlm_nb.train.precision import PRECISIONS
 from internlm_nb.train.sizes import engine_sizes, most_memory, state_memory
-from internlm_nb.zero.account import sizes_of
+from internlm_nb.zero.formulas import sizes_of
 
 DENSE = dict(vocab_size=64, hidden_size=32, num_layers=5, num_heads=4, num_kv_heads=4, mlp_ratio=2.0, multiple_of=8)
 MIXTURE = dict(num_experts=4, experts_per_token=2, num_shared_experts=1)

@@ -106,7 +106,7 @@ def heard_of_memory(mesh: Mesh, which: list[tuple[tuple[int, int, int], dict]]) 
         look()
         recorder = mesh.recorder
         assert recorder is not None and len(looks) > 20
-        moments = [m for leaf in engine.leaves for m in (opt.inner.state[leaf.master]["exp_avg"], opt.inner.state[leaf.master]["exp_avg_sq"])]
+        moments = [m for shard in engine.shards for m in (opt.inner.state[shard.master]["exp_avg"], opt.inner.state[shard.master]["exp_avg_sq"])]
         assert recorder.held["moments"] == sum(m.numel() * m.element_size() for m in moments)
         for owner, now in recorder.held.items():
             changes = [change.bytes for change in recorder.changes if change.owner == owner]
@@ -273,11 +273,11 @@ def planted(run: RunConfig):
 
     enter, close, said = Gathers._enter, Accumulator._close, {}
     faults: dict[str, tuple[type, str, Any]] = {
-        "no publish": (FlatUnit, "_steps", lambda self: [lambda: self._launch("full", "slice", self._gather)] if not self.there else []),
-        "freed too early": (Gathers, "_enter", lambda self, stop, following: (enter(self, stop, following), stop.free())[0]),
+        "no publish": (FlatUnit, "_steps", lambda self: [lambda: self._launch("unsharded", "param_shard", self._gather)] if not self.is_unsharded else []),
+        "freed too early": (Gathers, "_enter", lambda self, stop, following: (enter(self, stop, following), stop.reshard())[0]),
         "no gather in backward": (Gathers, "_back", lambda self, stop, before, told, grad: None),
         "round lost": (Accumulator, "_close", lambda self: (close(self), iter(()))[1] if self.name == "blocks.1" else close(self)),
-        "update unsaid": (FlatUnit, "updated", lambda self: None),
+        "update unsaid": (FlatUnit, "master_updated", lambda self: None),
     }
     for fault, (owner, method, wrong) in faults.items():
         mesh = make_mesh(layout_of(run, 4))

@@ -8,7 +8,7 @@ from math import prod
 
 import pytest
 
-from internlm_nb.zero.flat import Spot, lay_out
+from internlm_nb.zero.flat import ShardCoord, lay_out
 from internlm_nb.zero.sharding import shardings
 
 
@@ -25,7 +25,7 @@ def test_slices(seed):
     assert list(layout.names) == list(shapes) and all(start % align == 0 for start in layout.starts)
     owned: dict[str, list[tuple[int, int]]] = {n: [] for n in shapes}
     covered = []
-    for spot in (Spot(*s) for s in product(range(p), range(g // p), range(o // g))):
+    for spot in (ShardCoord(*s) for s in product(range(p), range(g // p), range(o // g))):
         whole, middle, own = (layout.slice_of(spot, level) for level in ("param", "grad", "optim"))
         assert whole[0] <= middle[0] <= own[0] and own[1] <= middle[1] <= whole[1]
         assert [b - a for a, b in (whole, middle, own)] == [layout.size // n for n in (p, g, o)]

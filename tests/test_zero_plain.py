@@ -59,12 +59,12 @@ def step(mesh, precision: str, count: int, bucket_bytes: int):
             p.register_post_accumulate_grad_hook(lambda p, n=n: seen.append((n, len(mesh.recorder.events))))
     out = train_step(model, opt, mine, sum(b.num_targets for b in mine), mesh=mesh)
     mesh.check_waited()
-    names = [leaf.name for leaf in opt.engine.leaves]
+    names = [shard.name for shard in opt.engine.shards]
     return {
         "loss": out.loss,
         "norm": out.grad_norm,
         "grads": dict(zip(names, (g.clone() for g in opt.collect()))),
-        "weights": {leaf.name: leaf.master.clone() for leaf in opt.engine.leaves},
+        "weights": {shard.name: shard.master.clone() for shard in opt.engine.shards},
         "seen": seen,
         "recorder": mesh.recorder,
         "units": [sum(p.numel() for p in unit.params.values()) for unit in opt.engine.units],
@@ -161,7 +161,7 @@ def test_alone_nothing_is_kept_twice(precision):
     one = batches(1)
     opt.zero_grad()
     (model(one[0].input_ids, one[0].segments, labels=one[0].labels).loss_sum / one[0].num_targets).backward()
-    grad = dict(zip((leaf.name for leaf in opt.engine.leaves), opt.collect()))["head.weight"]
+    grad = dict(zip((shard.name for shard in opt.engine.shards), opt.collect()))["head.weight"]
     assert (grad.data_ptr() == made[0]) == (precision == "float32")
     assert held_bytes(opt.engine)["gradients"] == 4 * elements
     opt.update()

@@ -13,7 +13,7 @@ from internlm_nb.model.transformer import Transformer
 from internlm_nb.parallel.layout import Layout
 from internlm_nb.zero.amsp import Links, amsp_time, best, ranked, ring_s
 from internlm_nb.zero.costs import Widths, exchanges, leaving, state_bytes
-from internlm_nb.zero.flat import Spot, lay_out
+from internlm_nb.zero.flat import ShardCoord, lay_out
 from internlm_nb.zero.sharding import Sharding, greedy_owners, internevo_sharding, known_factors, shardings
 
 LAW = settings(deadline=None, max_examples=40, derandomize=True)
@@ -149,7 +149,7 @@ def test_slices_are_what_the_nested_groups_exchange(case):
         levels.append(held)
     flat = lay_out({"w": (size,)}, s.factors, align=1)
     for rank in range(layout.world):
-        spot = Spot(*(next(g for g in nested[axis] if rank in g).index(rank) for axis in ("param", "grad", "optim")))
+        spot = ShardCoord(*(next(g for g in nested[axis] if rank in g).index(rank) for axis in ("param", "grad", "optim")))
         assert [range(*flat.slice_of(spot, level)) for level in ("param", "grad", "optim")] == [level[rank] for level in levels]
 
 

@@ -35,7 +35,7 @@ from ..data.tokenline import TokenFileError
 from ..parallel.comm import CollectiveTimeout
 from ..parallel.mesh import Mesh, Place, destroy, find_place
 from ..parallel.ranks import local_store
-from ..parallel.together import RankFailed, together
+from ..parallel.consensus import RankFailed, run_on_all
 from ..train.config import RunConfig
 from ..run.launch import agree_on, open_mesh
 from ..run.stopping import Stopped
@@ -200,12 +200,12 @@ def prepare(
     if hook is None:
         return run
     world = mesh.axis("world")
-    prepared = together(lambda: hook(run), world, "preparing the run", only_first=True)
+    prepared = run_on_all(lambda: hook(run), world, "preparing the run", only_first=True)
     if mesh.rank:
         with contextlib.redirect_stdout(io.StringIO()):
-            prepared = together(lambda: hook(run), world, "preparing the run")
+            prepared = run_on_all(lambda: hook(run), world, "preparing the run")
     else:
-        together(lambda: None, world, "preparing the run")
+        run_on_all(lambda: None, world, "preparing the run")
     if not isinstance(prepared, RunConfig):
         raise UsageError(f"{module.__file__}: prepare() returned {type(prepared).__name__}, not a RunConfig")
     return prepared
@@ -240,8 +240,8 @@ def make_trainer(
         run = prepare(module, run, mesh)
         require_data(run, module, noise)
         world = mesh.axis("world")
-        sinks = together(lambda: listed(module, "sinks", run), world, "opening the run file's sinks", only_first=True) or []
-        callbacks = together(lambda: listed(module, "callbacks", run), world, "making the run file's callbacks")
+        sinks = run_on_all(lambda: listed(module, "sinks", run), world, "opening the run file's sinks", only_first=True) or []
+        callbacks = run_on_all(lambda: listed(module, "callbacks", run), world, "making the run file's callbacks")
         more: dict[str, Any] = {"callbacks": callbacks} if callbacks else {}
         return Trainer(run, run_dir, command=command, sinks=sinks, mesh=mesh, **more)
     except (ValueError, OSError, CheckpointError, RankFailed) as e:
@@ -285,12 +285,12 @@ def finish(
     whole_model = getattr(trainer, "whole_model", None)
     cut = layout.data < layout.world or layout.expert > 1
     if whole_model is None and cut:
-        if trainer.leads:
+        if trainer.is_main:
             print("the run file's finish() is left out: it needs a whole model on one rank; load the checkpoint in one process instead")
         return
     try:
         with whole_model() if whole_model is not None else contextlib.nullcontext():
-            if trainer.leads:
+            if trainer.is_main:
                 hook(trainer)
     except (UsageError, ValueError, OSError, CheckpointError) as e:
         raise RunFailed(f"the run is complete, but its finish() failed: {e}") from e

@@ -24,7 +24,7 @@ from ..train.config import from_dict
 # %% ../../nbs/bench/09_ablation.ipynb #6c5bee6d
 def _formulas() -> None:
     "Norm and rotation by PyTorch's operators and autograd"
-    layers.by_hand = lambda x: False
+    layers.use_fused = lambda x: False
 
 
 def _whole_chunks() -> None:

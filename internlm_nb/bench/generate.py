@@ -19,7 +19,7 @@ import torch
 
 from .contest import Worker, alternate, ratio
 from ..hub.load import is_huggingface, load_model
-from .peers import Shape, llama_weights
+from .peers import ModelShape, llama_weights
 from ..hub.hf_config import write_config
 from ..model.config import ModelConfig
 from ..model.generate import stream
@@ -39,7 +39,7 @@ class Task:
         prompts: tokens of each prompt
     """
 
-    shape: Shape | None = None  # random weights of this shape
+    shape: ModelShape | None = None  # random weights of this shape
     folder: str = ""  # or a real model, in the Hugging Face layout
     precision: PrecisionName = "float32"
     prompts: tuple[int, ...] = (96,)  # tokens of each prompt

@@ -13,7 +13,7 @@ from typing import Any
 
 from .train import HERE, step_cost
 from .contest import ContestError, Worker
-from .peers import Case, Shape
+from .peers import Case, ModelShape
 from ..model.attention import choose_backend, why_not
 from ..train.fp8 import why_not_fp8
 from ..observe.metrics import datasheet_tflops
@@ -21,7 +21,7 @@ from ..train.precision import PRECISIONS
 
 # %% ../../nbs/bench/08_gpu.ipynb #ed030182
 def gpu_cases(
-    shape: Shape,
+    shape: ModelShape,
     device: str,
     backends: Sequence[str] = ("flash", "varlen", "cudnn", "sdpa"),
     micro_num: int = 4,
@@ -71,7 +71,7 @@ def solo(
 
 # %% ../../nbs/bench/08_gpu.ipynb #04ad3851
 def gpu_result(
-    shape: Shape,
+    shape: ModelShape,
     cases: Sequence[Case],
     found: Sequence[dict[str, Any]],  # from `solo`
     device_name: str,

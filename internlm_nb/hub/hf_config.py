@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from .keys import Layout
+from .keys import KeyLayout
 from ..base.check import require
 from ..base.jsonfile import read_object
 from ..model.config import ModelConfig, RopeScaling
@@ -165,7 +165,7 @@ def _both(switch: Any) -> dict[str, bool]:
 
 def read_config(
     config: Mapping[str, Any],  # of config.json
-) -> tuple[ModelConfig, Layout]:  # architecture, and whose tensor names the folder has
+) -> tuple[ModelConfig, KeyLayout]:  # architecture, and whose tensor names the folder has
     """An architecture from `config.json`; raises `ValueError` naming the field that is missing or not supported
 
     Args:
@@ -175,9 +175,9 @@ def read_config(
         architecture, and whose tensor names the folder has
     """
     kind = config.get("model_type")
-    if kind not in get_args(Layout):
-        raise ValueError(f"model_type is {kind!r}, which is not supported: only {', '.join(get_args(Layout))} are")
-    layout = cast(Layout, kind)
+    if kind not in get_args(KeyLayout):
+        raise ValueError(f"model_type is {kind!r}, which is not supported: only {', '.join(get_args(KeyLayout))} are")
+    layout = cast(KeyLayout, kind)
     refuse_unsupported(config)
     missing = [f for f in _NEEDED if config.get(f) is None]
     require(not missing, f"{', '.join(missing)} missing")
@@ -202,7 +202,7 @@ def read_config(
 
 def load_config(
     folder: str | Path,  # with config.json
-) -> tuple[ModelConfig, Layout, dict[str, Any]]:  # architecture, layout, and the file as it is
+) -> tuple[ModelConfig, KeyLayout, dict[str, Any]]:  # architecture, layout, and the file as it is
     """Read a folder's `config.json`; raises `ValueError` naming file and field
 
     Args:
@@ -224,7 +224,7 @@ def load_config(
 # %% ../../nbs/hub/03_hf_config.ipynb #8db40efc
 def check_layout(
     cfg: ModelConfig,  # architecture
-    layout: Layout,  # to be written
+    layout: KeyLayout,  # to be written
 ) -> None:
     """Raise `ValueError` naming the field that a layout has no word for
 
@@ -245,7 +245,7 @@ def check_layout(
 _CLASSES = {"llama": "LlamaForCausalLM", "internlm": "InternLMForCausalLM", "internlm2": "InternLM2ForCausalLM", "internlm3": "InternLM3ForCausalLM"}
 
 
-def _rope_words(cfg: ModelConfig, layout: Layout) -> dict[str, Any]:
+def _rope_words(cfg: ModelConfig, layout: KeyLayout) -> dict[str, Any]:
     "Rotary base and scaling in a layout's words"
     if layout == "internlm":
         kind = "origin" if cfg.rope_scaling == "none" else cfg.rope_scaling
@@ -260,7 +260,7 @@ def _rope_words(cfg: ModelConfig, layout: Layout) -> dict[str, Any]:
 
 def write_config(
     cfg: ModelConfig,  # architecture
-    layout: Layout = "llama",  # in whose words
+    layout: KeyLayout = "llama",  # in whose words
     dtype: str = "float32",  # of the tensors
     tokens: Mapping[str, Any] | None = None,  # bos_token_id, eos_token_id, pad_token_id, where known
 ) -> dict[str, Any]:  # for config.json

@@ -28,7 +28,7 @@ from ..data.tokenizer import Tokenizer
 from .hf_config import load_config, write_config
 from .hf_files import Spec, WeightFolder, write_sharded
 from .hf_tokenizer import generation_config, copy_tokenizer, write_tokenizer
-from .keys import Entry, Layout, entries
+from .keys import Entry, KeyLayout, entries
 from .native import TensorSource, find_tokenizer, native_config, trained_with_bos, write_native
 from ..model.config import ModelConfig
 from ..model.init import allocate
@@ -269,7 +269,7 @@ def _export(
     read: Callable[[str], Tensor],  # a tensor of ours
     dtype: torch.dtype,
     tokenizer: Tokenizer | JsonTokenizer | None,
-    layout: Layout,
+    layout: KeyLayout,
     shard_bytes: int,
     add_bos: bool | None,
     progress: bool,
@@ -310,7 +310,7 @@ def to_hf(
     folder: str | Path,  # a new one
     dtype: torch.dtype | None = None,  # of the files; None: the model's
     shard_bytes: int = 5 << 30,  # size of a file
-    layout: Layout = "llama",  # "internlm", "internlm2", "internlm3": names as released, which need the code of the release to run
+    layout: KeyLayout = "llama",  # "internlm", "internlm2", "internlm3": names as released, which need the code of the release to run
     add_bos: bool | None = None,  # the tokenizer puts bos in front of every text; None: of a SentencePiece model yes, otherwise as its file does
     progress: bool = False,  # a bar over the bytes
 ) -> Path:  # the folder
@@ -343,7 +343,7 @@ def native_to_hf(
     tokenizer: Tokenizer | JsonTokenizer | Literal["none"] | None = None,  # None: the checkpoint's or its run's own, if there is one
     dtype: torch.dtype | None = None,  # of the files; None: as in the checkpoint
     shard_bytes: int = 5 << 30,  # size of a file
-    layout: Layout = "llama",  # as in `to_hf`
+    layout: KeyLayout = "llama",  # as in `to_hf`
     add_bos: bool | None = None,  # the tokenizer puts bos in front of every text; None: as the run's data has it, else as in `to_hf`
     progress: bool = False,  # a bar over the bytes
 ) -> Path:  # the folder

@@ -17,7 +17,7 @@ from ..base.check import some
 from ..checkpoint.durable import CheckpointError
 from .hf_files import check_plain
 from .internevo_config import config_from_section, load_pt
-from .internevo_layout import FfnOrder, Part, cut_dim, join, stage_parts
+from .internevo_layout import FfnOrder, StagePart, sliced_dim, join, stage_parts
 from .native import TensorSource
 from ..model.config import Family, ModelConfig
 
@@ -115,7 +115,7 @@ class InternEvoFolder(TensorSource):
         self.cfg = self._config(family_of(first, self._grid[0][0])) if config is None else config
         self._stages = self._parts(ffn_order)
         self._check()
-        self._where: dict[str, tuple[int, Part]] = {part.name: (stage, part) for stage, parts in enumerate(self._stages) for part in parts}
+        self._where: dict[str, tuple[int, StagePart]] = {part.name: (stage, part) for stage, parts in enumerate(self._stages) for part in parts}
         self._open: dict[Path, Mapping[str, Tensor]] = {}
 
     def _config(self, family: Family) -> ModelConfig:
@@ -126,7 +126,7 @@ class InternEvoFolder(TensorSource):
         biases = (any(re.search(rf"\.({names})\.bias$", name) for name in found) for names in ("Wqkv|wqkv|wq", "out_proj|wo"))
         return config_from_section(load_pt(path), family, *biases, where=str(path))
 
-    def _parts(self, ffn_order: FfnOrder) -> list[list[Part]]:
+    def _parts(self, ffn_order: FfnOrder) -> list[list[StagePart]]:
         "What each stage should hold; its files say how many blocks that is"
         counts = [len({m[1] for name in row[0] if (m := re.match(r"(?:blocks|layers)\.(\d+)\.", name))}) for row in self._facts]
         if sum(counts) != self.cfg.num_layers:
@@ -135,10 +135,10 @@ class InternEvoFolder(TensorSource):
         return [self._renamed(stage_parts(self.cfg, range(a, a + n), ffn_order), row[0]) for a, n, row in zip(starts, counts, self._facts)]
 
     @staticmethod
-    def _renamed(parts: list[Part], facts: Facts) -> list[Part]:
+    def _renamed(parts: list[StagePart], facts: Facts) -> list[StagePart]:
         "With the older name of a tensor where the file has that"
         names = [next((old for old in part.older if old in facts and part.disk[0] not in facts), None) for part in parts]
-        return [part if name is None else Part(part.name, (name,), part.shape, part.cut) for part, name in zip(parts, names)]
+        return [part if name is None else StagePart(part.name, (name,), part.shape, part.cut) for part, name in zip(parts, names)]
 
     def _check(self) -> None:
         faults = [fault for stage in range(len(self._stages)) for fault in self._faults(stage)]
@@ -158,7 +158,7 @@ class InternEvoFolder(TensorSource):
             if len(kinds) > 1:
                 faults.append(f"{part.disk[0]}: of different types, {', '.join(sorted(map(str, kinds)))}, in the files of stage {stage}")
             try:
-                cut_dim(part, self.cfg, [[facts[name][0] for name in part.disk] for facts in holders])
+                sliced_dim(part, self.cfg, [[facts[name][0] for name in part.disk] for facts in holders])
             except ValueError as error:
                 faults.append(f"stage {stage}: {error}{self._swapped(part, row)}")
         known = {name for part in self._stages[stage] for name in part.disk}
@@ -166,13 +166,13 @@ class InternEvoFolder(TensorSource):
             faults += [f"{path.name}: {name} {facts[name][0]} has no place in this model" for name in facts if name not in known]
         return faults
 
-    def _swapped(self, part: Part, row: list[Facts]) -> str:
+    def _swapped(self, part: StagePart, row: list[Facts]) -> str:
         "A hint, when the shapes are those of the other feed-forward order"
         if self.cfg.family != "internlm" or not part.name.endswith(("w2.weight", "w3.weight")):
             return ""
         other = re.sub(r"w[23](?=\.weight$)", lambda m: "w3" if m[0] == "w2" else "w2", part.disk[0])
         try:
-            cut_dim(part, self.cfg, [[facts[other][0]] for facts in row])
+            sliced_dim(part, self.cfg, [[facts[other][0]] for facts in row])
         except (KeyError, ValueError):
             return ""
         order = "new" if part.name.endswith("w2.weight") == part.disk[0].endswith("w3.weight") else "old"
@@ -186,7 +186,7 @@ class InternEvoFolder(TensorSource):
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
-    def _at(self, name: str) -> tuple[int, Part]:
+    def _at(self, name: str) -> tuple[int, StagePart]:
         if name not in self._where:
             raise CheckpointError(f"{self.folder}: has no tensor {name!r}; it has {some(self.names)}")
         return self._where[name]

@@ -21,7 +21,7 @@ from ..checkpoint.reader import Checkpoint
 from ..data.json_tokenizer import JsonTokenizer, load_tokenizer, open_tokenizer, tokenizer_files
 from ..data.tokenizer import Tokenizer
 from .native import find_tokenizer, has_tokenizer
-from .source import Kind, Weights, kind_of, open_weights
+from .source import SourceKind, Weights, kind_of, open_weights
 from ..model.init import allocate
 from ..model.transformer import Transformer
 
@@ -124,7 +124,7 @@ class Loaded:
     model: Transformer  # on its device, without gradients
     tokenizer: Tokenizer | JsonTokenizer | None  # None: none was found
     folder: Path  # that the weights were read from
-    kind: Kind  # "native", "huggingface" or "internevo"
+    kind: SourceKind  # "native", "huggingface" or "internevo"
     system: str | None = None  # what the folder's own chat template says first, when nothing else is said
     stop_ids: tuple[int, ...] = ()  # at which generation ends, as the folder says
 

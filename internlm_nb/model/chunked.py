@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .nodes import wide_dtype
+from .fused_ops import wide_dtype
 
 # %% ../../nbs/model/14_chunked.ipynb #d2684357
 CHUNK = 128  # queries computed together; measured best of 64, 128 and 256 for documents up to 2048 tokens

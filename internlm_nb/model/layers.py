@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .config import ModelConfig
 from .decode import Linear
-from .nodes import RMSNormNode, RopeNode, by_hand, over_heads, wide_dtype
+from .fused_ops import RMSNormNode, RopeNode, use_fused, over_heads, wide_dtype
 
 # %% ../../nbs/model/02_layers.ipynb #426b0ac2
 def rms_norm(
@@ -61,7 +61,7 @@ class RMSNorm(nn.Module):
         Returns:
             (..., hidden) -> (..., hidden)
         """
-        if by_hand(x):
+        if use_fused(x):
             out = RMSNormNode.apply(x, self.weight, self.eps)
             assert isinstance(out, Tensor)
             return out
@@ -140,7 +140,7 @@ def apply_rope(
     Returns:
         (tokens, ..., head_dim), in x's dtype, pairs half-split
     """
-    if by_hand(x) and x.requires_grad:
+    if use_fused(x) and x.requires_grad:
         turned = RopeNode.apply(x, cos, sin, interleaved)
         assert isinstance(turned, Tensor)
         return turned

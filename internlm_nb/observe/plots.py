@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Run', 'Picture', 'series', 'smooth', 'draw_loss', 'draw_lr', 'draw_grad_norm', 'draw_throughput', 'panels',
-           'load_run', 'plot_run', 'compare_runs', 'save_plots']
+           'read_run', 'plot_run', 'compare_runs', 'save_plots']
 
 # %% ../../nbs/observe/04_plots.ipynb #b655a577
 import io
@@ -173,7 +173,7 @@ def panels() -> dict[str, Callable[[Axes, Sequence[Record]], None]]:
 Run = Path | str | Sequence[Record]  # a run folder, its metrics file, or the records themselves
 
 
-def load_run(
+def read_run(
     run: Run,  # folder, file or records
 ) -> tuple[list[Record], str]:
     """Records of training and, for a folder, of validation (evenly chosen ones of a long run), and where they come from in words; a folder without a metrics file has none yet
@@ -200,7 +200,7 @@ def plot_run(
         title: over the four panels
         source: said in the corner; None: from the run
     """
-    records, where = load_run(run)
+    records, where = read_run(run)
     fig = Picture(figsize=(7, 4.4), dpi=80, layout="constrained")
     for ax, draw in zip(fig.subplots(2, 2).flat, panels().values()):
         draw(ax, records)
@@ -224,7 +224,7 @@ def compare_runs(
     """
     fig = Picture(figsize=(3.5 * len(keys), 2.5), dpi=80, layout="constrained")
     units = {"loss": "nats per target", "tgs": "tokens / rank / s", "lr": "learning rate", "grad_norm": "global L2 norm", "tflops": "TFLOP/s a rank"}
-    loaded = {name: load_run(run)[0] for name, run in runs.items()}
+    loaded = {name: read_run(run)[0] for name, run in runs.items()}
     for ax, key in zip(fig.subplots(1, len(keys), squeeze=False).flat, keys):
         for i, (name, records) in enumerate(loaded.items()):
             steps, values = series(records, key)
@@ -243,7 +243,7 @@ def save_plots(
         run_dir: run folder with its metrics.jsonl
     """
     folder = Path(run_dir) / "plots"
-    records, where = load_run(run_dir)
+    records, where = read_run(run_dir)
     saved = [plot_run(records, title=Path(run_dir).resolve().name, source=where).save(folder / "overview.png")]
     for name, draw in panels().items():
         fig = Picture(figsize=(5, 3), dpi=100, layout="constrained")

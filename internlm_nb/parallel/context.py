@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..base.check import require
-from ..model.nodes import wide_dtype
+from ..model.fused_ops import wide_dtype
 from .comm import Axis, Handle, barrier, start_send_receive
 from .layout import check
 from .mesh import Mesh
-from .partial import combine, partial_attention, partial_grads
+from .blockwise import combine, partial_attention, partial_grads
 from .sequence import LocalSegments, Ring, ulysses
 
 # %% ../../nbs/parallel/23_context.ipynb #76009d42

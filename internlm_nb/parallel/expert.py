@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ..base.check import require
 from ..model.config import ModelConfig, capacity_of
-from ..model.moe import Experts, MixtureOfExperts, Plan, from_experts, host_sizes, places, to_experts
+from ..model.moe import Experts, MixtureOfExperts, Routing, unpermute, host_sizes, position_in_expert, permute
 from ..model.segments import Positions
 from .comm import Axis, all_gather, all_reduce, all_to_all
-from .layout import Mode
+from .layout import TensorMode
 from .mesh import Mesh
-from .pairs import copy_to, gather_from_sequence, reduce_from, scatter_to_sequence
+from .mappings import copy_to, gather_from_sequence, reduce_from, scatter_to_sequence
 from .placement import Cut, Placement
 
 # %% ../../nbs/parallel/18_expert.ipynb #648f1ffb
@@ -97,9 +97,9 @@ class SplitExperts(Experts):
         send, receive = host_sizes(torch.stack((counts.view(ranks, here).sum(1), received.sum(1))), x.shape[0])
         rows = sum(receive)
         to = regroup(received, rows)
-        plan = Plan(to.unsqueeze(1), rows, received.sum(0), None)
+        plan = Routing(to.unsqueeze(1), rows, received.sum(0), None)
         came = all_to_all(x, self.axis, "dispatch", send, receive)
-        out = from_experts(Experts.forward(self, to_experts(came, plan), plan.sizes), plan).squeeze(1)
+        out = unpermute(Experts.forward(self, permute(came, plan), plan.sizes), plan).squeeze(1)
         return all_to_all(out, self.axis, "combine", receive, send)
 
 # %% ../../nbs/parallel/18_expert.ipynb #c82c6cbc
@@ -130,13 +130,13 @@ class SplitMixture(MixtureOfExperts):
         self,
         old: MixtureOfExperts,  # whose parameters, cut already, it takes over
         tensor: Axis | None = None,  # over which channels are cut; None: they are not
-        mode: Mode = "mtp",  # how activations lie between blocks
+        mode: TensorMode = "mtp",  # how activations lie between blocks
         pack: tuple[Axis, ...] = (),  # over which packs are cut: sequence, context
     ):
         nn.Module.__init__(self)
         self.cfg, self.layer, self.gate, self.experts, self.shared = old.cfg, old.layer, old.gate, old.experts, old.shared
         self.tensor, self.pack = tensor, tuple(axis for axis in pack if axis.size > 1)
-        self.mode: Mode = mode
+        self.mode: TensorMode = mode
         for axis in self.pack:
             self.pack_parts *= axis.size
 
@@ -162,10 +162,10 @@ class SplitMixture(MixtureOfExperts):
             counts = all_reduce(counts, axis, "expert balance")
         return counts
 
-    def pack_places(self, choices: Tensor, order: Tensor | None) -> Tensor:
+    def pack_positions(self, choices: Tensor, order: Tensor | None) -> Tensor:
         "Places in the queues of the whole pack: every rank sees all choices in the pack's order. Raises ValueError when nobody says which tokens are here"
         if not self.pack:
-            return super().pack_places(choices, order)
+            return super().pack_positions(choices, order)
         if order is None or order.shape != choices.shape[:1]:
             raise ValueError(f"capacity goes by a token's place in its pack, of which this rank has a part: give Positions.order, {choices.shape[0]} places (int64) for the tokens here")
         both = torch.cat((order.unsqueeze(1), choices), 1)
@@ -173,7 +173,7 @@ class SplitMixture(MixtureOfExperts):
             both = all_gather(both, axis, "expert places")
         whole = torch.empty_like(both[:, 1:])
         whole[both[:, 0]] = both[:, 1:]
-        return places(whole, self.cfg.num_experts)[order]
+        return position_in_expert(whole, self.cfg.num_experts)[order]
 
     def share(self, term: Tensor) -> Tensor:
         "All tensor ranks compute the same term: its gradient counts once"

@@ -17,9 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from ..model.decode import thin_linear
 from .comm import Axis, all_gather, all_reduce, reduce_scatter, start_all_gather, start_all_reduce, start_reduce_scatter
-from .halves import Finish, Late, WeightQueue, linear_in_halves, with_grad
-from .layout import Mode
-from .pairs import reduce_from, scatter_to_sequence
+from .split_backward import Finish, Late, WeightQueue, split_backward_linear, with_grad
+from .layout import TensorMode
+from .mappings import reduce_from, scatter_to_sequence
 
 # %% ../../nbs/parallel/16_linear.ipynb #bfeb1525
 def later(
@@ -49,7 +49,7 @@ class _Column(torch.autograd.Function):
     "Products of one input with this rank's rows of several weights"
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, mode: Mode, purpose: str, late: Late | None, count: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, axis: Axis, mode: TensorMode, purpose: str, late: Late | None, count: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases = parameters[:count], parameters[count:]
         whole = x if mode == "mtp" else all_gather(x, axis, purpose)
         ctx.save_for_backward(x if mode == "fsp" else whole, *weights)
@@ -94,7 +94,7 @@ def column(
     weights: Sequence[Tensor],  # this rank's rows, (out / size, in) each
     biases: Sequence[Tensor | None],  # this rank's part, (out / size,) each
     axis: Axis,  # the tensor axis
-    mode: Mode,  # how activations lie between blocks
+    mode: TensorMode,  # how activations lie between blocks
     purpose: str,  # what for
     queue: WeightQueue | None = None,  # takes the weights' gradients
 ) -> tuple[Tensor, ...]:  # (tokens, out / size), one a weight
@@ -125,7 +125,7 @@ def row(
     weight: Tensor,  # this rank's columns, (out, in / size)
     bias: Tensor | None,  # (out,), the same on every rank
     axis: Axis,  # the tensor axis
-    mode: Mode,  # how activations lie between blocks
+    mode: TensorMode,  # how activations lie between blocks
     purpose: str,  # what for
     queue: WeightQueue | None = None,  # takes the weight's gradient
 ) -> Tensor:  # (tokens, out), or in msp and fsp this rank's (tokens / size, out)
@@ -143,7 +143,7 @@ def row(
     Returns:
         (tokens, out), or in msp and fsp this rank's (tokens / size, out)
     """
-    out = (reduce_from if mode == "mtp" else scatter_to_sequence)(linear_in_halves(x, weight, None, queue), axis, purpose)
+    out = (reduce_from if mode == "mtp" else scatter_to_sequence)(split_backward_linear(x, weight, None, queue), axis, purpose)
     return out if bias is None else out + bias
 
 # %% ../../nbs/parallel/16_linear.ipynb #4b8a5f3b
@@ -161,12 +161,12 @@ class ColumnLinear(nn.Module):
         self,
         old: nn.Linear,  # whose parameters, cut already, it takes over
         axis: Axis,  # the tensor axis
-        mode: Mode,  # how activations lie between blocks
+        mode: TensorMode,  # how activations lie between blocks
         purpose: str,  # what for
     ):
         super().__init__()
         self.weight, self.bias, self.axis, self.purpose = old.weight, old.bias, axis, purpose
-        self.mode: Mode = mode
+        self.mode: TensorMode = mode
         self.queue: WeightQueue | None = None  # set from outside, where backward comes in halves
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, in) or a part -> (tokens, out / size)
@@ -206,11 +206,11 @@ class SplitFeedForward(nn.Module):
         self,
         old: nn.Module,  # a FeedForward whose parameters, cut already, it takes over
         axis: Axis,  # the tensor axis
-        mode: Mode,  # how activations lie between blocks
+        mode: TensorMode,  # how activations lie between blocks
     ):
         super().__init__()
         self.w1, self.w2, self.w3, self.axis = old.w1, old.w2, old.w3, axis
-        self.mode: Mode = mode
+        self.mode: TensorMode = mode
         self.queue: WeightQueue | None = None  # set from outside, where backward comes in halves
 
     def forward(self, x: Tensor) -> Tensor:  # (tokens, hidden), or a part of the tokens; likewise out

@@ -18,7 +18,7 @@ from ..base.check import require
 from ..model.segments import Segments, positions_from
 from .comm import Axis, all_to_all
 from .layout import Coords, Layout
-from .tokens import Hop, Run, pieces_of, plan_ring, runs_of, spans_of
+from .tokens import Hop, TokenRange, pieces_of, plan_ring, ranges_of, spans_of
 
 # %% ../../nbs/parallel/20_sequence.ipynb #77702dff
 @dataclass(frozen=True, eq=False)
@@ -75,7 +75,7 @@ class LocalSegments(Segments):
     """
 
     whole: tuple[int, ...]  # tokens of each piece's document
-    runs: tuple[Run, ...]  # of consecutive tokens
+    runs: tuple[TokenRange, ...]  # of consecutive tokens
     shard: Segments  # pieces of the context rank, which its sequence ranks have together
     ring: Ring | None  # what to do about documents on several context ranks; None: nothing
     rows: Tensor  # (tokens,) int64, places of these tokens in the pack
@@ -119,13 +119,13 @@ def cut_rows(
     offsets = list(itertools.accumulate(lengths, initial=0))
     require(bool(lengths) and min(lengths) >= 0 and offsets[-1] > 0, f"lengths {tuple(lengths)[:8]}: give at least one token, and no negative length")
     spans = spans_of(offsets[-1], layout, coords)
-    runs = runs_of(offsets, spans)
+    runs = ranges_of(offsets, spans)
     pieces = pieces_of(runs)
     local = Segments.from_lengths([n for _, n in pieces], device)
     shard = local
     if layout.sequence > 1:
         ranks = spans_of(offsets[-1], Layout(layout.context, context=layout.context), Coords(context=coords.context))
-        shard = Segments.from_lengths([n for _, n in pieces_of(runs_of(offsets, ranks))], device)
+        shard = Segments.from_lengths([n for _, n in pieces_of(ranges_of(offsets, ranks))], device)
     ring = ring_of(lengths, layout, coords.context, device) if layout.context > 1 else None
     rows = torch.cat([torch.arange(a, b, device="cpu") for a, b in spans])
     whole = tuple(offsets[d + 1] - offsets[d] for d, _ in pieces)

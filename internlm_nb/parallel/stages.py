@@ -18,7 +18,7 @@ from ..model.loss import LossOutput
 from ..model.segments import Inputs
 from ..model.transformer import Block, Transformer, check_ids
 from .batch import Batch
-from .halves import LaterLinear, WeightQueue
+from .split_backward import DelayedWgradLinear, WeightQueue
 from .linear import ColumnLinear, SplitFeedForward
 from .schedules import Schedule, split_layers
 
@@ -183,7 +183,7 @@ def defer_weights(
             if isinstance(child, (ColumnLinear, SplitFeedForward)):
                 child.queue = queue
             elif type(child) in (nn.Linear, Linear):
-                setattr(module, name, LaterLinear(child, queue))  # type: ignore[arg-type]
+                setattr(module, name, DelayedWgradLinear(child, queue))  # type: ignore[arg-type]
             elif isinstance(child, nn.Linear):
                 raise ValueError(f"{where} is a {type(child).__name__}, whose backward does not come in halves: choose schedule 1f1b or interleaved, or plain linear maps")
             else:

@@ -17,7 +17,7 @@ from ..model.config import ModelConfig
 from ..model.params import cut_dim
 from .comm import Axis
 from .expert import SplitMixture
-from .layout import Layout, Mode, check
+from .layout import Layout, TensorMode, check
 from .linear import ColumnLinear, RowLinear, SplitFeedForward
 from .placement import Placement, placements_of
 from .vocab import SplitEmbedding, SplitHead
@@ -35,7 +35,7 @@ def _refuse(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
 def tensor_parallel(
     model: nn.Module,  # a whole Transformer, best on the meta device; changed in place
     axis: Axis,  # the tensor axis
-    mode: Mode,  # how activations lie between blocks
+    mode: TensorMode,  # how activations lie between blocks
 ) -> dict[str, Placement]:  # of every parameter, by logical name
     """Cut a model's matrices over an axis: afterwards it computes the same with a share of the weights. Raises ValueError that names the sizes which do not fit
 
@@ -50,7 +50,7 @@ def tensor_parallel(
         of every parameter, by logical name
     """
     cfg: ModelConfig = model.cfg  # type: ignore[assignment]
-    require(mode in get_args(Mode), f"mode is {mode!r}: choose one of {', '.join(get_args(Mode))}")
+    require(mode in get_args(TensorMode), f"mode is {mode!r}: choose one of {', '.join(get_args(TensorMode))}")
     if axis.size == 1:
         return placements_of(model)
     check(Layout(axis.size, tensor=axis.size, mode=mode), cfg, seq_len=axis.size)

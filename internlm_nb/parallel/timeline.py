@@ -58,22 +58,22 @@ class Timeline:
 def timeline(
     schedule: Schedule,
     forward: float = 1.0,  # time of an F
-    input_grad: float = 1.0,  # of an I
+    input_grad: float = 1.0,  # of a B
     weight_grad: float = 1.0,  # of a W; a B takes both
     comm: float = 0.0,  # from the end of an action until its result is on another rank
-    kept: float = 1.0,  # share of an activation that is still held between I and W
+    kept: float = 1.0,  # share of an activation that is still held between B and W
 ) -> Timeline:
     """When each action runs if every rank keeps to its order and starts as soon as it can. Raises ScheduleError, which says who waits for whom, if they wait for ever
 
     Args:
         forward: time of an F
-        input_grad: of an I
+        input_grad: of a B
         weight_grad: of a W; a B takes both
         comm: from the end of an action until its result is on another rank
-        kept: share of an activation that is still held between I and W
+        kept: share of an activation that is still held between B and W
     """
-    cost = {"F": forward, "I": input_grad, "W": weight_grad, "B": input_grad + weight_grad}
-    ends: dict[Action, float] = {}  # `B` for the input-gradient half too
+    cost = {"F": forward, "B": input_grad, "W": weight_grad, "BW": input_grad + weight_grad}
+    ends: dict[Action, float] = {}  # `B` for a whole backward too
     rows: list[list[Span]] = [[] for _ in schedule.orders]
     moved = True
     while moved:
@@ -101,32 +101,32 @@ def timeline(
 
 
 def _peak(order: Sequence[Action], forward_only: bool, kept: float) -> float:
-    "Most activations at one time: from the start of F to the end of B; or all until the end of I, then what is kept until the end of W"
+    "Most activations at one time: from the start of F to the end of BW; or all until the end of B, then what is kept until the end of W"
     held = most = 0.0
     for action in order:
         held += action.kind == "F"
         most = max(most, held)
-        held -= {"F": float(forward_only), "B": 1.0, "I": 1 - kept, "W": kept}[action.kind]
+        held -= {"F": float(forward_only), "BW": 1.0, "B": 1 - kept, "W": kept}[action.kind]
     return most
 
 # %% ../../nbs/parallel/25_timeline.ipynb #62c7d159
 def plot_schedule(
     schedule: Schedule,
     forward: float = 1.0,  # time of an F
-    input_grad: float = 1.0,  # of an I
+    input_grad: float = 1.0,  # of a B
     weight_grad: float = 1.0,  # of a W
     comm: float = 0.0,  # of a message
-    kept: float = 1.0,  # share of an activation that is still held between I and W
+    kept: float = 1.0,  # share of an activation that is still held between B and W
     ax: "Axes | None" = None,  # None: a new figure
 ) -> "Axes":
     """Draw what each rank does when. The title says the bubble, and the peak of activations in micro-batches of all of a rank's layers
 
     Args:
         forward: time of an F
-        input_grad: of an I
+        input_grad: of a B
         weight_grad: of a W
         comm: of a message
-        kept: share of an activation that is still held between I and W
+        kept: share of an activation that is still held between B and W
         ax: None: a new figure
     """
     import matplotlib.pyplot as plt
@@ -134,8 +134,8 @@ def plot_schedule(
     t = timeline(schedule, forward, input_grad, weight_grad, comm, kept)
     if ax is None:
         _, ax = plt.subplots(figsize=(min(10.0, 2 + 0.12 * t.total), 0.6 + 0.25 * schedule.ranks), dpi=80, layout="constrained")
-    colours: dict[str, tuple[float, ...]] = {"F": (0.55, 0.72, 0.95), "B": (0.50, 0.80, 0.74), "I": (0.60, 0.85, 0.60), "W": (0.98, 0.80, 0.48)}
-    names = {"F": "forward", "B": "backward", "I": "input gradient", "W": "weight gradient"}
+    colours: dict[str, tuple[float, ...]] = {"F": (0.55, 0.72, 0.95), "BW": (0.50, 0.80, 0.74), "B": (0.60, 0.85, 0.60), "W": (0.98, 0.80, 0.48)}
+    names = {"F": "forward", "BW": "backward", "B": "input gradient", "W": "weight gradient"}
     seen: set[str] = set()
     for rank, row in enumerate(t.spans):
         for (kind, micro, stage), start, end in row:

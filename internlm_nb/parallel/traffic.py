@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from ..model.config import ModelConfig, chunk_tokens
-from .layout import Coords, Layout, Mode
+from .layout import Coords, Layout, TensorMode
 from .record import Count, sent_bytes
 from .tokens import plan_ring
 
@@ -56,7 +56,7 @@ def tensor_traffic(
     cfg: ModelConfig,  # architecture
     tokens: int,  # of one pack
     size: int,  # tensor ranks
-    mode: Mode,  # how activations lie between blocks
+    mode: TensorMode,  # how activations lie between blocks
     itemsize: int = 2,  # bytes of an activation: 2 for bf16
     recomputed: int = 0,  # blocks that are recomputed, fully or selectively
     label_smoothing: bool = False,  # is there any?

@@ -20,8 +20,8 @@ from ..model.config import chunk_tokens
 from ..model.loss import LossOutput, check_labels, slab_rows, times
 from ..model.transformer import Embedding, Head
 from .comm import Axis, Handle, start_all_gather
-from .layout import Mode
-from .pairs import copy_to, gather_from_sequence, gather_to, reduce_from, scatter_to_sequence
+from .layout import TensorMode
+from .mappings import copy_to, gather_from_sequence, gather_to, reduce_from, scatter_to_sequence
 
 # %% ../../nbs/parallel/17_vocab.ipynb #fd94edc6
 class SplitEmbedding(nn.Module):
@@ -37,7 +37,7 @@ class SplitEmbedding(nn.Module):
         self,
         old: Embedding,  # whose parameter, cut already, it takes over
         axis: Axis,  # the tensor axis
-        mode: Mode,  # how activations lie between blocks
+        mode: TensorMode,  # how activations lie between blocks
     ):
         super().__init__()
         self.weight, self.grad_scale = old.weight, old.grad_scale
@@ -217,7 +217,7 @@ class SplitHead(nn.Module):
         self,
         old: Head,  # whose parameters, cut already, it takes over
         axis: Axis,  # the tensor axis
-        mode: Mode,  # how activations lie between blocks
+        mode: TensorMode,  # how activations lie between blocks
     ):
         super().__init__()
         self.norm_head, self.label_smoothing, self.chunk = old.norm_head, old.label_smoothing, old.chunk

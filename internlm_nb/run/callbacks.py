@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from ..checkpoint.keep import Stop, read_stop
 from ..data.loader import Validation
 from ..observe.metrics import StepRecord
-from ..parallel.together import RankFailed
+from ..parallel.consensus import RankFailed
 from .state import TrainState
 from .stopping import Stopped
 from ..train.config import RunConfig
@@ -249,7 +249,7 @@ class Plot(Callback):
 
     def draw(self) -> None:
         "Draw now, on the first rank"
-        if self.trainer.leads:
+        if self.trainer.is_main:
             try:
                 save_plots(self.trainer.run_dir)
             except Exception as e:
@@ -289,7 +289,7 @@ class StopFile(Callback):
 
     def wants_stop(self, step: int) -> Stopped | None:
         "Look at the file for all steps since the last look"
-        if not self.trainer.leads:
+        if not self.trainer.is_main:
             return None
         path = self.path or self.trainer.run_dir / "stop"
         new = [read_stop(path, s, say=self.trainer.once) for s in range(self.seen + 1, step + 1)]
@@ -300,7 +300,7 @@ class StopFile(Callback):
 
     def wants_save(self, step: int) -> bool:
         "As the last look found"
-        return self.trainer.leads and self.said.save
+        return self.trainer.is_main and self.said.save
 
 
 class TimeLimit(Callback):
@@ -385,7 +385,7 @@ def give_up(
         f"{what}. The weights are those of step {before}. Look at the data of these steps, lower --optim.lr, or leave "
         f"batches out with --data.skip-batches; {found}{again}"
     )
-    if trainer.leads:
+    if trainer.is_main:
         raise FloatingPointError(message)
     raise RankFailed(message)
 

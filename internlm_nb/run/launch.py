@@ -25,7 +25,7 @@ from ..data.facts import differences as data_differences
 from ..data.loader import Loader, Validation, parse_folders
 from ..parallel.comm import Axis, all_gather, start_all_reduce, start_send_receive
 from ..parallel.mesh import Mesh, Place, find_place, init_distributed, make_mesh, single
-from ..parallel.together import gather_texts, share, together
+from ..parallel.consensus import gather_texts, broadcast_text, run_on_all
 from ..train.config import RunConfig, flatten
 from .resolved import resolve
 from .state import versions
@@ -111,7 +111,7 @@ def agree_on(
         if found := differences(prints):
             raise ValueError("ranks are about to do different things:\n  " + "\n  ".join(found))
 
-    together(judge, world, "comparing what ranks are about to do")
+    run_on_all(judge, world, "comparing what ranks are about to do")
 
 
 def agree_on_data(
@@ -137,7 +137,7 @@ def agree_on_data(
         if lines:
             raise ValueError("ranks read other data:\n  " + "\n  ".join(lines[:8]) + "\nGive all of them the same folder")
 
-    together(judge, world, "comparing what the data folders hold")
+    run_on_all(judge, world, "comparing what the data folders hold")
 
 
 # %% ../../nbs/run/05_launch.ipynb #907f8935
@@ -233,7 +233,7 @@ def check_disk(
         mesh: Whose ranks must all see it, and be able to write there
     """
     world = mesh.axis("world")
-    token = run_dir / f".same-folder-{share(secrets.token_hex(8), world, 'is the folder one and the same?')}"
+    token = run_dir / f".same-folder-{broadcast_text(secrets.token_hex(8), world, 'is the folder one and the same?')}"
 
     def write() -> None:
         path = run_dir / f".write-test-{mesh.rank:05d}"
@@ -246,13 +246,13 @@ def check_disk(
         run_dir.mkdir(parents=True, exist_ok=True)
         token.touch()
 
-    together(begin, world, "writing into the run's folder", only_first=True)
+    run_on_all(begin, world, "writing into the run's folder", only_first=True)
     try:
-        together(lambda: _look_for(token, run_dir), world, "looking for the folder of rank 0")
+        run_on_all(lambda: _look_for(token, run_dir), world, "looking for the folder of rank 0")
     finally:
         if mesh.rank == 0:
             token.unlink(missing_ok=True)
-    together(write, world, "writing into the run's folder")
+    run_on_all(write, world, "writing into the run's folder")
 
 # %% ../../nbs/run/05_launch.ipynb #1a7233e8
 def choose_together(
@@ -270,11 +270,11 @@ def choose_together(
     """
     damaged: dict[Path, str] = {}
     while True:
-        found = together(lambda: find(damaged), world, "looking for a checkpoint", only_first=True)
-        name = share("" if found is None else str(found), world, "the checkpoint")
+        found = run_on_all(lambda: find(damaged), world, "looking for a checkpoint", only_first=True)
+        name = broadcast_text("" if found is None else str(found), world, "the checkpoint")
         if not name:
             return None
-        told = together(lambda name=name: _compare(Path(name), world), world, f"comparing the checksums of {name}")
+        told = run_on_all(lambda name=name: _compare(Path(name), world), world, f"comparing the checksums of {name}")
         wrong = [text for text in gather_texts(told, world, "checksums") if text]
         if not wrong:
             return Path(name)

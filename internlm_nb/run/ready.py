@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..data.loader import Loader, Validation, make_validation
 from ..parallel.mesh import Mesh
-from ..parallel.together import together
+from ..parallel.consensus import run_on_all
 from .folder import CHECKPOINTS, Guard
 from .launch import agree_on, agree_on_data, check_disk, choose_together
 from .preflight import check_data
@@ -108,16 +108,16 @@ def get_ready(
     guard = Guard(checkpoints, say)  # held from the first look at the folder on
     if world.size > 1:
         agree_on(run, mesh)
-    resolved, loader, validation = together(partial(look, run, mesh, say), world, "looking at data and memory")
+    resolved, loader, validation = run_on_all(partial(look, run, mesh, say), world, "looking at data and memory")
     if world.size > 1:
         agree_on_data(loader, validation, mesh)
     resume = choose_together(partial(find_checkpoint, run, run_dir, say, guard=guard), world)
     with matmul_precision(PRECISIONS[run.train.precision]):
-        built = together(partial(build, run, mesh), world, "building the model")
+        built = run_on_all(partial(build, run, mesh), world, "building the model")
     load = partial(load_start, run, resume, built.model, built.optimizer, loader, validation, say)
-    state = together(load, world, "loading weights")
+    state = run_on_all(load, world, "loading weights")
     enter = partial(open_folder, run, run_dir, state, resume, resolved.checkpoint_bytes, command, say, guard)
-    together(enter, world, f"opening {run_dir}", only_first=True)
+    run_on_all(enter, world, f"opening {run_dir}", only_first=True)
     if world.size > 1:
         check_disk(run_dir, mesh)
     saver = Saver(run, checkpoints, (built.model, built.optimizer, loader, validation), mesh, say)

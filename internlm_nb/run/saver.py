@@ -17,9 +17,9 @@ from ..base.check import Say, some
 from ..checkpoint.durable import CheckpointError
 from ..checkpoint.keep import Found, mark_best, newest_sound, prune, snapshot_folder, steps
 from ..data.loader import Loader, Validation
-from ..parallel.comm import agree
+from ..parallel.comm import all_reduce_number
 from ..parallel.mesh import Mesh
-from ..parallel.together import RankFailed, share, together
+from ..parallel.consensus import RankFailed, broadcast_text, run_on_all
 from .start import weights_are_finite
 from .state import TrainState, data_facts, save_run
 from ..train.config import RunConfig
@@ -75,10 +75,10 @@ class Saver:
         """
         begin = time.monotonic()
         step = state.step
-        chosen = together(partial(self._choose, step, snapshot), self.world, "choosing where to save", only_first=True)
-        folder = Path(share(chosen or "", self.world, "where to save"))
+        chosen = run_on_all(partial(self._choose, step, snapshot), self.world, "choosing where to save", only_first=True)
+        folder = Path(broadcast_text(chosen or "", self.world, "where to save"))
         missing = snapshot or step not in {f.step for f in steps(self.checkpoints)}
-        self.wrote = bool(agree(int(missing and self.world.coord == 0), self.world, "is it to be saved?"))
+        self.wrote = bool(all_reduce_number(int(missing and self.world.coord == 0), self.world, "is it to be saved?"))
         if self.wrote:
             self._refuse_drifted()
             self.own |= set() if snapshot else {step}
@@ -88,7 +88,7 @@ class Saver:
             self.say(f"WARNING: weights are not finite after step {step}; what was saved before is kept")
         if self.run.checkpoint.keep_last:
             tidy = partial(self._tidy, state)
-            together(tidy, self.world, "deleting old checkpoints", only_first=True)
+            run_on_all(tidy, self.world, "deleting old checkpoints", only_first=True)
         if self.wrote:
             self.seconds = time.monotonic() - begin
         return Found(step, folder)
@@ -112,7 +112,7 @@ class Saver:
         Args:
             step: of now
         """
-        if agree(int(not weights_are_finite(self.optimizer)), self.world, "are the weights finite?"):
+        if all_reduce_number(int(not weights_are_finite(self.optimizer)), self.world, "are the weights finite?"):
             self.lost_at = step if self.lost_at is None else self.lost_at
         else:
             self.lost_at = None
@@ -131,8 +131,8 @@ class Saver:
             its path, on every rank; empty where there is none
         """
         find = partial(newest_sound, self.checkpoints, look=True, until=step, say=self.say)
-        found = together(find, self.world, "looking for a sound checkpoint", only_first=True)
-        return share(str(found) if found else "", self.world, "the newest sound checkpoint")
+        found = run_on_all(find, self.world, "looking for a sound checkpoint", only_first=True)
+        return broadcast_text(str(found) if found else "", self.world, "the newest sound checkpoint")
 
     def mark_best(
         self,
@@ -146,7 +146,7 @@ class Saver:
             loss: on the validation set
         """
         mark = partial(mark_best, self.checkpoints, step, loss)
-        together(mark, self.world, "marking the best checkpoint", only_first=True)
+        run_on_all(mark, self.world, "marking the best checkpoint", only_first=True)
 
     def _choose(self, step: int, snapshot: bool) -> str:
         folder = snapshot_folder(self.checkpoints, say=self.say) if snapshot else self.checkpoints / str(step)

@@ -82,7 +82,7 @@ def weights_are_finite(
     Args:
         optimizer: holds this rank's masters
     """
-    return all(bool(leaf.master.isfinite().all()) for leaf in optimizer.engine.leaves)
+    return all(bool(shard.master.isfinite().all()) for shard in optimizer.engine.shards)
 
 # %% ../../nbs/run/06_start.ipynb #95704496
 def reheated(
@@ -152,7 +152,7 @@ def load_start(
         if not weights_are_finite(optimizer):
             sound = newest_sound(resume.parent, look=True, until=made - 1, say=say)
             other = f": --checkpoint.resume {sound}" if sound else ""
-            lost = some([leaf.name for leaf in optimizer.engine.leaves if not leaf.master.isfinite().all()])
+            lost = some([shard.name for shard in optimizer.engine.shards if not shard.master.isfinite().all()])
             raise CheckpointError(
                 f"{resume}: its weights are not all finite ({lost}), so nothing can be trained from them; "
                 f"go on from an earlier one{other}"

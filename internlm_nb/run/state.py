@@ -27,7 +27,7 @@ from ..model.transformer import parameter_names
 from ..parallel.alive import at_work
 from ..parallel.comm import Axis
 from ..parallel.mesh import Mesh
-from ..parallel.together import meet
+from ..parallel.consensus import raise_together
 from ..train.config import Change, RunConfig, changes, from_dict, to_dict
 from ..train.optim import Optimizer
 from ..zero.hybrid import frozen_parts
@@ -174,7 +174,7 @@ def _save_together(folder: str | Path, tensors: Mapping[str, Chunk], about: Mapp
     def come() -> None:
         nonlocal met
         met = True
-        meet(None, world, what)
+        raise_together(None, world, what)
         met = False
 
     try:
@@ -182,7 +182,7 @@ def _save_together(folder: str | Path, tensors: Mapping[str, Chunk], about: Mapp
             return save_state(folder, tensors, about, overwrite=overwrite, rank=world.coord, ranks=world.size, barrier=come)
     except Exception as e:
         if not met:
-            meet(e, world, what)
+            raise_together(e, world, what)
         raise
 
 # %% ../../nbs/run/01_state.ipynb #02226ad9
@@ -199,7 +199,7 @@ def _fill(checkpoint: Source, optimizer: Optimizer, cast: bool, states: bool, hi
         raise CheckpointError(f"{checkpoint.folder} lacks {some(missing)}{hint}")
     load_into(targets, checkpoint, strict=False, cast=cast)
     optimizer.engine.forget()
-    optimizer.engine.updated()
+    optimizer.engine.master_updated()
 
 
 def _refuse_unknown(checkpoint: Source, model: nn.Module) -> None:

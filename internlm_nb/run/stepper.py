@@ -47,7 +47,7 @@ class Stepper:
         self.throughput = Throughput(mesh.axis("world").size)
         self.peak = run.log.peak_tflops or peak_tflops(mesh.device, run.train.precision)
         self.pending: list[Launched] = []  # launched, and not read
-        self.whole = True  # False inside a step: one that was cut off there must not be built upon
+        self.between_steps = True  # False inside a step: one that was cut off there must not be built upon
         self.last_s = 0.0  # that the steps took which were read together last
         self.restart_clock()
 
@@ -71,7 +71,7 @@ class Stepper:
             made: steps read before
             packs: the next step's packs of this rank
         """
-        step, self.whole = made + len(self.pending), False
+        step, self.between_steps = made + len(self.pending), False
         self.mesh.at_step(step)
         model, optimizer, device = self.built.model, self.built.optimizer, self.mesh.device
         meter, clock = TypeMeter(self.loader.types, device), StepClock(device)
@@ -109,6 +109,6 @@ class Stepper:
             more |= {"data_wait_s": got.wait_s / len(launched), "memory_bytes": got.memory_bytes}
             records.append(step_record(step, sums, state, self.throughput, self.peak, more))
         own = [rank_record(step, self.mesh, seconds, wait_s) for step in launched]
-        self.whole = True
+        self.between_steps = True
         self.restart_clock()
         return state, records, own, got.wishes

@@ -26,7 +26,7 @@ from ..observe.sinks import Sink
 from ..parallel.comm import CollectiveTimeout
 from ..parallel.mesh import Mesh, single
 from ..parallel.stages import PipelinePart
-from ..parallel.together import meet, together
+from ..parallel.consensus import raise_together, run_on_all
 from .callbacks import Callback, judge_end, own_callbacks
 from .folder import CHECKPOINTS
 from .host import keep_freed_memory
@@ -121,7 +121,7 @@ class Loop:
     def go(self) -> None:
         "Make all steps"
         t, run = self.t, self.t.run
-        shown = run.log.progress and t.leads
+        shown = run.log.progress and t.is_main
         bar = progress_bar(run.train.steps, t.state.step, None if shown else True, run.name)
         try:
             t.recorder.sinks.begin()
@@ -176,9 +176,9 @@ class Trainer:
         self.mesh = mesh if mesh is not None else single(choose_device(run.train.device))
         self.device = self.mesh.device
         self.world = self.mesh.axis("world")
-        self.leads = self.mesh.rank == 0
+        self.is_main = self.mesh.rank == 0
         self.precision = PRECISIONS[run.train.precision]
-        self.say = heard(say) if self.leads else lambda line: None  # rank 0 talks
+        self.say = heard(say) if self.is_main else lambda line: None  # rank 0 talks
         self.told: set[str] = set()  # remarks that are made once
         kept_memory = self.device.type == "cpu" and keep_freed_memory()
         ready = get_ready(run, self.run_dir, self.mesh, command, self.say)
@@ -189,11 +189,11 @@ class Trainer:
         self.moments = Moments([*own_callbacks(run, self.validation), *callbacks], self.troubles)
         self.callbacks = self.moments.callbacks
         record = partial(Recorder, run, self.run_dir, self.state.step, self.mesh, sinks, self.say, self.troubles)
-        self.recorder = together(record, self.world, "opening outputs")
+        self.recorder = run_on_all(record, self.world, "opening outputs")
         lines = summary(run, self.run_dir, self.loader, self.mesh) + describe_links(measure_links(self.mesh))
         lines += ["host memory: what is freed is kept for the next step"] if kept_memory else []
         self.recorder.introduce(lines, self.state.step)
-        steps, memory = run.train.profile_steps if self.leads else "", run.train.profile_memory
+        steps, memory = run.train.profile_steps if self.is_main else "", run.train.profile_memory
         self.profiler = StepProfiler(self.run_dir, steps, memory, say=self.say)
         self.stepper = Stepper(run, self.built, self.loader, self.mesh, self.profiler)
         self.request = StopRequest()  # what a signal leaves
@@ -244,7 +244,7 @@ class Trainer:
             judge_end(self)
             self.say(f"{self.run_dir} is complete: {made} of {whole} steps are made. For more, raise --train.steps")
             return Stopped.DONE
-        if not self.stepper.whole:
+        if not self.stepper.between_steps:
             raise RuntimeError(f"the last step was cut off: make a new Trainer on {self.run_dir}, to go on from its newest checkpoint")
         self.request.asked, self.stopped = False, None
         self.troubles.take()
@@ -252,7 +252,7 @@ class Trainer:
         self.first_call = False
         try:
             with signals_ask(self.request), matmul_precision(self.precision):
-                together(self.guard.take, self.world, f"locking {self.run_dir}", only_first=True)
+                run_on_all(self.guard.take, self.world, f"locking {self.run_dir}", only_first=True)
                 self.moments.each("start", weakref.proxy(self))
                 Loop(self, whole if steps is None else min(whole, made + steps)).go()
         except BaseException as e:
@@ -283,7 +283,7 @@ class Trainer:
         """
         step = self.state.step
         try:
-            meet(self.troubles.take(), self.world, TROUBLES[kind].format(step=step))
+            raise_together(self.troubles.take(), self.world, TROUBLES[kind].format(step=step))
         except CollectiveTimeout:  # a rank is gone: a save, in which all take part, would wait for it
             raise
         except Exception:
@@ -297,12 +297,12 @@ class Trainer:
     def _leave(self, error: BaseException) -> None:
         "An error ends the run: what a process alone has launched and not read is written down, and callbacks hear of it"
         stepper = self.stepper
-        whole = stepper.whole
+        whole = stepper.between_steps
         if stepper.pending and self.world.size == 1:
             with contextlib.suppress(Exception):
                 self.state, records, own, _ = stepper.read(self.state)
                 self.recorder.steps(records, own)
-        stepper.whole = whole
+        stepper.between_steps = whole
         self.moments.each("on_error", error)
 
     def _say_end(self) -> None:

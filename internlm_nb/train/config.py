@@ -19,8 +19,8 @@ from ..base.values import check_fields, check_range, shown
 from ..base.steps import parse_steps
 from ..data.config import DataConfig, SkippedBatches
 from ..model.config import ModelConfig
-from ..parallel.layout import Mode
-from ..parallel.schedules import Name
+from ..parallel.layout import TensorMode
+from ..parallel.schedules import ScheduleName
 from ..zero.costs import Reshard
 from ..zero.sharding import Sharding
 from .options import Fp8, LossScaleConfig, OptimConfig, PrecisionName
@@ -108,11 +108,11 @@ class ParallelConfig:
     """
 
     tensor: int = 1  # Ranks that split every matrix between them
-    mode: Mode = "mtp"  # Activations between blocks: mtp whole on every tensor rank; msp split along the sequence; fsp split, and gathered again in backward
+    mode: TensorMode = "mtp"  # Activations between blocks: mtp whole on every tensor rank; msp split along the sequence; fsp split, and gathered again in backward
     sequence: int = 1  # Ranks that split a pack's tokens, and its heads inside attention (Ulysses)
     context: int = 1  # Ranks that split a pack's tokens in zigzag, also inside attention (ring attention)
     pipeline: int = 1  # Ranks that split the layers
-    schedule: Name = "1f1b"  # Order of a pipeline's work: 1f1b, interleaved, zbh1 or zbv
+    schedule: ScheduleName = "1f1b"  # Order of a pipeline's work: 1f1b, interleaved, zbh1 or zbv
     chunks: int = 1  # Pieces of the model on each pipeline rank: 2 or more with interleaved, 2 with zbv
     expert: int = 1  # Data ranks that split the experts of a mixture
     bucket_mb: float = 32.0  # MiB of gradients that are reduced at a time, behind backward

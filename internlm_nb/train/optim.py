@@ -20,7 +20,7 @@ from ..base.check import some
 from .options import LossScaleConfig, OptimConfig
 from .precision import LossScale
 from .schedules import beta2_at, lr_at
-from ..zero.hybrid import FlatPart, HybridZero, trained_parts, zeros_like_masters
+from ..zero.hybrid import ParamRange, HybridZero, trained_parts, zeros_like_masters
 from ..zero.offload import FusedAdamW, HostAdamW
 
 _all_ = ["OptimConfig"]
@@ -143,14 +143,14 @@ class Optimizer:
             raise ValueError(f"{some(sorted(wrong))}: frozen for the engine and not for the optimizer, or the other way round; call freeze(model, cfg) before the engine is made")
         kinds: list[dict[str, Any]] = [{"params": [], "weight_decay": group.weight_decay} for group in self.groups]
         group_of = {name: kind for group, kind in zip(self.groups, kinds) for name in group.names}
-        for leaf in engine.leaves:
-            group_of[leaf.name]["params"].append(leaf.master)
+        for shard in engine.shards:
+            group_of[shard.name]["params"].append(shard.master)
         rates, device = (cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps), engine.mesh.device
         self.inner = HostAdamW(kinds, *rates, device) if engine.offload else FusedAdamW(kinds, *rates)
-        self.grads: list[Tensor] | None = None  # of the engine's leaves, once they are collected
-        for leaf, *moments in zip(engine.leaves, zeros_like_masters(engine), zeros_like_masters(engine)):  # now, not at the first step: a checkpoint is loaded into them
+        self.grads: list[Tensor] | None = None  # of the engine's shards, once they are collected
+        for shard, *moments in zip(engine.shards, zeros_like_masters(engine), zeros_like_masters(engine)):  # now, not at the first step: a checkpoint is loaded into them
             count = torch.zeros((), dtype=torch.float32, device=device)
-            self.inner.state[leaf.master] = {"step": count, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+            self.inner.state[shard.master] = {"step": count, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
             if engine.mesh.recorder is not None:
                 size = sum(m.numel() * m.element_size() for m in moments)
                 engine.mesh.recorder.memory("host moments" if engine.offload else "moments", size)
@@ -171,11 +171,11 @@ class Optimizer:
         "The next backward pass completes the gradients: their reduction over ranks may begin behind it"
         self.engine.last()
 
-    def collect(self) -> list[Tensor]:  # for each of the engine's leaves
+    def collect(self) -> list[Tensor]:  # for each of the engine's shards
         """Wait for the gradients of all ranks, once a step. Raises RuntimeError for a parameter that got none
 
         Returns:
-            for each of the engine's leaves
+            for each of the engine's shards
         """
         if self.grads is None:
             self.grads = self.engine.finish()
@@ -211,25 +211,25 @@ class Optimizer:
         norm = self.engine.squares(grads).sqrt().to(self.engine.master) / self.loss_scale.scale
         coef = (self.cfg.clip / (norm + 1e-6)).clamp(max=1.0) if self.cfg.clip > 0 else torch.ones_like(norm)
         skipped = (~torch.isfinite(norm)).float()
-        by_master = {leaf.master: grad for leaf, grad in zip(self.engine.leaves, grads)}
+        by_master = {shard.master: grad for shard, grad in zip(self.engine.shards, grads)}
         with record_function("Optimizer.step"):  # as PyTorch's optimizers are called in a profile
             self.inner.step(by_master, coef / self.loss_scale.scale, skipped)
-        self.engine.updated()
+        self.engine.master_updated()
         self.loss_scale.update(skipped)
         return UpdateInfo(norm, skipped)
 
     def named_parts(
         self,
         saving: bool = False,  # only what this rank writes into a checkpoint?
-    ) -> dict[str, FlatPart]:
+    ) -> dict[str, ParamRange]:
         """What this rank has of the masters and their moments, by `master.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`, and the number of updates, `adam_step.NAME`: shared memory, to be read or written
 
         Args:
             saving: only what this rank writes into a checkpoint?
         """
-        leaves = self.engine.leaves
-        states = [self.inner.state[leaf.master] for leaf in leaves]
-        kinds = {"master": [leaf.master for leaf in leaves], "exp_avg": [s["exp_avg"] for s in states], "exp_avg_sq": [s["exp_avg_sq"] for s in states]}
+        shards = self.engine.shards
+        states = [self.inner.state[shard.master] for shard in shards]
+        kinds = {"master": [shard.master for shard in shards], "exp_avg": [s["exp_avg"] for s in states], "exp_avg_sq": [s["exp_avg_sq"] for s in states]}
         out = {f"{kind}.{part.name}": part for kind, tensors in kinds.items() for part in trained_parts(self.engine, tensors, saving)}
-        counts = {leaf.name: state["step"] for leaf, state in zip(leaves, states)}
+        counts = {shard.name: state["step"] for shard, state in zip(shards, states)}
         return out | {f"adam_step.{part.name}": part._replace(tensor=counts[part.name]) for name, part in out.items() if name.startswith("master.")}

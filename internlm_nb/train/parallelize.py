@@ -19,7 +19,7 @@ from ..model.init import allocate
 from ..model.transformer import Transformer, parameter_names, recompute
 from ..parallel.context import sequence_parallel
 from ..parallel.expert import expert_parallel
-from ..parallel.halves import WeightQueue
+from ..parallel.split_backward import WeightQueue
 from ..parallel.layout import Layout, check
 from ..parallel.mesh import Mesh, single
 from ..parallel.placement import Cut, Placement, init_placed
@@ -29,7 +29,7 @@ from ..parallel.tensor import tensor_parallel
 from .config import RunConfig, ZeroConfig, as_options
 from .fp8 import fp8_linears, why_not_fp8
 from .optim import OptimConfig, Optimizer, freeze
-from .passes import Staged
+from .forward_backward import PipelineRunner
 from .precision import PRECISIONS, LossScale, Precision
 from ..zero.hybrid import ExtraSum, HybridZero
 from ..zero.sharding import Sharding
@@ -181,7 +181,7 @@ def cut_stages(
     p, axis = run.parallel, mesh.axis("pipeline")
     if axis.size == 1:
         return model
-    staged = Staged(p.schedule, axis, p.chunks, split=1 if p.mode == "mtp" else mesh.layout.tensor)
+    staged = PipelineRunner(p.schedule, axis, p.chunks, split=1 if p.mode == "mtp" else mesh.layout.tensor)
     schedule = staged.plan(run.data.micro_num // mesh.layout.data).schedule
     staged.queue = WeightQueue() if schedule.split else None
     part = pipeline_cut(model, schedule, axis.coord)
@@ -256,7 +256,7 @@ def extra_sums_of(
     out: list[ExtraSum] = []
     if partial := frozenset(name for name, place in placements.items() if place.partial):
         out.append(ExtraSum(partial, mesh.axis("tensor"), "partial gradients"))
-    if isinstance(model, PipelinePart) and isinstance(model.staged, Staged):
+    if isinstance(model, PipelinePart) and isinstance(model.staged, PipelineRunner):
         schedule = next(iter(model.staged.plans.values())).schedule
         if coords := tied_ranks(model.cfg, schedule):
             out.append(ExtraSum(frozenset({"embedding.weight"}), mesh.axis("pipeline"), "tied gradients", coords))

@@ -17,7 +17,7 @@ from ..parallel.layout import Coords, Layout
 from ..parallel.schedules import make_schedule, split_layers
 from .config import RunConfig
 from .options import ELEMENT_BYTES
-from ..zero.account import EngineSizes, StopSizes, UnitSizes, held, most_buffered, most_gathered
+from ..zero.formulas import EngineSizes, StopSizes, UnitSizes, memory_held, most_buffered, most_gathered
 from ..zero.flat import join_by_kind, lay_out
 from ..zero.sharding import Factors, Sharding
 
@@ -246,7 +246,7 @@ def state_memory(
         coords: of the rank
     """
     sizes = engine_sizes(run, layout, coords)
-    have = held(sizes)
+    have = memory_held(sizes)
     trained = [unit for unit in sizes.units if unit.grad_bytes]
     width = ELEMENT_BYTES[run.train.precision][1]
     own = [unit.layout.size // unit.layout.factors.optim * width for unit in trained]  # bytes of a copy as wide as a master

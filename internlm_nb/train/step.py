@@ -23,7 +23,7 @@ from ..parallel.mesh import Mesh
 from ..parallel.stages import PipelinePart, expected_gradients
 from ..observe.metrics import TypeMeter
 from .optim import Optimizer
-from .passes import forward_backward, forward_only
+from .forward_backward import forward_backward, forward_only
 
 # %% ../../nbs/train/08_step.ipynb #8850c146
 class StepClock:

@@ -19,7 +19,7 @@ from ..parallel.comm import start_send_receive
 from ..parallel.mesh import Mesh
 from ..parallel.placement import Placement
 from ..parallel.stages import PipelinePart
-from .passes import Staged
+from .forward_backward import PipelineRunner
 from ..zero.hybrid import HybridZero
 
 # %% ../../nbs/train/10_whole.ipynb #bde9b763
@@ -38,7 +38,7 @@ def owner_of(
     """
     if not isinstance(model, PipelinePart):
         return 0
-    assert isinstance(model.staged, Staged)
+    assert isinstance(model.staged, PipelineRunner)
     schedule = next(iter(model.staged.plans.values())).schedule
     kind, _, rest = name.partition(".")
     if kind == "blocks":
@@ -75,9 +75,9 @@ def whole_weights(
         owner, whole = owner_of(model, name), None
         if owner == pipeline.coord:
             if unit is not None and unit is not unit_of[name] and engine.reshard != "never":
-                unit.free()
+                unit.reshard()
             unit, place = unit_of[name], placements[name]
-            unit.use()
+            unit.unshard()
             if takes_part:
                 axes = [mesh.axis(cut.axis) for cut in place.more]
                 whole = place.whole(engine.params[name].detach(), mesh.axis("tensor"), "whole weights", *axes)
@@ -89,7 +89,7 @@ def whole_weights(
             whole = start_send_receive([], [(room, owner)], pipeline, "whole weights").wait()[0]
         yield name, whole if mesh.rank == 0 else None
     if unit is not None and engine.reshard != "never":
-        unit.free()
+        unit.reshard()
 
 # %% ../../nbs/train/10_whole.ipynb #ac04c890
 @contextmanager

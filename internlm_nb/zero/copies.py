@@ -11,8 +11,8 @@ import hashlib
 import torch
 from torch import Tensor
 
-from ..parallel.comm import agree, all_gather
-from ..parallel.together import gather_texts
+from ..parallel.comm import all_reduce_number, all_gather
+from ..parallel.consensus import gather_texts
 from .hybrid import HybridZero, frozen_parts, trained_parts
 
 # %% ../../nbs/zero/12_copies.ipynb #f556c94a
@@ -51,7 +51,7 @@ def drifted(
     world = mesh.axis("world")
     if world.size == 1:
         return []
-    parts = [*trained_parts(engine, [leaf.master for leaf in engine.leaves]), *frozen_parts(engine)]
+    parts = [*trained_parts(engine, [shard.master for shard in engine.shards]), *frozen_parts(engine)]
     mine: dict[int, str] = {}  # names, by a number for what is held
     for part in parts:
         place = engine.placements[part.name]
@@ -59,7 +59,7 @@ def drifted(
         alone = mesh.coords.tensor if own_gradient and not same_kernels else 0
         what = repr((part.name, place.region, part.first, part.tensor.numel(), alone)).encode()
         mine[int.from_bytes(hashlib.blake2b(what, digest_size=8).digest(), "little", signed=True)] = part.name
-    numbers = torch.zeros(int(agree(len(mine), world, purpose)), dtype=torch.int64, device=mesh.device)
+    numbers = torch.zeros(int(all_reduce_number(len(mine), world, purpose)), dtype=torch.int64, device=mesh.device)
     numbers[: len(mine)] = torch.tensor(list(mine), dtype=torch.int64)
     held, count = all_gather(numbers, world, purpose).cpu().unique(return_counts=True)
     twice, sums = set(held[count > 1].tolist()), torch.zeros(len(numbers), 2, dtype=torch.int64, device=mesh.device)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..parallel.comm import Handle, start_all_gather
 from ..parallel.mesh import Nested
-from .flat import FlatLayout, Spot
+from .flat import FlatLayout, ShardCoord
 
 # %% ../../nbs/zero/03_unit.ipynb #21b47848
 class ZeroError(RuntimeError):
@@ -32,29 +32,29 @@ class Versions:
         axes: Nested,  # over which they are cut
     ):
         self.updates = 0
-        self.made: dict[str, int] = dict.fromkeys(("own", "middle", "slice", "full"), 0)
-        self._same = [(to, of) for axis, to, of in ((axes.optim, "middle", "own"), (axes.grad, "slice", "middle"), (axes.param, "full", "slice")) if axis.size == 1]
+        self.made: dict[str, int] = dict.fromkeys(("optim_shard", "grad_shard", "param_shard", "unsharded"), 0)
+        self._same = [(to, of) for axis, to, of in ((axes.optim, "grad_shard", "optim_shard"), (axes.grad, "param_shard", "grad_shard"), (axes.param, "unsharded", "param_shard")) if axis.size == 1]
 
     def copied(
         self,
-        to: str,  # own, middle, slice or full
+        to: str,  # optim_shard, grad_shard, param_shard or unsharded
         of: str,  # likewise
     ) -> None:
         """One copy was made from another
 
         Args:
-            to: own, middle, slice or full
+            to: optim_shard, grad_shard, param_shard or unsharded
             of: likewise
         """
         self.made[to] = self.made[of]
         for to, of in self._same:  # over an axis of one rank two copies are the same memory
             self.made[to] = self.made[of]
 
-    def updated(self) -> None:
+    def master_updated(self) -> None:
         "This rank's own part was made anew"
         self.updates += 1
-        self.made["own"] = self.updates
-        self.copied("own", "own")
+        self.made["optim_shard"] = self.updates
+        self.copied("optim_shard", "optim_shard")
 
     @property
     def old(self) -> list[str]:
@@ -98,43 +98,43 @@ class FlatUnit:
         on_host: bool = False,  # does the master lie in the host's memory?
     ):
         self.name, self.params, self.layout, self.axes, self.check = name, dict(params), layout, axes, check
-        self.spot = Spot(axes.param.coord, axes.grad.coord, axes.optim.coord) if master is not None else Spot(axes.param.coord)
-        self.full = _laid_out(name, params, layout)
-        self.full_bytes = self.full.untyped_storage().nbytes()
+        self.spot = ShardCoord(axes.param.coord, axes.grad.coord, axes.optim.coord) if master is not None else ShardCoord(axes.param.coord)
+        self.unsharded = _laid_out(name, params, layout)
+        self.unsharded_bytes = self.unsharded.untyped_storage().nbytes()
         start, stop = layout.slice_of(self.spot, "param")
-        self.comes = axes.param.size > 1  # and goes: otherwise the whole is always there
-        self.slice = self.full[start:stop].clone() if self.comes else self.full
+        self.is_sharded = axes.param.size > 1  # and goes: otherwise the whole is always there
+        self.param_shard = self.unsharded[start:stop].clone() if self.is_sharded else self.unsharded
         self.master: Tensor | None = None
         if master is not None:
             (a, b), (c, d) = (layout.slice_of(self.spot, level) for level in ("grad", "optim"))
-            self.middle, self.own = self.slice[a - start : b - start], self.slice[c - start : d - start]  # 1/g and 1/o of the slice
-            wide = self.own.to(master)  # of one dtype they are one memory
+            self.grad_shard, self.optim_shard = self.param_shard[a - start : b - start], self.param_shard[c - start : d - start]  # 1/g and 1/o of the slice
+            wide = self.optim_shard.to(master)  # of one dtype they are one memory
             self.master = to_host(wide) if on_host else wide
-        self._tell("parameters", self.slice.numel() * self.slice.element_size())
-        if self.comes:
-            self._tell("gathered", self.full_bytes)
-        if self.master is not None and self.master is not self.own:
+        self._tell("parameters", self.param_shard.numel() * self.param_shard.element_size())
+        if self.is_sharded:
+            self._tell("gathered", self.unsharded_bytes)
+        if self.master is not None and self.master is not self.optim_shard:
             self._tell("host masters" if on_host else "masters", self.master.numel() * self.master.element_size())
-        self.there, self.stale = True, False  # is the whole usable; is the slice older than the master?
+        self.is_unsharded, self.is_stale = True, False  # is the whole usable; is the slice older than the master?
         self.versions = Versions(axes)
         self._todo: list[Callable[[], Handle]] | None = None  # gathers not launched yet
         self._handle: Handle | None = None  # the one under way
-        self.free()
+        self.reshard()
 
     @property
     def moves(self) -> bool:
         "Is there ever anything to gather?"
-        return self.comes or (self.master is not None and self.axes.optim.size * self.axes.grad.size > 1)
+        return self.is_sharded or (self.master is not None and self.axes.optim.size * self.axes.grad.size > 1)
 
     def _steps(self) -> list[Callable[[], Handle]]:
         "Gathers between the master and a usable whole"
         steps: list[Callable[[], Handle]] = []
-        if self.stale and self.axes.optim.size > 1:
-            steps.append(lambda: self._launch("middle", "own", lambda: start_all_gather(self.own, self.axes.optim, "updated parameters", self.middle)))
-        if self.stale and self.axes.grad.size > 1:
-            steps.append(lambda: self._launch("slice", "middle", lambda: start_all_gather(self.middle, self.axes.grad, "updated parameters", self.slice)))
-        if self.comes and not self.there:
-            steps.append(lambda: self._launch("full", "slice", self._gather))
+        if self.is_stale and self.axes.optim.size > 1:
+            steps.append(lambda: self._launch("grad_shard", "optim_shard", lambda: start_all_gather(self.optim_shard, self.axes.optim, "updated parameters", self.grad_shard)))
+        if self.is_stale and self.axes.grad.size > 1:
+            steps.append(lambda: self._launch("param_shard", "grad_shard", lambda: start_all_gather(self.grad_shard, self.axes.grad, "updated parameters", self.param_shard)))
+        if self.is_sharded and not self.is_unsharded:
+            steps.append(lambda: self._launch("unsharded", "param_shard", self._gather))
         return steps
 
     def _launch(self, to: str, of: str, start: Callable[[], Handle]) -> Handle:
@@ -142,11 +142,11 @@ class FlatUnit:
         return start()
 
     def _gather(self) -> Handle:
-        self._resize(self.full_bytes)
-        return start_all_gather(self.slice, self.axes.param, "parameters", self.full)
+        self._resize(self.unsharded_bytes)
+        return start_all_gather(self.param_shard, self.axes.param, "parameters", self.unsharded)
 
     def _resize(self, size: int) -> None:
-        storage = self.full.untyped_storage()
+        storage = self.unsharded.untyped_storage()
         change = size - storage.nbytes()
         if change:
             storage.resize_(size)
@@ -156,7 +156,7 @@ class FlatUnit:
         if self.axes.param.recorder is not None:
             self.axes.param.recorder.memory(owner, change)
 
-    def ahead(
+    def prefetch(
         self,
         distance: int = 1,  # units from now in which it will be used: 1 for the next
     ) -> None:
@@ -177,45 +177,45 @@ class FlatUnit:
             self._handle.wait()
             self._handle = None
 
-    def use(self) -> None:
+    def unshard(self) -> None:
         "Make the whole usable. Raises ZeroError in check mode when it is older than the last update"
-        self.ahead(1)
+        self.prefetch(1)
         self._settle()
-        self._todo, self.there, self.stale = None, True, False
+        self._todo, self.is_unsharded, self.is_stale = None, True, False
         if self.check:
             self._look()
 
-    def free(self) -> None:
+    def reshard(self) -> None:
         "Give the whole back, where there is a slice to gather it from"
-        if not self.comes:
+        if not self.is_sharded:
             return
         self._settle()
-        self._todo, self.there = None, False
+        self._todo, self.is_unsharded = None, False
         if self.check:
-            self.full.fill_(float("nan"))
+            self.unsharded.fill_(float("nan"))
         else:
             self._resize(0)
 
     @torch.no_grad()
-    def updated(self) -> None:
+    def master_updated(self) -> None:
         "The master has changed: round it into the slice, and have the rest follow when it is next used"
         assert self.master is not None
-        if self.master is not self.own:
-            self.own.copy_(self.master)
+        if self.master is not self.optim_shard:
+            self.optim_shard.copy_(self.master)
         self._settle()
         self._todo = None
-        self.versions.updated()
-        self.stale, self.there = self.axes.optim.size * self.axes.grad.size > 1, not self.comes
+        self.versions.master_updated()
+        self.is_stale, self.is_unsharded = self.axes.optim.size * self.axes.grad.size > 1, not self.is_sharded
 
     def _look(self) -> None:
         if old := self.versions.old:
             made, updates = self.versions.made, self.versions.updates
             raise ZeroError(f"unit {self.name}: {', '.join(old)} of update {min(made.values())}, but there were {updates}: a gather is missing")
         start, stop = self.layout.slice_of(self.spot, "param")
-        if not torch.equal(self.full[start:stop], self.slice):
+        if not torch.equal(self.unsharded[start:stop], self.param_shard):
             raise ZeroError(f"unit {self.name}: the whole differs from this rank's slice: it was freed or written after it was gathered")
-        if self.master is not None and not torch.equal(self.own, self.master.to(self.own)):
-            raise ZeroError(f"unit {self.name}: the slice is not what the master says: `updated` was not called after the last change")
+        if self.master is not None and not torch.equal(self.optim_shard, self.master.to(self.optim_shard)):
+            raise ZeroError(f"unit {self.name}: the slice is not what the master says: `master_updated` was not called after the last change")
 
 
 @torch.no_grad()

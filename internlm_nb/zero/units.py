@@ -97,7 +97,7 @@ class Stop:
         "Is there ever anything to gather, or to look at?"
         return any(unit.moves or unit.check for unit in self.units)
 
-    def ahead(
+    def prefetch(
         self,
         distance: int = 1,  # stops from now
     ) -> None:
@@ -107,17 +107,17 @@ class Stop:
             distance: stops from now
         """
         for unit in self.units:
-            unit.ahead(distance)
+            unit.prefetch(distance)
 
-    def use(self) -> None:
+    def unshard(self) -> None:
         "Wait until all is whole"
         for unit in self.units:
-            unit.use()
+            unit.unshard()
 
-    def free(self) -> None:
+    def reshard(self) -> None:
         "Let all go"
         for unit in self.units:
-            unit.free()
+            unit.reshard()
 
 
 def tensors_in(
@@ -198,10 +198,10 @@ class Gathers:
         "Before a module's forward: its units must be whole, the next one's under way, and what is further on about to be"
         if self.held:
             return
-        stop.ahead(1)
+        stop.prefetch(1)
         for distance, later in enumerate(following if self.overlap else (), 1):
-            later.ahead(distance)
-        stop.use()
+            later.prefetch(distance)
+        stop.unshard()
 
     def _leave(self, stop: Stop, before: Stop | None, out: Any) -> None:
         "After a module's forward: free, and remember to come back when the gradient of what it gave is known"
@@ -218,7 +218,7 @@ class Gathers:
                 t.register_hook(partial(self._back, stop, before, told))
         done = not torch.is_grad_enabled() or (self.reshard in ("forward", "backward") and not wants)
         if self.reshard != "never" and (done or (self.reshard == "forward" and not stop.spec.keep)):
-            stop.free()
+            stop.reshard()
 
     def _back(self, stop: Stop, before: Stop | None, told: list[bool], grad: Tensor) -> None:
         "Before a module's backward: that of the module behind it is over"
@@ -234,10 +234,10 @@ class Gathers:
         self._current = stop
         if not stop.spec.needed_in_backward:
             return
-        stop.ahead(1)
+        stop.prefetch(1)
         if self.overlap and before is not None and before.spec.needed_in_backward and before.waiting:
-            before.ahead(1)
-        stop.use()
+            before.prefetch(1)
+        stop.unshard()
 
     def _passed(self) -> None:
         "A backward pass is over"
@@ -247,4 +247,4 @@ class Gathers:
     def _release(self) -> None:
         stop, self._current = self._current, None
         if stop is not None and self.reshard in ("forward", "backward"):
-            stop.free()
+            stop.reshard()
