@@ -56,7 +56,11 @@ def check_tokenizer(file: Path, corpus: Path) -> int:
         wrong += different + back
     for mark, id in tokenizer.marks.items():
         wrong += theirs(mark, add_special_tokens=False)["input_ids"] != [id]
-        wrong += theirs(f"a{mark}b", add_special_tokens=False)["input_ids"] != [*tokenizer.sp.encode("a"), id, *tokenizer.sp.encode("b")]
+        wrong += theirs(f"a{mark}b", add_special_tokens=False)["input_ids"] != [
+            *tokenizer.sp.encode("a"),
+            id,
+            *tokenizer.sp.encode("b"),
+        ]
     print(f"  marks, each one id: {', '.join(f'{m} {i}' for m, i in tokenizer.marks.items())}")
     return wrong
 

@@ -16,12 +16,17 @@ from internlm_nb.bench.records import grid, keep, load, new_record, result_text,
 from internlm_nb.bench.train import contest_result, step_cost, train_field
 from internlm_nb.model.config import num_params
 
-needs_transformers = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="transformers is not installed")
+needs_transformers = pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
 
 
 def test_a_ratio_is_formed_within_its_round():
     "A machine that is k times as slow in one round changes nothing, whichever round it is"
-    ours, theirs = [[1.0, 1.2, 1.1], [1.0, 1.0, 5.0], [2.0, 2.2, 2.4]], [[2.2, 2.0, 2.4], [1.5, 1.4, 1.6], [4.4, 4.0, 4.8]]
+    ours, theirs = (
+        [[1.0, 1.2, 1.1], [1.0, 1.0, 5.0], [2.0, 2.2, 2.4]],
+        [[2.2, 2.0, 2.4], [1.5, 1.4, 1.6], [4.4, 4.0, 4.8]],
+    )
     plain = ratio(ours, theirs)
     each = [statistics.median(b) / statistics.median(a) for a, b in zip(ours, theirs)]
     assert (plain.median, plain.low, plain.high, plain.rounds) == (statistics.median(each), min(each), max(each), 3)
@@ -52,7 +57,11 @@ def test_turns_are_in_order_and_times_in_place():
 
 
 def test_unequal_work_is_named():
-    told = {"ours": {"parameters": 10, "loss32": 5.0}, "a": {"parameters": 10, "loss32": 5.0 * (1 + 0.9e-5)}, "b": {"parameters": 11, "loss32": float("nan")}}
+    told = {
+        "ours": {"parameters": 10, "loss32": 5.0},
+        "a": {"parameters": 10, "loss32": 5.0 * (1 + 0.9e-5)},
+        "b": {"parameters": 11, "loss32": float("nan")},
+    }
     found = same_work(told, {"parameters": 0, "loss32": 1e-5})
     assert len(found) == 2 and all("b" in line for line in found)  # nan agrees with nothing
 
@@ -64,7 +73,11 @@ def test_a_worker_that_hangs_dies_or_cannot_begin_is_an_error():
         w.timeout_s = 0.5
         with pytest.raises(ContestError, match=r"odd.*without an answer"):
             w.call("run", 1)
-    for build, said in ((pause, "TypeError"), ("internlm_nb.bench.contest:Nobody", "Nobody"), ("no_such_module:x", "no_such_module")):
+    for build, said in (
+        (pause, "TypeError"),
+        ("internlm_nb.bench.contest:Nobody", "Nobody"),
+        ("no_such_module:x", "no_such_module"),
+    ):
         with Worker("odd", build) as w, pytest.raises(ContestError, match=said):
             w.call("run", 1)
 
@@ -97,7 +110,12 @@ def test_cost_of_documents():
 
 
 def test_a_kept_record_is_never_written_over_and_shows_itself(tmp_path):
-    record = new_record("train", {"device": "Ünusual/CPU @ 3 GHz", "threads": 2}, [{"title": "t", "rows": [["a", "b"], ["x", "1"]]}], "bench.py train")
+    record = new_record(
+        "train",
+        {"device": "Ünusual/CPU @ 3 GHz", "threads": 2},
+        [{"title": "t", "rows": [["a", "b"], ["x", "1"]]}],
+        "bench.py train",
+    )
     paths = {keep(record, tmp_path / "new") for _ in range(3)}
     assert len(paths) == 3 and all(load(p) == json.loads(json.dumps(record)) for p in paths)
     assert all(p.parent == tmp_path / "new" and "/" not in p.name for p in paths)
@@ -113,16 +131,27 @@ def test_gpu_table_by_hand():
     fake = {"seconds": [[2.0, 2.0, 9.0]], "product_tflops": [600.0, 700.0], "tokens": 32768, "peak_bytes": 2**35}
     result = gpu_result(shapes()["1b"], cases, [fake, {"error": "out of memory"}], "NVIDIA H100 80GB HBM3", missing)
     model, causal = step_cost(cases[0])
-    assert result["summary"][0]["mfu"] == model / 2.0 / 1e12 / 989 and result["summary"][0]["mfu_causal"] == causal / 2.0 / 1e12 / 989
+    assert (
+        result["summary"][0]["mfu"] == model / 2.0 / 1e12 / 989
+        and result["summary"][0]["mfu_causal"] == causal / 2.0 / 1e12 / 989
+    )
     assert result["summary"][0]["product_tflops"] == 700 and "out of memory" in " ".join(result["remarks"])
     assert gpu_result(shapes()["1b"], cases[:1], [fake], "unknown")["summary"][0]["mfu"] is None
 
 
 def test_usage_errors_say_what_to_write(capsys, tmp_path):
-    for words, said in ((["--show", str(tmp_path / "none.json")], "none.json"), (["train", "--peers", "torchtitan"], "choose from")):
+    for words, said in (
+        (["--show", str(tmp_path / "none.json")], "none.json"),
+        (["train", "--peers", "torchtitan"], "choose from"),
+    ):
         assert main(words) == 2
         assert said in capsys.readouterr().err
-    for bad, said in (({"shape": "7b"}, "42m-16k"), ({"dtype": "fp8"}, "float32"), ({"rounds": 0}, "--rounds"), ({"tokens": "many"}, "--tokens")):
+    for bad, said in (
+        ({"shape": "7b"}, "42m-16k"),
+        ({"dtype": "fp8"}, "float32"),
+        ({"rounds": 0}, "--rounds"),
+        ({"tokens": "many"}, "--tokens"),
+    ):
         with pytest.raises(ValueError, match=said):
             BenchConfig(**bad)
     with pytest.raises(ValueError, match=r"convert\.py"):
@@ -134,7 +163,13 @@ def test_without_peers_everything_still_runs(tmp_path, monkeypatch):
     there, line = installed(("transformers", "litgpt"))
     assert there == [] and "pip install transformers litgpt" in line
     said: list[str] = []
-    assert main(["train", "--smoke", "--shape", "tiny", "--dtype", "bfloat16", "--threads", "1", "--out", str(tmp_path)], said.append) == 0
+    assert (
+        main(
+            ["train", "--smoke", "--shape", "tiny", "--dtype", "bfloat16", "--threads", "1", "--out", str(tmp_path)],
+            said.append,
+        )
+        == 0
+    )
     (path,) = tmp_path.glob("*.json")
     record = load(path)
     assert "pip install" in record["missing"] and list(record["results"][0]["seconds"]) == ["ours"]
@@ -143,7 +178,19 @@ def test_without_peers_everything_still_runs(tmp_path, monkeypatch):
 
 def beside_transformers(part: str, folder: Path) -> list[dict]:
     "Results of a part's smoke test"
-    common = ["--smoke", "--peers", "transformers", "--dtype", "float32", "--rounds", "1", "--threads", "1", "--out", str(folder)]
+    common = [
+        "--smoke",
+        "--peers",
+        "transformers",
+        "--dtype",
+        "float32",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+        "--out",
+        str(folder),
+    ]
     assert main([part, *common], lambda line: None) == 0
     return load(next(folder.glob(f"*_{part}.json")))["results"]
 
@@ -154,7 +201,9 @@ def test_packed_training_beside_a_peer(tmp_path):
     "The same work on both sides, and a record that says so"
     for result in beside_transformers("packed", tmp_path):
         assert result["differences"] == [] and set(result["ratios"]) == {"transformers"}
-        assert result["contenders"]["ours"]["loss32"] == pytest.approx(result["contenders"]["transformers"]["loss32"], rel=1e-5)
+        assert result["contenders"]["ours"]["loss32"] == pytest.approx(
+            result["contenders"]["transformers"]["loss32"], rel=1e-5
+        )
 
 
 @pytest.mark.slow
@@ -163,13 +212,18 @@ def test_writing_beside_a_peer(tmp_path):
     "The same words from both"
     for result in beside_transformers("generate", tmp_path):
         assert result["first_difference"] == {"transformers": None}
-        assert first_difference(result["contenders"]["ours"]["answers"], result["contenders"]["transformers"]["answers"]) is None
+        assert (
+            first_difference(result["contenders"]["ours"]["answers"], result["contenders"]["transformers"]["answers"])
+            is None
+        )
 
 
 def test_a_field_has_each_peer_in_each_style():
     case = Case(shapes()["tiny"], "bfloat16")
     field = train_field(case, ["transformers", "litgpt"], ["autocast", "pure"])
-    assert [(kind, c.style) for kind, c in field.values()][1:] == [(p, s) for s in ("autocast", "pure") for p in ("transformers", "litgpt")]
+    assert [(kind, c.style) for kind, c in field.values()][1:] == [
+        (p, s) for s in ("autocast", "pure") for p in ("transformers", "litgpt")
+    ]
     assert next(iter(field.values())) == ("ours", case)
     found = {"contenders": {"ours": {"tokens": 10, "first_loss": 1.0, "peak_bytes": 2**20, "baseline_bytes": None}}, "seconds": {"ours": [[1.0, 2.0, 4.0]]}, "product_tflops": [1.0], "differences": ["x"], "ratios": {}}  # fmt: skip
     result = contest_result("t", case, found)

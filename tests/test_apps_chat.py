@@ -34,7 +34,9 @@ TEXTS = ["the user asks, the assistant answers; a system listens.", "茶 and 茶
 def home(tmp_path_factory):
     "A folder with a tokenizer and a run of one checkpoint"
     home = tmp_path_factory.mktemp("chat")
-    tok = train_tokenizer(TEXTS * 40, home / "run" / "tokenizer.model", vocab_size=360, marks=ALL_MARKS, character_coverage=0.98)
+    tok = train_tokenizer(
+        TEXTS * 40, home / "run" / "tokenizer.model", vocab_size=360, marks=ALL_MARKS, character_coverage=0.98
+    )
     cfg = ModelConfig(
         "internlm2",
         vocab_size=tok.vocab_size,
@@ -63,7 +65,9 @@ def loaded(home):
 
 # --- streams of text
 
-PIECES = st.sampled_from(["茶", "🍵", "👨‍👩‍👧", " ", "   ", "\n", "a", " tea", "é", "你好，", "\ufffd", "<|im_end|>", "ﷺ"])
+PIECES = st.sampled_from(
+    ["茶", "🍵", "👨‍👩‍👧", " ", "   ", "\n", "a", " tea", "é", "你好，", "\ufffd", "<|im_end|>", "ﷺ"]
+)
 
 
 @settings(deadline=None, derandomize=True, max_examples=80)
@@ -183,7 +187,10 @@ def test_room(loaded):
         room(model, 256, 1)
     scaled = Transformer(replace(model.cfg, rope_scaling="linear", rope_factor=2.0), device="meta")
     assert room(scaled, 256, 1024) == 256
-    assert room(Transformer(replace(model.cfg, rope_scaling="dynamic", rope_factor=2.0), device="meta"), 9999, 1024) == 1024
+    assert (
+        room(Transformer(replace(model.cfg, rope_scaling="dynamic", rope_factor=2.0), device="meta"), 9999, 1024)
+        == 1024
+    )
 
 
 # --- folders and the command line
@@ -219,15 +226,21 @@ def run_main(capsys, *args: object) -> tuple[int, str, str]:
 
 
 def test_prompt(home, loaded, capsys):
-    code, out, _ = run_main(capsys, home / "run", "--prompt", "茶?", "--greedy", "--max-new-tokens", 12, "--template", "v1")
+    code, out, _ = run_main(
+        capsys, home / "run", "--prompt", "茶?", "--greedy", "--max-new-tokens", 12, "--template", "v1"
+    )
     tok = loaded.tokenizer
     (want,) = generate(loaded.model, [chat_ids(tok, [("user", "茶?")], "v1")], 12, GREEDY, stop_ids(tok, "v1"))
     assert (code, out) == (0, tok.decode(want) + "\n")
-    code, out, _ = run_main(capsys, home / "run", "--prompt", "the user", "--greedy", "--max-new-tokens", 12, "--template", "none")
+    code, out, _ = run_main(
+        capsys, home / "run", "--prompt", "the user", "--greedy", "--max-new-tokens", 12, "--template", "none"
+    )
     start = tok.encode("the user", bos=True)
     (want,) = generate(loaded.model, [start], 12, GREEDY, [tok.eos_id])
     assert (code, out) == (0, tok.decode(start + want)[len("the user") :] + "\n")
-    sampled = [run_main(capsys, home / "run", "--prompt", "茶?", "--seed", seed, "--max-new-tokens", 12) for seed in (1, 1, 2)]
+    sampled = [
+        run_main(capsys, home / "run", "--prompt", "茶?", "--seed", seed, "--max-new-tokens", 12) for seed in (1, 1, 2)
+    ]
     assert sampled[0] == sampled[1] != sampled[2]
 
 
@@ -272,7 +285,9 @@ def test_piped_conversation(home, capsys, monkeypatch):
 def test_ctrl_c_in_a_real_process(home, prompt):
     "A real SIGINT: in a conversation it ends the answer and the next line is answered; with --prompt it ends the program with 130"
     script = Path(__file__).parents[1] / "scripts" / "chat.py"
-    cfg = replace(load_model(home / "run").model.cfg, rope_scaling="dynamic", rope_factor=2.0)  # no limit, so the answer goes on until it is stopped
+    cfg = replace(
+        load_model(home / "run").model.cfg, rope_scaling="dynamic", rope_factor=2.0
+    )  # no limit, so the answer goes on until it is stopped
     if not (home / "long").exists():
         model = Transformer(cfg)
         model.head.weight.data[load_model(home / "run").tokenizer.eos_id] = 0  # never the largest of 360 logits
@@ -318,7 +333,11 @@ def test_tokenizer_of_the_data(home, loaded, tmp_path):
     (tmp_path / "prepared" / "train").mkdir(parents=True)
     (tmp_path / "prepared" / "tokenizer.model").write_bytes((home / "run" / "tokenizer.model").read_bytes())
     model = Transformer(loaded.model.cfg)
-    about = {"step": 1, "model": asdict(model.cfg), "run": {"data": {"train_folder": [str(tmp_path / "prepared" / "train")]}}}
+    about = {
+        "step": 1,
+        "model": asdict(model.cfg),
+        "run": {"data": {"train_folder": [str(tmp_path / "prepared" / "train")]}},
+    }
     save_state(tmp_path / "1", {f"model.{n}": p.detach() for n, p in model.named_parameters()}, about)
     found = load_model(tmp_path / "1")
     assert isinstance(found.tokenizer, Tokenizer) and found.tokenizer.path == tmp_path / "prepared" / "tokenizer.model"

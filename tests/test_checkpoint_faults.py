@@ -16,9 +16,30 @@ import pytest
 import torch
 
 from internlm_nb.checkpoint import durable, writer
-from internlm_nb.checkpoint.durable import CheckpointError, publish, remove_folder, remove_tree, require_space, sibling, standing, sweep, write_file
+from internlm_nb.checkpoint.durable import (
+    CheckpointError,
+    publish,
+    remove_folder,
+    remove_tree,
+    require_space,
+    sibling,
+    standing,
+    sweep,
+    write_file,
+)
 from internlm_nb.checkpoint.index import VERSION, NewerFormat, seal, unseal
-from internlm_nb.checkpoint.keep import mark_best, newest, prune, read_best, read_stop, resolve, snapshot_folder, snapshots, steps, to_delete
+from internlm_nb.checkpoint.keep import (
+    mark_best,
+    newest,
+    prune,
+    read_best,
+    read_stop,
+    resolve,
+    snapshot_folder,
+    snapshots,
+    steps,
+    to_delete,
+)
 from internlm_nb.checkpoint.logical import save_state
 from internlm_nb.checkpoint.reader import Checkpoint
 from internlm_nb.checkpoint.shards import Shard
@@ -39,7 +60,9 @@ def content(path):
     "The number that a checkpoint is full of; fails when it is a mixture of two or damaged"
     checkpoint = Checkpoint(path)
     checkpoint.verify()
-    values = {float(v) for name in checkpoint.names for v in checkpoint.read(name).unique()} | {float(checkpoint.state["value"])}
+    values = {float(v) for name in checkpoint.names for v in checkpoint.read(name).unique()} | {
+        float(checkpoint.state["value"])
+    }
     assert len(values) == 1 and len(checkpoint.names) == 3
     return int(values.pop())
 
@@ -103,7 +126,9 @@ def test_death_at_any_moment_of_a_replacement(tmp_path):
         found = newest(folder, verify=True, say=quiet)
         assert found == folder / "100" and content(found) in ({2} if done else {1, 2})
 
-    at_every_moment(tmp_path, lambda f: save(f / "100", 1), lambda f: save(f / "100", 2, overwrite=True), check, least=12)
+    at_every_moment(
+        tmp_path, lambda f: save(f / "100", 1), lambda f: save(f / "100", 2, overwrite=True), check, least=12
+    )
 
 
 def test_death_at_any_moment_of_pruning(tmp_path):
@@ -298,7 +323,11 @@ def test_links(tmp_path):
 
 
 def test_every_flipped_bit_is_an_error_that_names_the_file(tmp_path):
-    path = save_state(tmp_path / "1", {"a": torch.arange(3.0), "b": torch.tensor([True, False])}, {"step": 1, "text": "é", "small": 1e-5})
+    path = save_state(
+        tmp_path / "1",
+        {"a": torch.arange(3.0), "b": torch.tensor([True, False])},
+        {"step": 1, "text": "é", "small": 1e-5},
+    )
     rng = random.Random(0)
     for file in sorted(path.iterdir()):
         good = file.read_bytes()
@@ -379,7 +408,11 @@ def test_a_newer_format_is_never_passed_over(tmp_path):
     save(folder / "100", 1)
     save(folder / "200", 2)
     (folder / "200" / "index.json").write_text(seal({"version": VERSION + 1, "tensors": {}, "files": {}, "state": {}}))
-    for find in (lambda: newest(folder, say=quiet), lambda: resolve("auto", tmp_path), lambda: resolve(folder / "200", tmp_path)):
+    for find in (
+        lambda: newest(folder, say=quiet),
+        lambda: resolve("auto", tmp_path),
+        lambda: resolve(folder / "200", tmp_path),
+    ):
         with pytest.raises(NewerFormat, match=f"format version {VERSION + 1}.*update internlm_nb"):
             find()
     shutil.copytree(folder / "200", folder / "snapshot" / "0")
@@ -389,7 +422,12 @@ def test_a_newer_format_is_never_passed_over(tmp_path):
 
 def test_what_is_no_index(tmp_path):
     path = tmp_path / "index.json"
-    for text in ("[]", "{}", '{"format": "other", "version": 1}', '{"format": "internlm_nb.checkpoint", "version": "1"}'):
+    for text in (
+        "[]",
+        "{}",
+        '{"format": "other", "version": 1}',
+        '{"format": "internlm_nb.checkpoint", "version": "1"}',
+    ):
         path.write_text(text)
         with pytest.raises(CheckpointError, match="is not the index"):
             unseal(path)
@@ -430,7 +468,9 @@ def test_newest_with_checksums_passes_over_damage_that_sizes_do_not_show(tmp_pat
     shard.write_bytes(shard.read_bytes()[:-1] + b"\x01")
     said = []
     assert newest(tmp_path) == tmp_path / "200"
-    assert newest(tmp_path, verify=True, say=said.append) == tmp_path / "100" and "do not match their checksum" in said[0]
+    assert (
+        newest(tmp_path, verify=True, say=said.append) == tmp_path / "100" and "do not match their checksum" in said[0]
+    )
     with pytest.raises(CheckpointError, match="do not match"):
         resolve(tmp_path / "200", tmp_path, verify=True)
 
@@ -486,7 +526,12 @@ def test_best_pointer_faults(tmp_path):
 
 def test_stop_file_that_is_none(tmp_path):
     said = []
-    for make in (lambda p: p.mkdir(), lambda p: p.write_bytes(b"\xff\xfe\x00"), lambda p: p.write_text("1.5"), lambda p: p.write_text("10 20")):
+    for make in (
+        lambda p: p.mkdir(),
+        lambda p: p.write_bytes(b"\xff\xfe\x00"),
+        lambda p: p.write_text("1.5"),
+        lambda p: p.write_text("10 20"),
+    ):
         path = tmp_path / str(len(said))
         make(path)
         assert not read_stop(path, 10, said.append).save and str(path) in said[-1]
@@ -540,4 +585,8 @@ def test_resume_from_a_folder_without_checkpoints(tmp_path):
     with pytest.raises(CheckpointError, match="empty is not a complete checkpoint"):
         resolve(tmp_path / "empty", tmp_path)
     save(tmp_path / "other" / "checkpoints" / "7", 7)
-    assert resolve(tmp_path / "other", tmp_path) == resolve(tmp_path / "other" / "checkpoints", tmp_path) == tmp_path / "other" / "checkpoints" / "7"
+    assert (
+        resolve(tmp_path / "other", tmp_path)
+        == resolve(tmp_path / "other" / "checkpoints", tmp_path)
+        == tmp_path / "other" / "checkpoints" / "7"
+    )

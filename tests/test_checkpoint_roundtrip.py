@@ -28,7 +28,11 @@ def random_bits(shape, dtype, seed):
     gen = torch.Generator().manual_seed(seed)
     if dtype == torch.bool:
         return torch.randint(0, 2, shape, generator=gen, dtype=torch.uint8).bool()
-    return torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=gen, dtype=torch.uint8).view(dtype).view(shape)
+    return (
+        torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=gen, dtype=torch.uint8)
+        .view(dtype)
+        .view(shape)
+    )
 
 
 def bits(tensor):
@@ -36,7 +40,9 @@ def bits(tensor):
     return (
         tensor.dtype,
         tuple(tensor.shape),
-        torch.cat([torch.empty(0, dtype=torch.uint8), *(x.reshape(1).clone().view(torch.uint8) for x in tensor.reshape(-1))]).tolist(),
+        torch.cat(
+            [torch.empty(0, dtype=torch.uint8), *(x.reshape(1).clone().view(torch.uint8) for x in tensor.reshape(-1))]
+        ).tolist(),
     )
 
 
@@ -50,7 +56,11 @@ def draw_regions(data, shape):
     "Draw regions that cover a shape once: a grid of boxes, some of them cut again into flat ranges"
     boxes = [((), ())]
     for size in shape:
-        boxes = [((*o, a), (*n, b - a)) for o, n in boxes for a, b in (cut(data, 0, size, 1) if len(boxes) < 8 else [(0, size)])]
+        boxes = [
+            ((*o, a), (*n, b - a))
+            for o, n in boxes
+            for a, b in (cut(data, 0, size, 1) if len(boxes) < 8 else [(0, size)])
+        ]
     out = []
     for offsets, sizes in boxes:
         if data.draw(st.booleans()):
@@ -78,7 +88,9 @@ def take(tensor, region):
 
 def as_chunk(tensor, region, shape):
     "A chunk for a region"
-    return Chunk(tensor, shape, offsets=region.offsets, sizes=None if region.is_box else region.sizes, start=region.start)
+    return Chunk(
+        tensor, shape, offsets=region.offsets, sizes=None if region.is_box else region.sizes, start=region.start
+    )
 
 
 @given(shapes, st.data())
@@ -114,7 +126,9 @@ def test_any_cut_loads_as_any_other(shape, dtype, seed, data):
     with tempfile.TemporaryDirectory() as place:
         writers = [Writer(Path(place) / "1", r, ranks, shard_bytes=limit) for r in range(ranks)]
         for region in draw_regions(data, shape):
-            piece = take(tensor, region).clone() if data.draw(st.booleans()) else take(tensor, region)  # not contiguous too
+            piece = (
+                take(tensor, region).clone() if data.draw(st.booleans()) else take(tensor, region)
+            )  # not contiguous too
             writers[data.draw(st.integers(0, ranks - 1))].add("w", as_chunk(piece, region, shape))
         for writer in writers:
             writer.write()
@@ -129,7 +143,9 @@ def test_any_cut_loads_as_any_other(shape, dtype, seed, data):
             if region.is_box:
                 assert bits(checkpoint.read_box("w", region.offsets, region.sizes)) == bits(want)
             else:
-                assert bits(checkpoint.read_flat("w", region.start, region.stop, region.offsets, region.sizes)) == bits(want)
+                assert bits(checkpoint.read_flat("w", region.start, region.stop, region.offsets, region.sizes)) == bits(
+                    want
+                )
         start, stop = sorted((data.draw(st.integers(0, tensor.numel())), data.draw(st.integers(0, tensor.numel()))))
         assert bits(checkpoint.read_flat("w", start, stop)) == bits(tensor.reshape(-1)[start:stop])
 
@@ -164,7 +180,11 @@ def test_cover_of_a_thousand_slices_is_quick():
 
 @pytest.mark.parametrize("dtype", list(SAFE_NAMES), ids=lambda d: str(d)[6:])
 def test_the_formats_own_library_reads_the_same_bits(dtype, tmp_path):
-    tensors = {"matrix": random_bits((5, 3), dtype, 1), "scalar": random_bits((), dtype, 2), "empty": random_bits((0, 2), dtype, 3)}
+    tensors = {
+        "matrix": random_bits((5, 3), dtype, 1),
+        "scalar": random_bits((), dtype, 2),
+        "empty": random_bits((0, 2), dtype, 3),
+    }
     tensors["transposed"] = tensors["matrix"].T
     facts = write_shard(tmp_path / "a.safetensors", tensors)
     theirs = load_file(tmp_path / "a.safetensors")
@@ -181,8 +201,12 @@ def test_a_file_of_another_writer_is_read_even_unaligned(tmp_path):
     save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     shard = Shard(tmp_path / "theirs.safetensors")
     assert list(shard.entries) and all(torch.equal(shard.tensor(k), v) for k, v in tensors.items())
-    header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}}'
-    (tmp_path / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\x07" + torch.tensor([2.5]).numpy().tobytes())
+    header = (
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"b":{"dtype":"F32","shape":[1],"data_offsets":[1,5]}}'
+    )
+    (tmp_path / "odd.safetensors").write_bytes(
+        len(header).to_bytes(8, "little") + header + b"\x07" + torch.tensor([2.5]).numpy().tobytes()
+    )
     assert Shard(tmp_path / "odd.safetensors").tensor("b").item() == 2.5
 
 
@@ -212,7 +236,14 @@ def test_several_processes_save_and_others_load(tmp_path):
     def run(rank):
         try:
             part = Chunk(row[12 * rank : 12 * rank + 12], (4, 9), start=12 * rank)
-            save_state(tmp_path / "1", {"master.w": part}, {"step": 1} if rank == 0 else None, rank=rank, ranks=3, barrier=lambda: barrier.wait(30))
+            save_state(
+                tmp_path / "1",
+                {"master.w": part},
+                {"step": 1} if rank == 0 else None,
+                rank=rank,
+                ranks=3,
+                barrier=lambda: barrier.wait(30),
+            )
             assert Checkpoint(tmp_path / "1").state["step"] == 1  # it stands when save_state returns, on every rank
         except BaseException as error:
             failed.put(repr(error))
@@ -301,7 +332,9 @@ def test_one_tensor_in_several_parts_of_one_rank(tmp_path):
 def test_buffers_go_along_and_what_is_not_persistent_does_not(tmp_path):
     model = torch.nn.BatchNorm1d(3)
     model.register_buffer("cache", torch.ones(2), persistent=False)
-    assert set(gather_state(model)) == {f"model.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    assert set(gather_state(model)) == {
+        f"model.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    }
     model(torch.randn(4, 3))
     save_state(tmp_path / "1", {**gather_state(model), "exp_avg.weight": torch.ones(3)})
     fresh = torch.nn.BatchNorm1d(3)
@@ -314,9 +347,15 @@ def test_a_load_that_fails_changes_nothing(tmp_path):
     mine = {"a": torch.zeros(3), "b": torch.zeros(4), "c": torch.zeros(1)}
     with pytest.raises(CheckpointError) as error:
         load_into(mine, Checkpoint(tmp_path / "1"))
-    assert all(word in str(error.value) for word in ("not in the checkpoint: c", "only in the checkpoint: d", "b: has shape (2,)"))
+    assert all(
+        word in str(error.value)
+        for word in ("not in the checkpoint: c", "only in the checkpoint: d", "b: has shape (2,)")
+    )
     assert not any(t.any() for t in mine.values())
-    for wrong in ({"b": torch.zeros(4), "d": torch.zeros(1)}, {"b": torch.zeros(2), "d": torch.zeros(1, dtype=torch.int64)}):
+    for wrong in (
+        {"b": torch.zeros(4), "d": torch.zeros(1)},
+        {"b": torch.zeros(2), "d": torch.zeros(1, dtype=torch.int64)},
+    ):
         mine = {"a": torch.zeros(3), **wrong}  # the first tensor alone would fit
         with pytest.raises(CheckpointError, match="does not fit"):
             load_into(mine, Checkpoint(tmp_path / "1"))
@@ -341,12 +380,20 @@ def test_version_1_stays_readable():
     "A checkpoint written on the day of the format; its bits are given by a formula. Never write it anew: a new version gets a folder of its own"
     checkpoint = Checkpoint(FIXTURE)
     checkpoint.verify()
-    assert checkpoint.version == 1 and checkpoint.state == {"step": 100, "tokens": 12800, "data": {"epoch": 0, "skipped": []}, "note": "版本一"}
+    assert checkpoint.version == 1 and checkpoint.state == {
+        "step": 100,
+        "tokens": 12800,
+        "data": {"epoch": 0, "skipped": []},
+        "note": "版本一",
+    }
     assert torch.equal(checkpoint.read("model.embed.weight"), (torch.arange(24.0).view(6, 4) / 8).bfloat16())
     assert torch.equal(checkpoint.read("master.embed.weight"), torch.arange(24.0).view(6, 4) / 8)
     assert torch.equal(checkpoint.read("exp_avg.embed.weight"), -torch.arange(24.0).view(6, 4))
     assert torch.equal(checkpoint.read("scaler.scale"), torch.tensor(65536.0))
-    assert torch.equal(checkpoint.read("mask"), torch.tensor([True, False])) and checkpoint.read("nothing").shape == (0, 3)
+    assert torch.equal(checkpoint.read("mask"), torch.tensor([True, False])) and checkpoint.read("nothing").shape == (
+        0,
+        3,
+    )
 
 
 def write_fixture(folder):
@@ -355,7 +402,10 @@ def write_fixture(folder):
     writers = [Writer(folder, r, 2) for r in range(2)]
     for r, w in enumerate(writers):
         w.add("model.embed.weight", Chunk((grid / 8).bfloat16()[3 * r : 3 * r + 3], (6, 4), offsets=(3 * r, 0)))
-        w.add("master.embed.weight", Chunk((grid / 8).reshape(-1)[:13] if r == 0 else (grid / 8).reshape(-1)[13:], (6, 4), start=13 * r))
+        w.add(
+            "master.embed.weight",
+            Chunk((grid / 8).reshape(-1)[:13] if r == 0 else (grid / 8).reshape(-1)[13:], (6, 4), start=13 * r),
+        )
         columns = -grid[:, 2 * r : 2 * r + 2].reshape(-1)
         for a, b in ((0, 5), (5, 12)):
             w.add("exp_avg.embed.weight", Chunk(columns[a:b], (6, 4), offsets=(0, 2 * r), sizes=(6, 2), start=a))

@@ -13,7 +13,16 @@ import torch
 from internlm_nb.checkpoint.durable import CheckpointError, in_bytes, sibling, sweep
 from internlm_nb.checkpoint.find import is_sound, newest, newest_sound, resolve
 from internlm_nb.checkpoint.index import check_state, seal
-from internlm_nb.checkpoint.keep import prune, read_best, read_stop, set_aside, space_needed, steps, superseded_bytes, superseded_remark
+from internlm_nb.checkpoint.keep import (
+    prune,
+    read_best,
+    read_stop,
+    set_aside,
+    space_needed,
+    steps,
+    superseded_bytes,
+    superseded_remark,
+)
 from internlm_nb.checkpoint.logical import save_state
 from internlm_nb.checkpoint.reader import Checkpoint, all_finite
 from internlm_nb.checkpoint.shards import write_shard
@@ -47,7 +56,11 @@ def test_a_streak_of_bad_steps_prunes_no_good_checkpoint(tmp_path):
             bad = [s for s in present(folder) if begins <= s < ends]
             if begins <= n < ends:
                 assert good == [s for s in before if s < begins] and good[-1] == begins - 1
-                assert len(bad) <= last and newest_sound(folder) == folder / str(begins - 1) and newest(folder) == folder / str(n)
+                assert (
+                    len(bad) <= last
+                    and newest_sound(folder) == folder / str(begins - 1)
+                    and newest(folder) == folder / str(n)
+                )
             elif n >= ends:
                 assert len(good) == min(last, begins - 1 + n - ends + 1) and good[-1] == n and bad == []
         shutil.rmtree(folder)
@@ -95,8 +108,16 @@ def test_one_value_that_is_not_finite_is_found_and_named(dtype, value, tmp_path)
     x[random.Random(str(dtype)).randrange(1000)] = value
     assert not all_finite(x, step=64)
     path = save_state(tmp_path / "1", {"model.a": torch.ones(3), "model.b": x, "adam.c": x, "step": torch.tensor(3)})
-    assert Checkpoint(path).not_finite() == "model.b" and Checkpoint(path).not_finite("adam.") == "adam.c" and Checkpoint(path).not_finite("step") is None
-    assert sorted(map(str, (Checkpoint(path).not_finite("model.", rank, 3) for rank in range(3)))) == ["None", "None", "model.b"]
+    assert (
+        Checkpoint(path).not_finite() == "model.b"
+        and Checkpoint(path).not_finite("adam.") == "adam.c"
+        and Checkpoint(path).not_finite("step") is None
+    )
+    assert sorted(map(str, (Checkpoint(path).not_finite("model.", rank, 3) for rank in range(3)))) == [
+        "None",
+        "None",
+        "model.b",
+    ]
 
 
 # what is not the run's stays where it is
@@ -131,11 +152,17 @@ def test_nobody_elses_things_are_touched(tmp_path):
 
     before = listing()
     said = sweep(folder)
-    assert before - listing() == {"checkpoints/snapshot/.1.saving", "checkpoints/snapshot/.1.saving/rank-00000-00000.safetensors"}
+    assert before - listing() == {
+        "checkpoints/snapshot/.1.saving",
+        "checkpoints/snapshot/.1.saving/rank-00000-00000.safetensors",
+    }
     assert len(said) == 4 and sum("left alone: mine.txt in it" in line for line in said) == 2
     before = listing()
     assert prune(folder, last=1) == [10]
-    assert before - listing() == {"checkpoints/10", *(f"checkpoints/10/{n}" for n in ("index.json", "rank-00000-00000.safetensors"))}
+    assert before - listing() == {
+        "checkpoints/10",
+        *(f"checkpoints/10/{n}" for n in ("index.json", "rank-00000-00000.safetensors")),
+    }
     with pytest.raises(CheckpointError, match=r"snapshot/0 holds mine\.txt, which is no part of a checkpoint"):
         save_state(folder / "snapshot" / "0", {"w": torch.ones(1)}, {"step": 31}, overwrite=True)
     assert Checkpoint(outside).read("model.w").tolist() == [5.0] * 3
@@ -155,7 +182,9 @@ def test_what_would_be_in_the_way_of_a_save_is_said_before_and_stays(kind, tmp_p
         if kind == "book":
             (tmp_path / "30" / "chapter.txt").write_text("mine")
     before = sorted(p.name for p in tmp_path.iterdir())
-    with pytest.raises(CheckpointError, match="30: is no checkpoint that this run wrote, and stands where it will save: move it away"):
+    with pytest.raises(
+        CheckpointError, match="30: is no checkpoint that this run wrote, and stands where it will save: move it away"
+    ):
         set_aside(tmp_path, 10)
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     set_aside(tmp_path, 30)  # not in the way of what is still to come
@@ -173,12 +202,18 @@ def test_what_is_put_aside_is_said(tmp_path):
 
 def test_room_for_all_that_are_there_at_once(tmp_path):
     assert [space_needed(1000, n) for n in (1, 3)] == [2000, 4000]
-    assert space_needed(1000, 3, best=True, snapshots=True) == 7000 and space_needed(1000, 0, saves=9, best=True) == 10_000
+    assert (
+        space_needed(1000, 3, best=True, snapshots=True) == 7000 and space_needed(1000, 0, saves=9, best=True) == 10_000
+    )
     save(tmp_path / "10")
     save(tmp_path / "20")
     one = sum(p.stat().st_size for p in (tmp_path / "10").iterdir())
-    assert space_needed(one, 2, folder=tmp_path) == pytest.approx(one, abs=4) and space_needed(one, 5, folder=tmp_path) == pytest.approx(4 * one, abs=4)
-    save_state(tmp_path / "snapshot" / "0", {"model.w": torch.full((3,), 1.0)}, {"step": 11, "train": {"bad_in_a_row": 0}})
+    assert space_needed(one, 2, folder=tmp_path) == pytest.approx(one, abs=4) and space_needed(
+        one, 5, folder=tmp_path
+    ) == pytest.approx(4 * one, abs=4)
+    save_state(
+        tmp_path / "snapshot" / "0", {"model.w": torch.full((3,), 1.0)}, {"step": 11, "train": {"bad_in_a_row": 0}}
+    )
     assert space_needed(one, 5, snapshots=True, folder=tmp_path) == pytest.approx(5 * one, abs=6)
 
 
@@ -195,7 +230,9 @@ def test_a_shard_of_another_checkpoint_is_noticed_whatever_its_size(tmp_path):
     said: list[str] = []
     (tmp_path / "20" / "index.json").write_text("{")
     save(tmp_path / "5")
-    assert newest(tmp_path, verify=True, say=said.append) == tmp_path / "5" and "belongs to another checkpoint" in said[1]
+    assert (
+        newest(tmp_path, verify=True, say=said.append) == tmp_path / "5" and "belongs to another checkpoint" in said[1]
+    )
 
 
 def test_older_files_have_no_id_and_load(tmp_path):
@@ -291,7 +328,9 @@ def test_links_that_lead_outside_are_not_followed(tmp_path):
     file = path / "rank-00000-00000.safetensors"
     shutil.move(file, tmp_path / "elsewhere.safetensors")
     file.symlink_to(tmp_path / "elsewhere.safetensors")
-    with pytest.raises(CheckpointError, match=r"rank-00000-00000\.safetensors: is a link to .*elsewhere\.safetensors, outside"):
+    with pytest.raises(
+        CheckpointError, match=r"rank-00000-00000\.safetensors: is a link to .*elsewhere\.safetensors, outside"
+    ):
         Checkpoint(path)
     (tmp_path / "linked").symlink_to(save(tmp_path / "20"))  # of a whole checkpoint: that is where the user wants it
     assert Checkpoint(tmp_path / "linked").read("model.w").tolist() == [20.0] * 3
@@ -339,7 +378,9 @@ def test_permission_is_said_as_permission(tmp_path):
         os.waitpid(child, 0)
         os.close(write)
         said = os.read(read, 4000).decode()
-        assert said.startswith("CheckpointError") and f"{name}: permission denied" in said and "nothing is damaged" in said
+        assert (
+            said.startswith("CheckpointError") and f"{name}: permission denied" in said and "nothing is damaged" in said
+        )
 
 
 # a reader beside a run
@@ -376,7 +417,9 @@ def test_a_checkpoint_that_goes_while_one_looks_is_no_damage(tmp_path, monkeypat
         return real(path, *args)
 
     monkeypatch.setattr(find, "Checkpoint", slow)
-    assert newest(tmp_path, say=said.append) == tmp_path / "10" and said == [f"{tmp_path / '20'} skipped: deleted meanwhile by the run"]
+    assert newest(tmp_path, say=said.append) == tmp_path / "10" and said == [
+        f"{tmp_path / '20'} skipped: deleted meanwhile by the run"
+    ]
 
 
 def test_checkpoints_known_to_be_damaged_are_passed_over(tmp_path):

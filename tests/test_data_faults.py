@@ -146,7 +146,12 @@ def test_copies_and_companions_are_left_out(tmp_path, tok, capsys):
     for name in (".ipynb_checkpoints (hidden)", "__MACOSX (made by the system)", "en/._a.bin (hidden)"):
         assert name in docs.remarks[0]
     assert verify(tmp_path / "r", processes=1) == []
-    for name, content in (("a.txt", "one\n"), (".ipynb_checkpoints/a-checkpoint.txt", "one\n"), ("._a.txt", b"\x00\x05\x16\x07\xff"), ("deep/.b.txt", "x\n")):
+    for name, content in (
+        ("a.txt", "one\n"),
+        (".ipynb_checkpoints/a-checkpoint.txt", "one\n"),
+        ("._a.txt", b"\x00\x05\x16\x07\xff"),
+        ("deep/.b.txt", "x\n"),
+    ):
         make(tmp_path / "n" / name, content)
     code, out, _ = run(capsys, "build", tmp_path / "n", tmp_path / "n.bin", "--tokenizer", tok.path)
     assert code == 0 and len(read_tokens(tmp_path / "n.bin")) == 1
@@ -241,7 +246,8 @@ def test_permission_for_real(tmp_path):
         path.chmod(mode)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert done.stdout.splitlines() == [
-            f"{path}: permission denied: this user may not read it{end}" for end in (": mend it, or take it out of the folder" * (mode == 0o700), "")
+            f"{path}: permission denied: this user may not read it{end}"
+            for end in (": mend it, or take it out of the folder" * (mode == 0o700), "")
         ]
         path.chmod(0o755)
 
@@ -267,13 +273,20 @@ except ValueError as error: print(error)
     assert all(f"{path}: the file was changed while it was read: it had" in lines[i] for i in (0, 2))
     write_tokens(path, rows, overwrite=True)
     done = subprocess.run([sys.executable, "-c", code, f"{path}.meta", "200"], capture_output=True, text=True)
-    assert done.returncode == 0 and all(f"{path}.meta: the file was changed while it was read" in line for line in done.stdout.splitlines()), done
+    assert done.returncode == 0 and all(
+        f"{path}.meta: the file was changed while it was read" in line for line in done.stdout.splitlines()
+    ), done
 
 
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
-PACKS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE)}
+PACKS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+}
 
 
 @pytest.mark.parametrize("end", PACKS)
@@ -329,7 +342,9 @@ def test_parquet(tmp_path, tok):
     import pyarrow.parquet as pq
 
     texts = [f"row {i}" for i in range(3000)]
-    pq.write_table(pa.table({"text": [*texts, None, " "], "n": list(range(3002))}), tmp_path / "a.parquet", row_group_size=700)
+    pq.write_table(
+        pa.table({"text": [*texts, None, " "], "n": list(range(3002))}), tmp_path / "a.parquet", row_group_size=700
+    )
     assert list(read_documents(tmp_path / "a.parquet")) == texts
     made = build([tmp_path / "a.parquet"], tmp_path / "d/en", recipe(tok), 2, progress=False)
     assert [built.documents for built in made.values()] == [3000]
@@ -381,7 +396,14 @@ def test_half_surrogates_in_every_format(tmp_path, tok):
     make(tmp_path / "b.json", '[{"text": "\\ude00"}]')
     make(tmp_path / "c.jsonl", '{"instruction": "cut \\ud83d", "output": "\\udfff", "history": [["\\ud83d", "x"]]}\n')
     said = []
-    build([tmp_path / "a.jsonl", tmp_path / "b.json"], tmp_path / "t.bin", recipe(tok, valid_share=1e-9), 1, progress=False, say=said.append)
+    build(
+        [tmp_path / "a.jsonl", tmp_path / "b.json"],
+        tmp_path / "t.bin",
+        recipe(tok, valid_share=1e-9),
+        1,
+        progress=False,
+        say=said.append,
+    )
     assert [tok.decode(d) for d in read_tokens(tmp_path / "t.bin")] == ["cut \ufffd here", "\U0001f600", "\ufffd"]
     assert any("2 documents with half of a surrogate pair" in line for line in said)
     build([tmp_path / "c.jsonl"], tmp_path / "c.bin", recipe(tok, format="alpaca", template="v2"), 1, progress=False)
@@ -394,7 +416,19 @@ def test_half_surrogates_in_every_format(tmp_path, tok):
 
 def chat_build(tmp_path, tok, capsys, records, *more):
     make(tmp_path / "m.json", json.dumps(records))
-    return run(capsys, "build", tmp_path / "m.json", tmp_path / "mm/x", "--tokenizer", tok.path, "--format", "chat", "--template", "v2", *more)
+    return run(
+        capsys,
+        "build",
+        tmp_path / "m.json",
+        tmp_path / "mm/x",
+        "--tokenizer",
+        tok.path,
+        "--format",
+        "chat",
+        "--template",
+        "v2",
+        *more,
+    )
 
 
 def test_nothing_of_a_record_is_dropped(tmp_path, tok, capsys):
@@ -403,7 +437,13 @@ def test_nothing_of_a_record_is_dropped(tmp_path, tok, capsys):
     ids = read_tokens(tmp_path / "mm")[0]
     said = "".join(
         f"<|im_start|>{who}\n{words}<|im_end|>\n"
-        for who, words in (("system", "be brief"), ("user", "is it day?"), ("assistant", "no"), ("user", "and now?"), ("assistant", "yes"))
+        for who, words in (
+            ("system", "be brief"),
+            ("user", "is it day?"),
+            ("assistant", "no"),
+            ("user", "and now?"),
+            ("assistant", "yes"),
+        )
     )
     assert tok.decode(abs(ids)) == said and tok.decode(ids[ids > 0]) == "no<|im_end|>\nyes<|im_end|>\n"
     with pytest.raises(ValueError, match='no place for "history"'):
@@ -443,7 +483,11 @@ def test_records_without_a_target_are_left_out_and_named(tmp_path, tok, capsys):
     code, _, err = chat_build(tmp_path, tok, capsys, [long], "--max-length", 12)
     assert code == 2 and "there is no document" in err
     code, out, _ = chat_build(tmp_path, tok, capsys, [short, long, long], "--max-length", 40)
-    assert code == 0 and "2 records left out, which keep no target within --max-length 40" in out and "record 1 (from 0)" in out
+    assert (
+        code == 0
+        and "2 records left out, which keep no target within --max-length 40" in out
+        and "record 1 (from 0)" in out
+    )
     docs = read_tokens(tmp_path / "mm")
     assert len(docs) == 1 and (docs[0][1:] >= 0).any()
 
@@ -451,14 +495,18 @@ def test_records_without_a_target_are_left_out_and_named(tmp_path, tok, capsys):
 def test_verify_and_runs_say_that_nothing_is_learned(tmp_path, capsys):
     write_tokens(tmp_path / "r/en/a.bin", [[3], [-1, -2, -3], []])
     found = survey(tmp_path / "r", processes=1)
-    assert (found.faults, found.targets, found.untaught) == ([], 0, 3) and found.first_untaught.endswith("a.bin, line 1")
+    assert (found.faults, found.targets, found.untaught) == ([], 0, 3) and found.first_untaught.endswith(
+        "a.bin, line 1"
+    )
     code, out, err = run(capsys, "verify", tmp_path / "r", "--processes", "1")
     assert code == 1 and "3 documents have no target" in out and "not a single target" in err
     for coord in (0, 1):
         with pytest.raises(TokenFileError, match="so nothing can be learned"):
             look_at(read_tokens(tmp_path / "r"), coord, 2)
     write_tokens(tmp_path / "r/en/a.bin", [[-1, -2], [-1, 5], [3]], overwrite=True)
-    looks = [look_at(read_tokens(tmp_path / "r"), coord, 2) for coord in (0, 1)]  # a rank without a target reads on, and agrees
+    looks = [
+        look_at(read_tokens(tmp_path / "r"), coord, 2) for coord in (0, 1)
+    ]  # a rank without a target reads on, and agrees
     assert all(look.remarks for look in looks)
     code, out, _ = run(capsys, "verify", tmp_path / "r", "--processes", "1")
     assert code == 0 and "2 documents have no target" in out and "1 targets" in out
@@ -466,14 +514,18 @@ def test_verify_and_runs_say_that_nothing_is_learned(tmp_path, capsys):
 
 def test_a_tokenizer_without_begin_or_end(tmp_path, capsys):
     "No document begins with the id -1"
-    trained = dict(sentence_iterator=iter(TEXTS * 40), vocab_size=300, model_type="bpe", byte_fallback=True, minloglevel=2)
+    trained = dict(
+        sentence_iterator=iter(TEXTS * 40), vocab_size=300, model_type="bpe", byte_fallback=True, minloglevel=2
+    )
     sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "nb"), bos_id=-1, eos_id=1, **trained)
     make(tmp_path / "a.txt", "the fox\n")
     code, out, _ = run(capsys, "build", tmp_path / "a.txt", tmp_path / "nb.bin", "--tokenizer", tmp_path / "nb.model")
     ids = read_tokens(tmp_path / "nb.bin")[0].tolist()
     assert code == 0 and min(ids) >= 0 and ids[-1] == 1 and "has no begin sign" in out
     trained["sentence_iterator"] = iter(TEXTS * 40)
-    sentencepiece.SentencePieceTrainer.train(model_prefix=str(tmp_path / "ne"), bos_id=-1, eos_id=-1, normalization_rule_name="nmt_nfkc", **trained)
+    sentencepiece.SentencePieceTrainer.train(
+        model_prefix=str(tmp_path / "ne"), bos_id=-1, eos_id=-1, normalization_rule_name="nmt_nfkc", **trained
+    )
     code, out, _ = run(capsys, "build", tmp_path / "a.txt", tmp_path / "x/ne.bin", "--tokenizer", tmp_path / "ne.model")
     assert code == 0 and read_tokens(tmp_path / "x/ne.bin")[0].min() >= 0
     assert "has no end sign" in out and "does not keep line breaks, tabs, several spaces" in out
@@ -487,7 +539,12 @@ def test_a_build_that_failed_goes_on(tmp_path, tok, capsys):
         make(tmp_path / f"s/{name}.txt", content)
     argv = ("build", tmp_path / "s", tmp_path / "o", "--tokenizer", tok.path)
     assert run(capsys, *argv)[0] == 2
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [".build.jsonl", "a.bin", "a.bin.meta", "tokenizer.model"]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
+        ".build.jsonl",
+        "a.bin",
+        "a.bin.meta",
+        "tokenizer.model",
+    ]
     first = (tmp_path / "o/a.bin").stat().st_mtime_ns
     make(tmp_path / "s/b.txt", "good\nmended\n")
     code, out, _ = run(capsys, *argv)
@@ -574,7 +631,10 @@ def test_train_a_tokenizer_from_the_command_line(tmp_path, capsys):
     argv = ("tokenizer", tmp_path / "s", tmp_path / "own.model", "--vocab-size", 320)
     code, out, _ = run(capsys, *argv)
     assert (
-        code == 0 and "320 pieces" in out and open_tokenizer(tmp_path / "own.model").decode(open_tokenizer(tmp_path / "own.model").encode("a fox")) == "a fox"
+        code == 0
+        and "320 pieces" in out
+        and open_tokenizer(tmp_path / "own.model").decode(open_tokenizer(tmp_path / "own.model").encode("a fox"))
+        == "a fox"
     )
     before = (tmp_path / "own.model").read_bytes()
     code, _, err = run(capsys, *argv)
@@ -583,7 +643,10 @@ def test_train_a_tokenizer_from_the_command_line(tmp_path, capsys):
     code, _, err = run(capsys, "tokenizer", tmp_path / "s", tmp_path / "big.model", "--vocab-size", 50000)
     assert code == 2 and "smaller vocab_size" in err and not (tmp_path / "big.model").exists()
     make(tmp_path / "chat.json", json.dumps([{"instruction": TEXTS[0], "output": TEXTS[1]}]))
-    assert run(capsys, "tokenizer", tmp_path / "chat.json", tmp_path / "c", "--vocab-size", 320, "--format", "chat")[0] == 0
+    assert (
+        run(capsys, "tokenizer", tmp_path / "chat.json", tmp_path / "c", "--vocab-size", 320, "--format", "chat")[0]
+        == 0
+    )
     assert (tmp_path / "c/tokenizer.model").is_file()
 
 
@@ -594,7 +657,9 @@ def test_the_tokenizer_lies_beside_the_files(tmp_path, toks, capsys):
     assert run(capsys, "build", tmp_path / "s/a.txt", tmp_path / "d/en", "--tokenizer", one.path)[0] == 0
     for root in ("d", "d/en", "d/en/a.bin"):
         found = find_tokenizer(tmp_path / root)
-        assert found == tmp_path / "d/en/tokenizer.model" and tokenizer_fingerprint(found) == tokenizer_fingerprint(one.path)
+        assert found == tmp_path / "d/en/tokenizer.model" and tokenizer_fingerprint(found) == tokenizer_fingerprint(
+            one.path
+        )
     for dst in ("d/en", "d/en/b.bin"):  # another tokenizer into the same folder
         code, _, err = run(capsys, "build", tmp_path / "s/b.txt", tmp_path / dst, "--tokenizer", two.path)
         assert code == 2 and "a.bin was made with" in err and str(two.path) in err
@@ -609,7 +674,10 @@ def test_the_tokenizer_lies_beside_the_files(tmp_path, toks, capsys):
     assert run(capsys, "verify", tmp_path / "d", "--processes", "1")[0] == 1
     code, out, _ = run(capsys, "show", tmp_path / "d/en/b.bin")  # no tokenizer named
     assert code == 0 and "the dog" in out
-    assert run(capsys, "decode", tmp_path / "d/en", tmp_path / "back.txt")[0] == 0 and (tmp_path / "back.txt").read_text() == "the fox\nthe dog\n"
+    assert (
+        run(capsys, "decode", tmp_path / "d/en", tmp_path / "back.txt")[0] == 0
+        and (tmp_path / "back.txt").read_text() == "the fox\nthe dog\n"
+    )
 
 
 def test_readers_do_not_see_the_extra_files(tmp_path, tok):
@@ -617,14 +685,21 @@ def test_readers_do_not_see_the_extra_files(tmp_path, tok):
     make(tmp_path / "a.txt", "the fox\n")
     build([tmp_path / "a.txt"], tmp_path / "d/en", recipe(tok), 1, progress=False)
     assert sorted(os.listdir(tmp_path / "d")) == ["en"]
-    assert sorted(name for name in os.listdir(tmp_path / "d/en") if name.endswith((".bin", ".meta"))) == ["a.bin", "a.bin.meta"]
+    assert sorted(name for name in os.listdir(tmp_path / "d/en") if name.endswith((".bin", ".meta"))) == [
+        "a.bin",
+        "a.bin.meta",
+    ]
 
 
 def test_a_tokenizer_above_the_folder_is_found(tmp_path, toks, capsys):
     make(tmp_path / "s/a.txt", "the fox\n")
     write_tokens(tmp_path / "c/train/en/a.bin", [[1, 2]])
     make(tmp_path / "c/tokenizer.model", toks[0].path.read_bytes())
-    assert find_tokenizer(tmp_path / "c/train") == find_tokenizer(tmp_path / "c/train/en/a.bin") == tmp_path / "c/tokenizer.model"
+    assert (
+        find_tokenizer(tmp_path / "c/train")
+        == find_tokenizer(tmp_path / "c/train/en/a.bin")
+        == tmp_path / "c/tokenizer.model"
+    )
     assert find_tokenizer(tmp_path / "c/train/en") is None and find_tokenizer(tmp_path / "nowhere/train") is None
     # where somebody works, his own files stay as they are
     own = make(tmp_path / "w/tokenizer.model", toks[1].path.read_bytes())
@@ -647,12 +722,18 @@ def test_overwriting_with_another_tokenizer(tmp_path, toks, capsys):
 def test_json_tokenizers(tmp_path, capsys):
     tokenizers = pytest.importorskip("tokenizers")
     fast = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=None))
-    fast.pre_tokenizer, fast.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    fast.pre_tokenizer, fast.decoder = (
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+        tokenizers.decoders.ByteLevel(),
+    )
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     fast.train_from_iterator(
         TEXTS,
         tokenizers.trainers.BpeTrainer(
-            vocab_size=300, special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"], initial_alphabet=alphabet, show_progress=False
+            vocab_size=300,
+            special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
         ),
     )
     (tmp_path / "j").mkdir()
@@ -661,9 +742,17 @@ def test_json_tokenizers(tmp_path, capsys):
     make(tmp_path / "a.txt", "the quick brown fox\n" * 2000)
     for named in ("j", "j/tokenizer.json"):
         dst = tmp_path / named.replace("/", "-") / "en"
-        code, out, err = run(capsys, "build", tmp_path / "a.txt", dst, "--tokenizer", tmp_path / named, "--processes", 2)
+        code, out, err = run(
+            capsys, "build", tmp_path / "a.txt", dst, "--tokenizer", tmp_path / named, "--processes", 2
+        )
         assert code == 0 and "bytes a token" in out, err
-        assert sorted(p.name for p in dst.iterdir()) == [".build.jsonl", "a.bin", "a.bin.meta", "tokenizer.json", "tokenizer_config.json"]
+        assert sorted(p.name for p in dst.iterdir()) == [
+            ".build.jsonl",
+            "a.bin",
+            "a.bin.meta",
+            "tokenizer.json",
+            "tokenizer_config.json",
+        ]
         assert find_tokenizer(dst.parent) == dst / "tokenizer.json"
         code, out, _ = run(capsys, "show", dst.parent, "--count", 1)
         assert code == 0 and "the quick brown fox" in out
@@ -673,24 +762,57 @@ def test_json_tokenizers(tmp_path, capsys):
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tmp_path / "j")  # without its begin and end
     make(other / "tokenizer_config.json", json.dumps({"eos_token": "</s>", "bos_token": {"content": "<s>"}}))
     assert tokenizer_fingerprint(other) == tokenizer_fingerprint(tmp_path / "j")
-    code, _, err = run(capsys, "build", tmp_path / "a.txt", tmp_path / "z", "--tokenizer", make(tmp_path / "l/tokenizer.json", "{"))
+    code, _, err = run(
+        capsys, "build", tmp_path / "a.txt", tmp_path / "z", "--tokenizer", make(tmp_path / "l/tokenizer.json", "{")
+    )
     assert code == 2 and "tokenizer.json" in err
     # the id 0 is a sign of its own here, which cannot be marked as read only
     make(tmp_path / "m.json", json.dumps([{"instruction": "x", "output": "y"}]))
-    assert run(capsys, "build", tmp_path / "m.json", tmp_path / "m/x", "--tokenizer", tmp_path / "j", "--format", "chat", "--template", "v2")[0] == 0
+    assert (
+        run(
+            capsys,
+            "build",
+            tmp_path / "m.json",
+            tmp_path / "m/x",
+            "--tokenizer",
+            tmp_path / "j",
+            "--format",
+            "chat",
+            "--template",
+            "v2",
+        )[0]
+        == 0
+    )
 
 
 def test_held_out_documents(tmp_path, tok, capsys):
     lines = [f"document {i}" for i in range(500)]
     make(tmp_path / "s/a.txt", "\n".join(lines[:250]))
     make(tmp_path / "s/b.txt", "\n".join(lines[250:] + lines[:250]))  # every line of a once more
-    code, out, _ = run(capsys, "build", tmp_path / "s", tmp_path / "d/en", "--tokenizer", tok.path, "--valid-share", 0.1, "--processes", 2)
+    code, out, _ = run(
+        capsys,
+        "build",
+        tmp_path / "s",
+        tmp_path / "d/en",
+        "--tokenizer",
+        tok.path,
+        "--valid-share",
+        0.1,
+        "--processes",
+        2,
+    )
     assert code == 0 and "documents held out" in out
     train, valid = ({tok.decode(d) for d in read_tokens(tmp_path / name)} for name in ("d", "d-valid"))
-    assert train | valid == set(lines) and not train & valid and valid == {line for line in lines if is_held_out(line, 0.1)}
+    assert (
+        train | valid == set(lines)
+        and not train & valid
+        and valid == {line for line in lines if is_held_out(line, 0.1)}
+    )
     assert 25 < len(valid) < 80
     assert find_tokenizer(tmp_path / "d-valid") == tmp_path / "d-valid/en/tokenizer.model"
-    code, out, _ = run(capsys, "build", tmp_path / "s", tmp_path / "d/en", "--tokenizer", tok.path, "--valid-share", 0.1)
+    code, out, _ = run(
+        capsys, "build", tmp_path / "s", tmp_path / "d/en", "--tokenizer", tok.path, "--valid-share", 0.1
+    )
     assert code == 0 and out.count("left as it is") == 2
     code, out, _ = run(
         capsys,
@@ -706,10 +828,20 @@ def test_held_out_documents(tmp_path, tok, capsys):
     )
     assert code == 0 and read_tokens(tmp_path / "h").types == ["en"]
     for share in (-0.1, 1.0, 7):
-        assert run(capsys, "build", tmp_path / "s", tmp_path / "f/en", "--tokenizer", tok.path, "--valid-share", share)[0] == 2
-    code, out, _ = run(capsys, "build", tmp_path / "s/a.txt", tmp_path / "g/en", "--tokenizer", tok.path, "--valid-share", 1e-12)
+        assert (
+            run(capsys, "build", tmp_path / "s", tmp_path / "f/en", "--tokenizer", tok.path, "--valid-share", share)[0]
+            == 2
+        )
+    code, out, _ = run(
+        capsys, "build", tmp_path / "s/a.txt", tmp_path / "g/en", "--tokenizer", tok.path, "--valid-share", 1e-12
+    )
     assert code == 0 and "none of 250 documents was held out" in out
-    assert [str(held_out_beside(d)) for d in ("d/train/en", "en", "/x/en/a.bin", "a.bin")] == ["d/valid/en", "en-valid", "/x-valid/en/a.bin", "valid/a.bin"]
+    assert [str(held_out_beside(d)) for d in ("d/train/en", "en", "/x/en/a.bin", "a.bin")] == [
+        "d/valid/en",
+        "en-valid",
+        "/x-valid/en/a.bin",
+        "valid/a.bin",
+    ]
 
 
 # --- is it the same data? ---------------------------------------------------------------------------------------------
@@ -737,11 +869,17 @@ def swap(path):
 CHANGES = {
     "other content": (lambda root: exchange(root / "en/b.bin"), "en/b.bin has other content"),
     "order": (lambda root: swap(root / "en/c.bin"), "en/c.bin has other content"),
-    "a name": (lambda root: [(root / f"cn/a.bin{e}").rename(root / f"cn/z.bin{e}") for e in ("", ".meta")], "cn/a.bin is not there: cn/z.bin has its content"),
+    "a name": (
+        lambda root: [(root / f"cn/a.bin{e}").rename(root / f"cn/z.bin{e}") for e in ("", ".meta")],
+        "cn/a.bin is not there: cn/z.bin has its content",
+    ),
     "a type": (lambda root: (root / "cn").rename(root / "zh"), "cn/a.bin is not there: zh/a.bin has its content"),
     "one more": (lambda root: write_tokens(root / "en/d.bin", [[1, 2]]), "en/d.bin was not there when"),
     "one less": (lambda root: [(root / f"en/c.bin{e}").unlink() for e in ("", ".meta")], "en/c.bin is not there"),
-    "an end": (lambda root: write_tokens(root / "en/c.bin", [d for d in read_tokens(root / "en/c.bin")][:-1], overwrite=True), "en/c.bin has other content"),
+    "an end": (
+        lambda root: write_tokens(root / "en/c.bin", [d for d in read_tokens(root / "en/c.bin")][:-1], overwrite=True),
+        "en/c.bin has other content",
+    ),
 }
 
 
@@ -762,7 +900,10 @@ def test_facts_of_a_moved_folder_and_of_older_checkpoints(data):
     assert now == before
     counts = {key: before[key] for key in ("documents", "tokens")}
     assert differences([counts], [now]) == [] and differences([], []) == []
-    assert "900 documents, 18,917 tokens (899, 18,917 on rank 0)" in differences([counts | {"documents": 899}], [now], ["DATA"], "on rank 0")[0]
+    assert (
+        "900 documents, 18,917 tokens (899, 18,917 on rank 0)"
+        in differences([counts | {"documents": 899}], [now], ["DATA"], "on rank 0")[0]
+    )
     assert differences([counts], []) == ["there are 0 folders of data, but 1 when the checkpoint was made"]
     exchange(moved / "en/b.bin")
     assert differences([counts], [folder_facts(moved)]) == []  # all that the older ones know is equal
@@ -780,7 +921,13 @@ def test_many_files_are_named_by_their_folder(tmp_path, monkeypatch):
 
 def test_the_loader_knows_the_facts_of_all_folders(data, tmp_path):
     write_tokens(tmp_path / "held/en/v.bin", [[1, 2, 3]] * 20)
-    config = DataConfig(train_folder=(f"{data}=2", f"{data / 'en'}=1"), valid_folder=str(tmp_path / "held"), seq_len=16, micro_num=1, min_length=3)
+    config = DataConfig(
+        train_folder=(f"{data}=2", f"{data / 'en'}=1"),
+        valid_folder=str(tmp_path / "held"),
+        seq_len=16,
+        micro_num=1,
+        min_length=3,
+    )
     loader, validation = Loader(config, 0, 100), make_validation(config, 100)
     assert [f["files"] for f in loader.facts()] == [3, 2] and validation.facts()[0]["documents"] == 20
     assert loader.facts()[0]["documents"] == len(read_tokens(data, 3)) < len(read_tokens(data))

@@ -17,7 +17,9 @@ from internlm_nb.data.tokenfiles import read_tokens, write_tokens
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
 
 # documents of mixed lengths with negative ids and zeros; shrinking stays readable
-DOCUMENTS = st.lists(st.lists(st.integers(-50, 50), max_size=23), min_size=1, max_size=30).filter(lambda docs: any(docs))
+DOCUMENTS = st.lists(st.lists(st.integers(-50, 50), max_size=23), min_size=1, max_size=30).filter(
+    lambda docs: any(docs)
+)
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 4), st.booleans())
 FIELDS = ("input_ids", "labels", "cu_seqlens", "indexes", "type_ids")
 
@@ -97,13 +99,37 @@ def test_borders(documents, shape):
                 if high < len(owners) and owners[high - 1] == owners[high]:
                     assert high - low == seq_len
             assert p.num_documents == sum(low < len(owners) for low in borders[:-1])
-            assert p.largest_length == max(min(high, len(owners)) - low for low, high in pairwise(borders) if low < len(owners))
+            assert p.largest_length == max(
+                min(high, len(owners)) - low for low, high in pairwise(borders) if low < len(owners)
+            )
 
 
 def test_worked_example():
-    documents = [[2323, 442, 252, 341], [233, 3442, 322, 31, 2514, 49731, 51], [4326, 427, 465, 22, 314, 9725, 346, 1343], [24, 2562, 5, 25, 356]]
+    documents = [
+        [2323, 442, 252, 341],
+        [233, 3442, 322, 31, 2514, 49731, 51],
+        [4326, 427, 465, 22, 314, 9725, 346, 1343],
+        [24, 2562, 5, 25, 356],
+    ]
     first, second = pack(documents, 8, 2)
-    assert first.input_ids.tolist() == [2323, 442, 252, 341, 233, 3442, 322, 31, 2514, 49731, 51, 4326, 427, 465, 22, 314]
+    assert first.input_ids.tolist() == [
+        2323,
+        442,
+        252,
+        341,
+        233,
+        3442,
+        322,
+        31,
+        2514,
+        49731,
+        51,
+        4326,
+        427,
+        465,
+        22,
+        314,
+    ]
     assert first.labels.tolist() == [442, 252, 341, -100, 3442, 322, 31, 2514, 49731, 51, -100, 427, 465, 22, 314, 9725]
     assert first.cu_seqlens.tolist() == [0, 4, 11, 16]
     assert first.indexes.tolist() == [*range(4), *range(7), *range(5)]
@@ -151,14 +177,20 @@ def test_random_access_equals_streaming(tmp_path, monkeypatch, min_length):
         expected = []
         for epoch in range(2):
             order = packs.order(epoch)(np.arange(len(docs)))
-            streamed = list(pack([docs[int(i)] for i in order], seq_len, micro_bsz, windows, type_ids=docs.type_of(order)))
+            streamed = list(
+                pack([docs[int(i)] for i in order], seq_len, micro_bsz, windows, type_ids=docs.type_of(order))
+            )
             assert len(streamed) == packs.packs_per_epoch
             here = range(epoch * len(streamed), (epoch + 1) * len(streamed))
             assert {packs.cut(i)[0] for i in here} == {epoch}
             cuts = [packs.cut(i)[1] for i in here]
-            assert sorted(cuts) == list(range(len(streamed))) and cuts[-1] == len(streamed) - 1  # each once; the padded one last
+            assert (
+                sorted(cuts) == list(range(len(streamed))) and cuts[-1] == len(streamed) - 1
+            )  # each once; the padded one last
             expected += [streamed[cut] for cut in cuts]
-        assert [packs.tokens_before(i) for i in range(len(expected) + 1)] == np.cumsum([0] + [p.num_tokens for p in expected]).tolist()
+        assert [packs.tokens_before(i) for i in range(len(expected) + 1)] == np.cumsum(
+            [0] + [p.num_tokens for p in expected]
+        ).tolist()
         for i in rng.permutation(len(expected)):
             assert same(packs[int(i)], expected[int(i)])
         if packs.packs_per_epoch > 3:
@@ -209,7 +241,11 @@ def test_rampup_sums(batch, start, increment, every):
 
 
 def test_rampup_check_values():
-    for batch, text, expected in ((4, "1 1 4", [1, 1, 1, 1, 2, 2, 2, 2]), (4, "", [4] * 8), (8, "2 2 2", [2, 2, 4, 4, 6, 6, 8, 8])):
+    for batch, text, expected in (
+        (4, "1 1 4", [1, 1, 1, 1, 2, 2, 2, 2]),
+        (4, "", [4] * 8),
+        (8, "2 2 2", [2, 2, 4, 4, 6, 6, 8, 8]),
+    ):
         assert [BatchSizes(batch, text).size(t) for t in range(8)] == expected
 
 
@@ -227,7 +263,14 @@ def test_skipped_batches(left_out, steps):
 def test_loader_is_a_function_of_the_step(tmp_path, rampup, skip):
     "Any number of ranks, any first step, any order of asking: the same batch; tokens seen as counted"
     web, books = write_folder(tmp_path / "web", 0, 30), write_folder(tmp_path / "books", 1, 12, kinds=("en", "fr"))
-    config = DataConfig(train_folder=(f"{web}=0.6", f"{books}=0.4"), seq_len=16, micro_bsz=2, micro_num=8, rampup=rampup, skip_batches=skip)
+    config = DataConfig(
+        train_folder=(f"{web}=0.6", f"{books}=0.4"),
+        seq_len=16,
+        micro_bsz=2,
+        micro_num=8,
+        rampup=rampup,
+        skip_batches=skip,
+    )
     loader = Loader(config, seed=5, vocab_size=60)
     assert loader.types == ["cn", "en", "fr"]
     history = [loader.batch(step) for step in range(25)]
@@ -244,7 +287,11 @@ def test_loader_is_a_function_of_the_step(tmp_path, rampup, skip):
             assert all(same(shares[i % ranks][i // ranks], p) for i, p in enumerate(history[step]))
             assert sum(map(len, shares)) == len(history[step])
     resumed = Loader(config, seed=5, vocab_size=60).iterate(start=7, stop=12)
-    assert all(same(a, b) for batch, expected in zip(resumed, history[7:12], strict=True) for a, b in zip(batch, expected, strict=True))
+    assert all(
+        same(a, b)
+        for batch, expected in zip(resumed, history[7:12], strict=True)
+        for a, b in zip(batch, expected, strict=True)
+    )
 
 
 def test_type_ids_are_of_all_folders_together(tmp_path):
@@ -259,7 +306,9 @@ def test_type_ids_are_of_all_folders_together(tmp_path):
 
 def test_ranks_must_divide(tmp_path):
     loader = Loader(DataConfig(seq_len=8, micro_num=6), 0, 50)
-    with pytest.raises(ValueError, match=r"data\.micro_num: a batch of 6 packs cannot be shared evenly by 4 data ranks"):
+    with pytest.raises(
+        ValueError, match=r"data\.micro_num: a batch of 6 packs cannot be shared evenly by 4 data ranks"
+    ):
         loader.batch(0, 0, 4)
     with pytest.raises(ValueError, match=r"data\.rampup '1 1 1': a batch of 1 packs"):
         Loader(DataConfig(seq_len=8, micro_num=6, rampup="1 1 1"), 0, 50).check_ranks(2)
@@ -334,7 +383,19 @@ def test_config_says_what_is_wrong(tmp_path):
 
 def test_command_line_takes_a_folder():
     tyro = pytest.importorskip("tyro")
-    config = tyro.cli(DataConfig, args=["--train-folder", "web=0.7", "books=0.3", "--seq-len", "64", "--rampup", "4 4 100", "--no-pack-sample-into-one"])
+    config = tyro.cli(
+        DataConfig,
+        args=[
+            "--train-folder",
+            "web=0.7",
+            "books=0.3",
+            "--seq-len",
+            "64",
+            "--rampup",
+            "4 4 100",
+            "--no-pack-sample-into-one",
+        ],
+    )
     assert (
         config.train_folder == ("web=0.7", "books=0.3")
         and config.rampup == "4 4 100"
@@ -362,7 +423,9 @@ def test_synthetic_documents_have_the_lengths_asked_for():
     packs = SyntheticPacks(100, 0, 512, 4, shortest=20, longest=50)
     lengths = np.concatenate([np.array(packs[i].lengths)[:-1] for i in range(50)])  # the last of a pack is cut
     assert lengths.min() == 20 and lengths.max() == 50
-    assert not same(packs[0], packs[1]) and not same(packs[0], SyntheticPacks(100, 1, 512, 4, shortest=20, longest=50)[0])
+    assert not same(packs[0], packs[1]) and not same(
+        packs[0], SyntheticPacks(100, 1, 512, 4, shortest=20, longest=50)[0]
+    )
     for bad in ({"vocab_size": 7}, {"shortest": 0}):
         with pytest.raises(ValueError):
             SyntheticPacks(**{"vocab_size": 100, "seed": 0, "seq_len": 8, "micro_bsz": 1, **bad})

@@ -68,7 +68,11 @@ def test_training_says_what_to_change(tmp_path):
 
 def test_marks_are_one_id_each(tok):
     for mark, id in tok.marks.items():
-        assert tok.encode(f"a{mark}b") == [*tok.encode("a"), id, *tok.encode("b")] and tok.piece_to_id(mark) == id and tok.id_to_piece(id) == mark
+        assert (
+            tok.encode(f"a{mark}b") == [*tok.encode("a"), id, *tok.encode("b")]
+            and tok.piece_to_id(mark) == id
+            and tok.id_to_piece(id) == mark
+        )
     assert (tok.bos_id, tok.eos_id, tok.unk_id, tok.pad_id) == (1, 2, 0, -1)
 
 
@@ -77,7 +81,10 @@ def test_free_pieces_get_the_names_of_marks(tmp_path):
     # a model like InternLM 2's: pieces kept free under these names
     released = train_tokenizer(corpus("valid")["en"], tmp_path / "t.model", 1000, marks=free)
     assert list(released.marks) == list(MARKS)
-    assert released.encode("<|im_start|>user\n") == [released.piece_to_id("[UNUSED_TOKEN_146]"), *released.encode("user\n")]
+    assert released.encode("<|im_start|>user\n") == [
+        released.piece_to_id("[UNUSED_TOKEN_146]"),
+        *released.encode("user\n"),
+    ]
     assert released.decode(released.encode("<|im_end|>")) == "<|im_end|>"
     assert released.marks["<|plugin|>"] == released.piece_to_id("[UNUSED_TOKEN_141]")
     for text in ("<|im_start|>", "[UNUSED_TOKEN_146]"):  # neither spelling can be smuggled in
@@ -121,16 +128,27 @@ WORDS = st.text(st.sampled_from("ab \n<|im_end|>eoh1"), max_size=20)
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), st.one_of(WORDS, st.just("<|im_end|>\n"))), max_size=5), st.booleans())
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["system", "user", "assistant"]), st.one_of(WORDS, st.just("<|im_end|>\n"))),
+        max_size=5,
+    ),
+    st.booleans(),
+)
 def test_conversations(tok, turns, answer):
     "Ids decode to the text; exactly two marks a turn, whatever is written; only answers are targets"
     messages = [{"role": role, "content": words} for role, words in turns]
     ids = chat_ids(tok, messages, "v2", answer)
     assert tok.decode(ids) == chat_text(messages, "v2", answer)
-    assert sum(i == tok.marks["<|im_end|>"] for i in ids) == len(turns) and sum(i == tok.marks["<|im_start|>"] for i in ids) == len(turns) + answer
+    assert (
+        sum(i == tok.marks["<|im_end|>"] for i in ids) == len(turns)
+        and sum(i == tok.marks["<|im_start|>"] for i in ids) == len(turns) + answer
+    )
     trained = conversation_ids(tok, messages, "v2")
     assert [abs(i) for i in trained] == [*chat_ids(tok, messages, "v2", answer=False), tok.eos_id]
-    assert tok.decode(i for i in trained if i > 0) == "".join(f"{words}<|im_end|>\n" for role, words in turns if role == "assistant")
+    assert tok.decode(i for i in trained if i > 0) == "".join(
+        f"{words}<|im_end|>\n" for role, words in turns if role == "assistant"
+    )
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -151,7 +169,10 @@ def test_documents_of_a_text(tmp_path_factory, text):
 def test_encodings(tmp_path):
     for encoding in ("utf-8", "utf-8-sig", "gb18030", "utf-16"):
         (tmp_path / "a.txt").write_bytes("一\n二三\n".encode(encoding))
-        assert list(read_documents(tmp_path / "a.txt", encoding="utf-8" if "utf-8" in encoding else encoding)) == ["一", "二三"]
+        assert list(read_documents(tmp_path / "a.txt", encoding="utf-8" if "utf-8" in encoding else encoding)) == [
+            "一",
+            "二三",
+        ]
     (tmp_path / "a.txt").write_bytes("一\n二三\n".encode("gb18030"))
     with pytest.raises(TextError, match=r"a\.txt, line 2: bytes that are not utf-8"):
         list(read_documents(tmp_path / "a.txt"))
@@ -187,7 +208,9 @@ def sources(tmp_path):
     src = tmp_path / "src"
     (src / "deep").mkdir(parents=True)
     (src / "a.txt").write_text("\n".join(f"line {i} of some text" for i in range(3000)))
-    (src / "deep" / "b.jsonl").write_text("".join(json.dumps({"text": f"record {i}\nwith two lines"}) + "\n" for i in range(2000)))
+    (src / "deep" / "b.jsonl").write_text(
+        "".join(json.dumps({"text": f"record {i}\nwith two lines"}) + "\n" for i in range(2000))
+    )
     (src / "deep" / "c.json").write_text(json.dumps([{"text": "one"}, {"text": "two"}]))
     return src
 
@@ -204,14 +227,29 @@ def test_files_do_not_depend_on_the_processes(tmp_path, sources, tok, monkeypatc
         build([sources], root / "en", recipe, processes, progress=False)
         made[processes] = {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*.bin*"))}
     assert made[1] == made[2] == made[3]
-    assert sorted(map(str, made[1])) == ["en/a.bin", "en/a.bin.meta", "en/deep/b.bin", "en/deep/b.bin.meta", "en/deep/c.bin", "en/deep/c.bin.meta"]
+    assert sorted(map(str, made[1])) == [
+        "en/a.bin",
+        "en/a.bin.meta",
+        "en/deep/b.bin",
+        "en/deep/b.bin.meta",
+        "en/deep/c.bin",
+        "en/deep/c.bin.meta",
+    ]
     expected = [json.dumps({"tokens": [1, *tok.encode(f"line {i} of some text"), 2]}) + "\n" for i in range(3000)]
     assert made[1][Path("en/a.bin")] == "".join(expected).encode()
-    assert np.load(tmp_path / "1/en/a.bin.meta").tolist() == [[sum(map(len, expected[:i])), len(json.loads(line)["tokens"])] for i, line in enumerate(expected)]
+    assert np.load(tmp_path / "1/en/a.bin.meta").tolist() == [
+        [sum(map(len, expected[:i])), len(json.loads(line)["tokens"])] for i, line in enumerate(expected)
+    ]
 
 
 def test_one_file_of_many_sources(tmp_path, sources, tok):
-    build([sources / "a.txt", sources / "deep"], tmp_path / "en" / "all.bin", Recipe(str(tok.path), bos=False, eos=False), 1, progress=False)
+    build(
+        [sources / "a.txt", sources / "deep"],
+        tmp_path / "en" / "all.bin",
+        Recipe(str(tok.path), bos=False, eos=False),
+        1,
+        progress=False,
+    )
     docs = read_tokens(tmp_path / "en" / "all.bin")
     assert len(docs) == 5002 and tok.decode(docs[0]) == "line 0 of some text" and tok.decode(docs[-1]) == "two"
 
@@ -225,13 +263,38 @@ def test_alpaca_from_the_command_line(tmp_path, tok, capsys):
             target = tmp_path / f"{name}-{style}" / "en"
             assert (
                 main(
-                    ["build", str(tmp_path / name), str(target), "--tokenizer", str(tok.path), "--format", "alpaca", "--template", style, "--max-length", "30"]
+                    [
+                        "build",
+                        str(tmp_path / name),
+                        str(target),
+                        "--tokenizer",
+                        str(tok.path),
+                        "--format",
+                        "alpaca",
+                        "--template",
+                        style,
+                        "--max-length",
+                        "30",
+                    ]
                 )
                 == 0
             )
             assert [d.tolist() for d in read_tokens(target.parent)] == [alpaca_ids(tok, r, style, 30) for r in records]
     (tmp_path / "bad.jsonl").write_text('{"instruction": "x", "output": "y"}\n{"instruction": "x"}\n')
-    assert main(["build", str(tmp_path / "bad.jsonl"), str(tmp_path / "bad"), "--tokenizer", str(tok.path), "--format", "alpaca"]) == 2
+    assert (
+        main(
+            [
+                "build",
+                str(tmp_path / "bad.jsonl"),
+                str(tmp_path / "bad"),
+                "--tokenizer",
+                str(tok.path),
+                "--format",
+                "alpaca",
+            ]
+        )
+        == 2
+    )
     assert 'bad.jsonl, line 2: an Alpaca record needs a text under "output"' in capsys.readouterr().err
 
 
@@ -250,13 +313,27 @@ def test_nothing_is_overwritten_unless_asked(tmp_path, sources, tok, capsys):
 
 def test_a_failing_build_keeps_the_old_file(tmp_path, tok):
     (tmp_path / "a.txt").write_text("good")
-    argv = ["build", str(tmp_path / "a.txt"), str(tmp_path / "en"), "--tokenizer", str(tok.path), "--processes", "2", "--overwrite"]
+    argv = [
+        "build",
+        str(tmp_path / "a.txt"),
+        str(tmp_path / "en"),
+        "--tokenizer",
+        str(tok.path),
+        "--processes",
+        "2",
+        "--overwrite",
+    ]
     assert main(argv) == 0
     before = (tmp_path / "en" / "a.bin").read_bytes()
     (tmp_path / "a.txt").write_bytes(b"fine\n" * 100_000 + b"\xff\n")
     assert main(argv) == 2
     assert (tmp_path / "en" / "a.bin").read_bytes() == before
-    assert sorted(p.name for p in (tmp_path / "en").iterdir()) == [".build.jsonl", "a.bin", "a.bin.meta", "tokenizer.model"]
+    assert sorted(p.name for p in (tmp_path / "en").iterdir()) == [
+        ".build.jsonl",
+        "a.bin",
+        "a.bin.meta",
+        "tokenizer.model",
+    ]
 
 
 def test_errors_of_the_command_line(tmp_path, tok, capsys):
@@ -265,8 +342,14 @@ def test_errors_of_the_command_line(tmp_path, tok, capsys):
     for argv, says in (
         (["build", "nowhere.txt", str(tmp_path / "o"), "--tokenizer", str(tok.path)], "nowhere.txt is neither"),
         (["build", str(tmp_path / "a.txt"), str(tmp_path / "o"), "--tokenizer", "no.model"], "no tokenizer model"),
-        (["build", str(tmp_path / "empty.txt"), str(tmp_path / "o"), "--tokenizer", str(tok.path)], "there is no document in"),
-        (["build", str(tmp_path / "a.txt"), str(tmp_path / "o"), "--tokenizer", str(tok.path), "--processes", "0"], "--processes must be at least 1"),
+        (
+            ["build", str(tmp_path / "empty.txt"), str(tmp_path / "o"), "--tokenizer", str(tok.path)],
+            "there is no document in",
+        ),
+        (
+            ["build", str(tmp_path / "a.txt"), str(tmp_path / "o"), "--tokenizer", str(tok.path), "--processes", "0"],
+            "--processes must be at least 1",
+        ),
         (["verify", str(tmp_path / "nowhere")], "neither a folder"),
         (["show", str(tmp_path / "a.txt"), "--tokenizer", str(tok.path)], "a.txt.meta"),
     ):
@@ -285,7 +368,9 @@ def test_decode_gives_the_text_back(tmp_path, sources, tok):
         assert main(["decode", str(tmp_path / "en" / "b.bin"), str(tmp_path / name), "--tokenizer", str(tok.path)]) == 0
     assert (tmp_path / "back.jsonl").read_text() == (sources / "deep" / "b.jsonl").read_text()
     assert (tmp_path / "back.txt").read_text() == "".join(f"record {i}\nwith two lines\n" for i in range(2000))
-    assert main(["decode", str(tmp_path / "en" / "b.bin"), str(tmp_path / "back.txt"), "--tokenizer", str(tok.path)]) == 2
+    assert (
+        main(["decode", str(tmp_path / "en" / "b.bin"), str(tmp_path / "back.txt"), "--tokenizer", str(tok.path)]) == 2
+    )
 
 
 def test_verify_and_show_in_process(tmp_path, tok, capsys):
@@ -294,7 +379,10 @@ def test_verify_and_show_in_process(tmp_path, tok, capsys):
     assert "train: cn" in capsys.readouterr().out
     model = str(tmp_path / "tokenizer.model")
     assert main(["corpus", str(tmp_path), "--vocab-size", "6000"]) == 2 and "exists" in capsys.readouterr().err
-    assert main(["verify", str(tmp_path / "valid"), "--tokenizer", model, "--processes", "1"]) == 0 and "sound" in capsys.readouterr().out
+    assert (
+        main(["verify", str(tmp_path / "valid"), "--tokenizer", model, "--processes", "1"]) == 0
+        and "sound" in capsys.readouterr().out
+    )
     assert main(["verify", str(tmp_path / "valid"), "--vocab-size", "300", "--processes", "1"]) == 1
     said = capsys.readouterr()
     assert "outside the vocabulary of 300" in said.out and "faults in" in said.err
@@ -307,7 +395,9 @@ def test_the_script(tmp_path, tok):
     "As a user runs it: corpus, verify, and verify of a broken folder"
 
     def script(*argv):
-        return subprocess.run([sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *map(str, argv)], capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), *map(str, argv)], capture_output=True, text=True
+        )
 
     done = script("corpus", tmp_path, "--tokenizer", tok.path)
     assert done.returncode == 0, done.stderr
@@ -343,6 +433,10 @@ def test_corpus_is_small_split_and_licensed():
 def test_build_token_folder(tmp_path, tok):
     counts = build_token_folder({"en": ["one", "two"], "cn": ["三"]}, tok, tmp_path)
     docs = read_tokens(tmp_path, vocab_size=len(tok))
-    assert docs.types == ["cn", "en"] and [tok.decode(d) for d in docs] == ["三", "one", "two"] and sum(counts.values()) == docs.num_tokens
+    assert (
+        docs.types == ["cn", "en"]
+        and [tok.decode(d) for d in docs] == ["三", "one", "two"]
+        and sum(counts.values()) == docs.num_tokens
+    )
     assert all(d[0] == tok.bos_id and d[-1] == tok.eos_id for d in docs)
     assert isinstance(Tokenizer(tok.path), Tokenizer)

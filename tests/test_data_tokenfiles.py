@@ -29,7 +29,10 @@ def test_line_is_json_dumps(ids):
     line = token_line(ids)
     assert line == json.dumps({"tokens": ids}).encode() + b"\n"
     assert parse_line(line).tolist() == ids
-    assert parse_line(json.dumps({"id": 3, "tokens": ids}, indent=None, separators=(",", ":")).encode() + b"\n").tolist() == ids
+    assert (
+        parse_line(json.dumps({"id": 3, "tokens": ids}, indent=None, separators=(",", ":")).encode() + b"\n").tolist()
+        == ids
+    )
 
 
 @SETTINGS
@@ -74,9 +77,15 @@ def test_lines_that_must_fail(body):
 
 
 @SETTINGS
-@given(st.lists(st.lists(st.integers(0, 99), max_size=5), max_size=9), st.lists(st.integers(0, 99), max_size=2), st.lists(st.integers(0, 99), max_size=2))
+@given(
+    st.lists(st.lists(st.integers(0, 99), max_size=5), max_size=9),
+    st.lists(st.integers(0, 99), max_size=2),
+    st.lists(st.integers(0, 99), max_size=2),
+)
 def test_fast_lines_are_the_same(rows, before, behind):
-    assert "".join(token_lines(rows, 100, before, behind)).encode() == b"".join(token_line([*before, *row, *behind]) for row in rows)
+    assert "".join(token_lines(rows, 100, before, behind)).encode() == b"".join(
+        token_line([*before, *row, *behind]) for row in rows
+    )
 
 
 @settings(SETTINGS, max_examples=25)
@@ -168,9 +177,7 @@ def test_more_files_than_may_be_open(tmp_path):
     for i in range(400):
         write_tokens(tmp_path / "en" / f"{i:03}.bin", [[i, i]])
     code = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (600, {hard}))\nfrom internlm_nb.data.tokenfiles import read_tokens\n"
-    code += (
-        f"docs = read_tokens({str(tmp_path)!r})\nassert [int(d[0]) for d in docs] == list(range(400)) and int(docs[0][0]) == 0\nassert len(docs.lengths) == 400"
-    )
+    code += f"docs = read_tokens({str(tmp_path)!r})\nassert [int(d[0]) for d in docs] == list(range(400)) and int(docs[0][0]) == 0\nassert len(docs.lengths) == 400"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -218,19 +225,39 @@ FAULTS = {
     "meta too long": (lambda p, m: rewrite(m, lambda rows: np.vstack([rows, [10**6, 3]])), ("a.bin", 10), "truncated"),
     "negative count": (lambda p, m: rewrite(m, put(2, 1, -1)), ("a.bin.meta", 3), ""),
     "truncated in a line": (lambda p, m: p.write_bytes(p.read_bytes()[:-5]), ("a.bin", 9), "truncated"),
-    "truncated at a line": (lambda p, m: p.write_bytes(b"".join(p.read_bytes().splitlines(True)[:7])), ("a.bin", 9), "truncated"),
+    "truncated at a line": (
+        lambda p, m: p.write_bytes(b"".join(p.read_bytes().splitlines(True)[:7])),
+        ("a.bin", 9),
+        "truncated",
+    ),
     "empty": (lambda p, m: p.write_bytes(b""), ("a.bin", None), "empty"),
     "no meta": (lambda p, m: m.unlink(), ("a.bin.meta", None), "missing"),
     "no bin": (lambda p, m: p.unlink(), ("en", None), ""),
     "meta is no array": (lambda p, m: m.write_bytes(b"something else"), ("a.bin.meta", None), "not a readable .npy"),
     "meta truncated": (lambda p, m: m.write_bytes(m.read_bytes()[:150]), ("a.bin.meta", None), "not a readable .npy"),
     "meta empty": (lambda p, m: m.write_bytes(b""), ("a.bin.meta", None), "not a readable .npy"),
-    "meta of floats": (lambda p, m: rewrite(m, lambda rows: rows.astype(float)), ("a.bin.meta", None), "int32 or int64"),
-    "meta of four columns": (lambda p, m: rewrite(m, lambda rows: np.hstack([rows, rows])), ("a.bin.meta", None), "int32 or int64"),
+    "meta of floats": (
+        lambda p, m: rewrite(m, lambda rows: rows.astype(float)),
+        ("a.bin.meta", None),
+        "int32 or int64",
+    ),
+    "meta of four columns": (
+        lambda p, m: rewrite(m, lambda rows: np.hstack([rows, rows])),
+        ("a.bin.meta", None),
+        "int32 or int64",
+    ),
     "meta without rows": (lambda p, m: rewrite(m, lambda rows: rows[:0]), ("a.bin.meta", None), "no rows"),
-    "id too large": (lambda p, m: spoil(p, b"8, 8, 8]", b"8, 8,99]"), ("a.bin", 8), "token id 99 is outside the vocabulary of 50"),
+    "id too large": (
+        lambda p, m: spoil(p, b"8, 8, 8]", b"8, 8,99]"),
+        ("a.bin", 8),
+        "token id 99 is outside the vocabulary of 50",
+    ),
     "negative id too large": (lambda p, m: spoil(p, b"8, 8, 8]", b"8,8,-99]"), ("a.bin", 8), "token id 99 is outside"),
-    "a line too many": (lambda p, m: p.write_bytes(p.read_bytes() + b'{"tokens": [1]}\n'), ("a.bin", 9), "not one line"),
+    "a line too many": (
+        lambda p, m: p.write_bytes(p.read_bytes() + b'{"tokens": [1]}\n'),
+        ("a.bin", 9),
+        "not one line",
+    ),
 }
 
 
@@ -323,7 +350,9 @@ import sys
 write_tokens(sys.argv[1], endless(), overwrite=True)
 """
     for name in ("old", "new"):
-        process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "en" / f"{name}.bin")], stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "en" / f"{name}.bin")], stdout=subprocess.PIPE
+        )
         assert process.stdout.readline() == b"writing\n"
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -23,7 +23,16 @@ ACTIONS = st.one_of(
 @example(first=[5, 3], actions=[("select", [1, 1]), ("step",), ("step",), ("select", [1, 0]), ("step",)])
 @example(
     first=[2, 4, 1],
-    actions=[("step",), ("select", [0, 0, 2]), ("step",), ("select", [1, 2, 0]), ("step",), ("select", [2, 0, 0, 1]), ("step",), ("select", [3, 3])],
+    actions=[
+        ("step",),
+        ("select", [0, 0, 2]),
+        ("step",),
+        ("select", [1, 2, 0]),
+        ("step",),
+        ("select", [2, 0, 0, 1]),
+        ("step",),
+        ("select", [3, 3]),
+    ],
 )
 def test_a_cache_is_lists_of_sequences(first, actions):
     "Steps in place, passes of any lengths and selections of rows, in any order and in two layers"
@@ -59,7 +68,12 @@ def test_a_cache_is_lists_of_sequences(first, actions):
                 lists = [lists[r] for r in rows]
             for layer in (0, 1):
                 k, v = cache.packed(layer)
-                assert k is not None and v is not None and k.flatten().tolist() == [t for x in lists for t in x] and torch.equal(k, -v)
+                assert (
+                    k is not None
+                    and v is not None
+                    and k.flatten().tolist() == [t for x in lists for t in x]
+                    and torch.equal(k, -v)
+                )
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -79,7 +93,11 @@ def test_decode_attention_equals_the_reference(lengths, group, dtype):
     assert all(torch.equal(unalign(a, ends, max(ends)), x) for a, x in zip(aligned, (k, v)))
     seen_k, seen_v = (a[:, :, : max(ends)] for a in aligned)
     got = decode_attention(q, seen_k, seen_v, Step.of(lengths).mask)
-    assert got.dtype == dtype and (got - want).abs().max() <= {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype] * want.abs().max()
+    assert (
+        got.dtype == dtype
+        and (got - want).abs().max()
+        <= {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype] * want.abs().max()
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 16, 17])
@@ -115,7 +133,11 @@ def test_steps_passes_and_gradients_mix(case, dtype, within):
         ((1, 1, 1), False),
     ):
         with torch.set_grad_enabled(grad):
-            got = model(torch.cat([t[d : d + n] for t, d, n in zip(texts, done, lengths)]), Segments.from_lengths(lengths), cache=cache)
+            got = model(
+                torch.cat([t[d : d + n] for t, d, n in zip(texts, done, lengths)]),
+                Segments.from_lengths(lengths),
+                cache=cache,
+            )
         done = [d + n for d, n in zip(done, lengths)]
         with torch.no_grad():
             want = torch.cat([model(t[:d])[d - n :] if n else got[:0] for t, d, n in zip(texts, done, lengths)])

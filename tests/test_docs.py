@@ -41,7 +41,9 @@ def links(text: str) -> list[str]:
 def anchors(text: str) -> set[str]:
     "What # may name in a page: its headings as Jupyter spells them and as GitHub does"
     titles = re.findall(r"^#+\s+(.*?)\s*$", prose(text), flags=re.M)
-    return {t.replace(" ", "-") for t in titles} | {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+    return {t.replace(" ", "-") for t in titles} | {
+        re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles
+    }
 
 
 def page(path: Path) -> str:
@@ -80,7 +82,9 @@ def test_links_of_readmes(name):
     assert not dead_links(ROOT / name, ROOT)
 
 
-@pytest.mark.parametrize("folder", sorted(p for p in NBS.iterdir() if p.is_dir() and not p.name.startswith(".")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "folder", sorted(p for p in NBS.iterdir() if p.is_dir() and not p.name.startswith(".")), ids=lambda p: p.name
+)
 def test_reading_order(folder):
     "Numbers go from 00 without a gap; the overview links to every notebook of its folder, each first time in that order"
     names = sorted(p.name for p in folder.glob("*.ipynb"))
@@ -118,7 +122,11 @@ def code_lines(source: str) -> int:
 def test_the_table_of_modules_is_the_modules():
     "Docstrings of the saved table word for word; lines of code about right, so that a small change needs no new page"
     saved = re.findall(r"^\| \[([\w.]+)\]\((\S+)\) \| (.*) \| (\d+) \|$", page(NBS / "architecture.ipynb"), flags=re.M)
-    modules = {f"{p.parent.name}.{p.stem}": p.read_text(encoding="utf-8") for p in (ROOT / "internlm_nb").glob("*/*.py") if p.stem != "__init__"}
+    modules = {
+        f"{p.parent.name}.{p.stem}": p.read_text(encoding="utf-8")
+        for p in (ROOT / "internlm_nb").glob("*/*.py")
+        if p.stem != "__init__"
+    }
     docs = {name: re.match(r'"""(.*?)\.?"""', text, flags=re.S) for name, text in modules.items()}
     assert {name: doc for name, _, doc, _ in saved} == {name: doc[1] for name, doc in docs.items() if doc}
     for name, _, _, lines in saved:
@@ -131,7 +139,9 @@ def test_the_table_of_modules_is_the_modules():
 
 def test_readmes_agree():
     "README.md is what nbs/index.ipynb says, and README.zh.md has its headings, commands, code and links"
-    said = subprocess.run([sys.executable, "scripts/dev/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    said = subprocess.run(
+        [sys.executable, "scripts/dev/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
     assert said.returncode == 0, said.stdout + said.stderr
 
 
@@ -173,7 +183,9 @@ MENTIONS = re.compile("|".join(map(re.escape, FORBIDDEN)))
 
 def tracked() -> list[Path]:
     try:
-        names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        names = subprocess.run(
+            ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
     return [ROOT / n for n in names if n and (ROOT / n).is_file()]

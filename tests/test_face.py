@@ -82,5 +82,9 @@ def test_help_says_what_each_parameter_is(name):
     assert module.__file__
     doc = inspect.getdoc(value) or ""
     taken = list(inspect.signature(value).parameters)
-    said = [line.strip().lstrip("*").partition(":")[0] for line in doc.partition("Args:")[2].splitlines() if line.startswith("    ")]
+    said = [
+        line.strip().lstrip("*").partition(":")[0]
+        for line in doc.partition("Args:")[2].splitlines()
+        if line.startswith("    ")
+    ]
     assert set(taken) <= set(said), (set(taken) - set(said), doc)

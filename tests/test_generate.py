@@ -39,7 +39,9 @@ def pair():
         )
     ).to(torch.float64)  # fmt: skip
     theirs.load_state_dict(to_llama(model))
-    theirs.model.rotary_emb.inv_freq = 1.0 / cfg.rope_base ** (torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim)
+    theirs.model.rotary_emb.inv_freq = 1.0 / cfg.rope_base ** (
+        torch.arange(0, cfg.head_dim, 2, dtype=torch.float64) / cfg.head_dim
+    )
     return model, theirs.eval()
 
 
@@ -71,7 +73,14 @@ def test_beam_search_equals_transformers(pair, beams, penalty, length_penalty, e
     got = beam_search(model, PROMPTS, 12, beams, length_penalty, early, penalty, stop_ids=[stop])
     for prompt, texts in zip(PROMPTS, got):
         out, want = run_theirs(
-            theirs, prompt, 12, num_beams=beams, num_return_sequences=beams, length_penalty=length_penalty, early_stopping=early, repetition_penalty=penalty
+            theirs,
+            prompt,
+            12,
+            num_beams=beams,
+            num_return_sequences=beams,
+            length_penalty=length_penalty,
+            early_stopping=early,
+            repetition_penalty=penalty,
         )
         assert [t.tokens for t in texts] == [cut(w) for w in want]
         # theirs are summed in float32
@@ -106,7 +115,17 @@ def test_beam_search_alone_and_in_a_batch(pair):
 
 def test_more_beams_than_words():
     "A vocabulary smaller than the number of candidates that are looked at"
-    cfg = ModelConfig("llama", vocab_size=3, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_ratio=2.0, multiple_of=8, init_std=0.5)
+    cfg = ModelConfig(
+        "llama",
+        vocab_size=3,
+        hidden_size=16,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=2,
+        mlp_ratio=2.0,
+        multiple_of=8,
+        init_std=0.5,
+    )
     model = Transformer(cfg, dtype=torch.float64)
     (texts,) = beam_search(model, [[1]], 2, beams=9, stop_ids=[])
     assert len(texts) == 9 and len({tuple(t.tokens) for t in texts}) == 9  # all there are
@@ -114,7 +133,14 @@ def test_more_beams_than_words():
 
 
 @settings(deadline=None, derandomize=True, max_examples=60)
-@given(st.integers(0, 10_000), st.floats(0.1, 3.0), st.integers(0, 60), st.floats(0.01, 1.0), st.floats(0.5, 2.0), st.booleans())
+@given(
+    st.integers(0, 10_000),
+    st.floats(0.1, 3.0),
+    st.integers(0, 60),
+    st.floats(0.01, 1.0),
+    st.floats(0.5, 2.0),
+    st.booleans(),
+)
 def test_distribution_equals_transformers(seed, temperature, top_k, top_p, penalty, ties):
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
     if ties:
@@ -132,7 +158,9 @@ def test_distribution_equals_transformers(seed, temperature, top_k, top_p, penal
     torch.testing.assert_close(torch.zeros_like(want).scatter(1, order, p), want, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.6), Sampling(1.4, top_k=6), Sampling(1.0, top_p=0.7), Sampling(0.9, 8, 0.9)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0), Sampling(0.6), Sampling(1.4, top_k=6), Sampling(1.0, top_p=0.7), Sampling(0.9, 8, 0.9)]
+)
 def test_draws_follow_the_distribution(sampling):
     "Chi-square of 20 000 draws against the exact probabilities, below its 99.9 % quantile; fixed seed"
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(1))
@@ -158,7 +186,9 @@ def test_draws_of_steps_are_independent():
 
 def test_first_token_is_sampled():
     "A known fault elsewhere: the first new token was the likeliest one, whatever was asked for"
-    cfg = ModelConfig("llama", vocab_size=32, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_ratio=2.0, multiple_of=8)
+    cfg = ModelConfig(
+        "llama", vocab_size=32, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=2, mlp_ratio=2.0, multiple_of=8
+    )
     model = Transformer(cfg)  # nearly uniform
     first = {generate(model, [[1]], 1, Sampling(seed=seed))[0][0] for seed in range(200)}
     assert len(first) > 24

@@ -22,7 +22,16 @@ from internlm_nb.checkpoint.reader import Checkpoint
 from internlm_nb.checkpoint.regions import Chunk
 from internlm_nb.hub.hf_config import read_config, write_config
 from internlm_nb.hub.huggingface import HFCheckpoint, from_hf, hf_to_native, native_to_hf, to_hf
-from internlm_nb.hub.rows import group_stacked, groups_to_halves, groups_to_pairs, join_groups, split_groups, stack_groups, to_halves, to_pairs
+from internlm_nb.hub.rows import (
+    group_stacked,
+    groups_to_halves,
+    groups_to_pairs,
+    join_groups,
+    split_groups,
+    stack_groups,
+    to_halves,
+    to_pairs,
+)
 from internlm_nb.hub.source import Weights
 from internlm_nb.model.config import ModelConfig
 from internlm_nb.model.init import allocate, normal_slice
@@ -53,13 +62,19 @@ def noisy(cfg: ModelConfig, dtype=torch.float32) -> Transformer:
 def same(a: Transformer, b: Transformer) -> bool:
     "The same names, types and bits"
     left, right = gather_state(a, ""), gather_state(b, "")
-    return left.keys() == right.keys() and all(left[n].dtype == right[n].dtype and torch.equal(left[n], right[n]) for n in left)
+    return left.keys() == right.keys() and all(
+        left[n].dtype == right[n].dtype and torch.equal(left[n], right[n]) for n in left
+    )
 
 
 @st.composite
 def configs(draw) -> ModelConfig:
     "Small models of all families and shapes"
-    kv_heads, group, head_dim = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([4, 8]))
+    kv_heads, group, head_dim = (
+        draw(st.sampled_from([1, 2, 3])),
+        draw(st.sampled_from([1, 2, 4])),
+        draw(st.sampled_from([4, 8])),
+    )
     heads = kv_heads * group
     hidden = draw(st.sampled_from([heads * head_dim, heads * 6]))
     scaling = draw(st.sampled_from(["none", "linear", "dynamic"]))
@@ -90,7 +105,12 @@ def test_row_orders_are_exact_inverses(data):
         assert torch.equal(stack_groups(x, heads, kv_heads).sort().values, x.sort().values)
 
 
-@given(configs(), st.sampled_from(["llama", "internlm", "internlm2", "internlm3"]), st.sampled_from(DTYPES), st.sampled_from([1, 20_000, 1 << 30]))
+@given(
+    configs(),
+    st.sampled_from(["llama", "internlm", "internlm2", "internlm3"]),
+    st.sampled_from(DTYPES),
+    st.sampled_from([1, 20_000, 1 << 30]),
+)
 @settings(max_examples=36, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_round_trip_bit_for_bit(tmp_path, cfg, layout, dtype, shard_bytes):
     "model -> folder -> model is the identity in every layout that has words for the model; so are the two streaming converters; shard sizes do not matter"
@@ -109,7 +129,9 @@ def test_round_trip_bit_for_bit(tmp_path, cfg, layout, dtype, shard_bytes):
     native = Checkpoint(place / "native")
     assert all(torch.equal(native.read(f"model.{n}"), p) for n, p in gather_state(model, "").items())
     native_to_hf(place / "native", place / "again", shard_bytes=shard_bytes, layout=layout)
-    assert {p.name: p.read_bytes() for p in (place / "hf").iterdir()} == {p.name: p.read_bytes() for p in (place / "again").iterdir()}
+    assert {p.name: p.read_bytes() for p in (place / "hf").iterdir()} == {
+        p.name: p.read_bytes() for p in (place / "again").iterdir()
+    }
 
 
 @given(configs().filter(lambda c: c.hidden_size % c.num_heads == 0), st.booleans())
@@ -123,7 +145,9 @@ def test_transformers_computes_the_same(tmp_path, cfg, norm_head):
     to_hf(model, None, place)
     theirs = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
     assert not theirs.training and type(theirs).__name__ == "LlamaForCausalLM"
-    ids = torch.arange(24) % cfg.vocab_size  # beyond 16 positions, where dynamic rope starts to stretch in half of the cases
+    ids = (
+        torch.arange(24) % cfg.vocab_size
+    )  # beyond 16 positions, where dynamic rope starts to stretch in half of the cases
     with torch.no_grad():
         ours = model(ids)
         # 1e-5 of the largest logit: both are float32, and sum in different orders
@@ -144,7 +168,17 @@ def test_packed_import_equals_single():
         assert torch.allclose(packed, torch.cat((model(a), model(b))), atol=1e-5)
 
 
-BASE = ModelConfig("internlm2", vocab_size=37, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=8, rope_base=1e6)
+BASE = ModelConfig(
+    "internlm2",
+    vocab_size=37,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_ratio=2.0,
+    multiple_of=8,
+    rope_base=1e6,
+)
 K = "model.layers.1.self_attn.k_proj.weight"
 
 
@@ -164,11 +198,19 @@ def rewrite(folder: Path, change) -> None:
             "too much: model.layers.2.mlp.up_proj.weight",
         ),
         (lambda t: t.update({K: t[K].T.contiguous()}), rf"{K}: has shape \(32, 16\), and \(16, 32\) is needed"),
-        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:36].clone()}), r"lm_head.weight: has shape \(36, 32\)"),
+        (
+            lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:36].clone()}),
+            r"lm_head.weight: has shape \(36, 32\)",
+        ),
         (lambda t: t.update({K: t[K].to(torch.int8)}), f"{K}: is torch.int8"),
-        (lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.zeros(32)}), "too much: model.layers.0.self_attn.o_proj.bias"),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.o_proj.bias": torch.zeros(32)}),
+            "too much: model.layers.0.self_attn.o_proj.bias",
+        ),
         (  # the feed-forward's down projection under the name of the gate: the older order of names
-            lambda t: t.update({"model.layers.0.mlp.gate_proj.weight": t["model.layers.0.mlp.down_proj.weight"].clone()}),
+            lambda t: t.update(
+                {"model.layers.0.mlp.gate_proj.weight": t["model.layers.0.mlp.down_proj.weight"].clone()}
+            ),
             "model.layers.0.mlp.gate_proj.weight: has shape",
         ),
     ],
@@ -191,7 +233,9 @@ def test_tied_head(tmp_path):
     rewrite(tmp_path / "hf", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert from_hf(tmp_path / "hf")[0].cfg == cfg
     rewrite(tmp_path / "hf", lambda t: t["lm_head.weight"].add_(1))
-    with pytest.raises(CheckpointError, match=r"lm_head.weight: differs from model.embed_tokens.weight.*tie_word_embeddings"):
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight: differs from model.embed_tokens.weight.*tie_word_embeddings"
+    ):
         from_hf(tmp_path / "hf")
 
 
@@ -236,7 +280,11 @@ def test_files_that_cannot_be_trusted(tmp_path):
     shard = sorted((tmp_path / "hf").glob("model-*"))[0]
     shutil.copy(shard, outside)
     for name in ("../elsewhere.safetensors", str(outside), "./../elsewhere.safetensors"):
-        index.write_text(json.dumps(text | {"weight_map": {k: name if v == shard.name else v for k, v in text["weight_map"].items()}}))
+        index.write_text(
+            json.dumps(
+                text | {"weight_map": {k: name if v == shard.name else v for k, v in text["weight_map"].items()}}
+            )
+        )
         with pytest.raises(CheckpointError, match="not the plain name"):
             from_hf(tmp_path / "hf")
     index.write_text(json.dumps(text))
@@ -274,7 +322,11 @@ def test_bin_files(tmp_path, shards):
     tensors = load_file(tmp_path / "hf" / "model.safetensors")
     (tmp_path / "hf" / "model.safetensors").unlink()
     names = list(tensors)
-    files = ["pytorch_model.bin"] if shards == 1 else [f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin" for i in range(shards)]
+    files = (
+        ["pytorch_model.bin"]
+        if shards == 1
+        else [f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin" for i in range(shards)]
+    )
     for i, file in enumerate(files):
         torch.save({n: tensors[n] for n in names[i::shards]}, tmp_path / "hf" / file)
     if shards > 1:
@@ -302,7 +354,11 @@ def test_mixed_types(tmp_path):
     "Norms in float32 beside bfloat16: as transformers reads them, and with every bit when a wide type is asked for; through the converters too"
     model = noisy(BASE)
     to_hf(model, None, tmp_path / "hf", dtype=torch.bfloat16)
-    norms = {n: 1 + t * 1e-3 for n, t in load_file(to_hf(model, None, tmp_path / "wide") / "model.safetensors").items() if n.endswith("norm.weight")}
+    norms = {
+        n: 1 + t * 1e-3
+        for n, t in load_file(to_hf(model, None, tmp_path / "wide") / "model.safetensors").items()
+        if n.endswith("norm.weight")
+    }
     rewrite(tmp_path / "hf", lambda t: t.update(norms))
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
     for dtype in (None, torch.float32, torch.float64):
@@ -339,9 +395,13 @@ def test_an_existing_folder_is_safe_and_a_failed_write_leaves_nothing(tmp_path, 
 def test_native_checkpoint_that_does_not_fit_its_configuration(tmp_path):
     "native_to_hf names what is missing or of a wrong shape before it writes anything"
     tensors = gather_state(noisy(BASE))
-    broken = {n: t for n, t in tensors.items() if n != "model.head.norm.weight"} | {"model.head.weight": torch.zeros(9, 32)}
+    broken = {n: t for n, t in tensors.items() if n != "model.head.norm.weight"} | {
+        "model.head.weight": torch.zeros(9, 32)
+    }
     save_state(tmp_path / "native", broken, {"model": asdict(BASE)})
-    with pytest.raises(CheckpointError, match=r"missing model.head.norm.weight.*model.head.weight: has shape \(9, 32\)"):
+    with pytest.raises(
+        CheckpointError, match=r"missing model.head.norm.weight.*model.head.weight: has shape \(9, 32\)"
+    ):
         native_to_hf(tmp_path / "native", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -385,7 +445,9 @@ MEASURE = """
 
 def test_large_models_need_two_shards_of_memory(tmp_path):
     "Both streaming converters stay within twice a shard, however large the model"
-    cfg = replace(BASE, vocab_size=4096, hidden_size=768, num_layers=8, num_heads=16, num_kv_heads=4, intermediate_size=3072)  # 290 MB in float32
+    cfg = replace(
+        BASE, vocab_size=4096, hidden_size=768, num_layers=8, num_heads=16, num_kv_heads=4, intermediate_size=3072
+    )  # 290 MB in float32
     shard = 32 << 20
     model = allocate(Transformer(cfg, device="meta"), "cpu")
     for p in model.parameters():
@@ -395,7 +457,15 @@ def test_large_models_need_two_shards_of_memory(tmp_path):
     del model
     assert total > 7 * shard
     for src, dst, how in (("hf", "native", "in"), ("native", "out", "out")):
-        command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path / src), str(tmp_path / dst), how, str(shard)]
+        command = [
+            sys.executable,
+            "-c",
+            textwrap.dedent(MEASURE),
+            str(tmp_path / src),
+            str(tmp_path / dst),
+            how,
+            str(shard),
+        ]
         used = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(f"{how}: {used / 1e6:.0f} MB above the start, model {total / 1e6:.0f} MB, shard {shard / 1e6:.0f} MB")
         assert used < 2 * shard

@@ -17,22 +17,44 @@ from transformers import AutoTokenizer
 from internlm_nb.data.chat import chat_ids, chat_text
 from internlm_nb.data.corpus import corpus
 from internlm_nb.data.tokenizer import MARKS, Tokenizer, train_tokenizer
-from internlm_nb.hub.hf_tokenizer import JsonTokenizer, chat_style, fast_tokenizer, load_tokenizer, read_model, special_ids, write_tokenizer
+from internlm_nb.hub.hf_tokenizer import (
+    JsonTokenizer,
+    chat_style,
+    fast_tokenizer,
+    load_tokenizer,
+    read_model,
+    special_ids,
+    write_tokenizer,
+)
 from internlm_nb.hub.huggingface import from_hf, hf_to_native, native_to_hf, to_hf
 from internlm_nb.model.config import ModelConfig
 from internlm_nb.model.transformer import Transformer
 
 TEXTS = [text for kind in corpus().values() for text in kind[:8]]
 KINDS = ("own", "v1", "v2")
-CFG = ModelConfig("internlm2", vocab_size=1800, hidden_size=16, num_layers=1, num_heads=2, num_kv_heads=1, mlp_ratio=2.0, multiple_of=8)
+CFG = ModelConfig(
+    "internlm2",
+    vocab_size=1800,
+    hidden_size=16,
+    num_layers=1,
+    num_heads=2,
+    num_kv_heads=1,
+    mlp_ratio=2.0,
+    multiple_of=8,
+)
 
 
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory) -> dict[str, Tokenizer]:
     "Trained as ours are, and with the free and the marked pieces that InternLM's two tokenizers have at their ends"
     place = tmp_path_factory.mktemp("tokenizers")
-    last = {"v1": ["<eoh>", "<eoa>", "<TOKENS_UNUSED_2>"], "v2": ["Ｅ", "。", *(f"[UNUSED_TOKEN_{i}]" for i in range(139, 147))]}
-    made = {kind: train_tokenizer(TEXTS, place / f"{kind}.model", 1800, last.get(kind, list(MARKS)), 0.98) for kind in KINDS}
+    last = {
+        "v1": ["<eoh>", "<eoa>", "<TOKENS_UNUSED_2>"],
+        "v2": ["Ｅ", "。", *(f"[UNUSED_TOKEN_{i}]" for i in range(139, 147))],
+    }
+    made = {
+        kind: train_tokenizer(TEXTS, place / f"{kind}.model", 1800, last.get(kind, list(MARKS)), 0.98) for kind in KINDS
+    }
     assert made["v2"].marks["<|im_start|>"] == made["v2"].sp.piece_to_id("[UNUSED_TOKEN_146]")
     return made
 
@@ -106,10 +128,23 @@ def test_marks(kind, tokenizers, fast, tmp_path):
     theirs, wrapped = AutoTokenizer.from_pretrained(tmp_path), JsonTokenizer(tmp_path)
     assert wrapped.marks == tokenizer.marks and len(wrapped) == len(tokenizer) == len(theirs)
     for mark, id in {**tokenizer.marks, "<s>": 1, "</s>": 2}.items():
-        assert fast[kind].encode(mark).ids == theirs(mark, add_special_tokens=False)["input_ids"] == wrapped.encode(mark) == [id]
+        assert (
+            fast[kind].encode(mark).ids
+            == theirs(mark, add_special_tokens=False)["input_ids"]
+            == wrapped.encode(mark)
+            == [id]
+        )
         between = [*tokenizer.sp.encode("so "), id, *tokenizer.sp.encode(" on")]
-        assert fast[kind].encode(f"so {mark} on").ids == theirs(f"so {mark} on", add_special_tokens=False)["input_ids"] == between
-    assert (wrapped.bos_id, wrapped.eos_id, wrapped.unk_id) == (1, 2, 0) and (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 2)
+        assert (
+            fast[kind].encode(f"so {mark} on").ids
+            == theirs(f"so {mark} on", add_special_tokens=False)["input_ids"]
+            == between
+        )
+    assert (wrapped.bos_id, wrapped.eos_id, wrapped.unk_id) == (1, 2, 0) and (
+        theirs.bos_token_id,
+        theirs.eos_token_id,
+        theirs.pad_token_id,
+    ) == (1, 2, 2)
     assert not set(tokenizer.marks.values()) & set(wrapped.encode("".join(tokenizer.marks), marks=False))
 
 
@@ -120,11 +155,19 @@ def test_chat_templates(kind, style, tokenizers, tmp_path):
     assert chat_style(tokenizer) == style
     write_tokenizer(tokenizer, tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
-    messages = [{"role": "user", "content": 'Say "{{ x }}" \\ <b>'}, {"role": "assistant", "content": "好。\n"}, {"role": "user", "content": "bye"}]
+    messages = [
+        {"role": "user", "content": 'Say "{{ x }}" \\ <b>'},
+        {"role": "assistant", "content": "好。\n"},
+        {"role": "user", "content": "bye"},
+    ]
     for answer in (False, True):
         options = dict(add_generation_prompt=answer)
-        assert theirs.apply_chat_template(messages, tokenize=False, **options) == "<s>" + chat_text(messages, style, answer)
-        assert theirs.apply_chat_template(messages, return_dict=False, **options) == chat_ids(tokenizer, messages, style, answer)
+        assert theirs.apply_chat_template(messages, tokenize=False, **options) == "<s>" + chat_text(
+            messages, style, answer
+        )
+        assert theirs.apply_chat_template(messages, return_dict=False, **options) == chat_ids(
+            tokenizer, messages, style, answer
+        )
     with pytest.raises(Exception, match="knows the roles"):
         theirs.apply_chat_template([{"role": "nobody", "content": "x"}])
 
@@ -137,10 +180,16 @@ def test_bos_in_front(tokenizers, tmp_path):
         folder.mkdir()
         write_tokenizer(own, folder, add_bos)
         ids, theirs = own.encode("Hello", bos=add_bos is not False), AutoTokenizer.from_pretrained(folder)
-        assert theirs("Hello")["input_ids"] == FastTokenizer.from_file(str(folder / "tokenizer.json")).encode("Hello").ids == ids
+        assert (
+            theirs("Hello")["input_ids"]
+            == FastTokenizer.from_file(str(folder / "tokenizer.json")).encode("Hello").ids
+            == ids
+        )
         assert load_tokenizer(folder).encode("Hello") == JsonTokenizer(folder).encode("Hello") == own.encode("Hello")
         assert JsonTokenizer(folder).adds_bos == (add_bos is not False)
-        chat = theirs.apply_chat_template([{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=False)
+        chat = theirs.apply_chat_template(
+            [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_dict=False
+        )
         assert chat == chat_ids(own, [("user", "Hello")]) and chat.count(own.bos_id) == 1
 
 
@@ -153,11 +202,15 @@ def test_model_folders_carry_their_tokenizer(tokenizers, tmp_path):
     assert special_ids(tokenizer)["eos_token_id"] == [2, tokenizer.marks["<|im_end|>"]]
     back = from_hf(tmp_path / "hf")[1]
     assert (
-        isinstance(back, JsonTokenizer) and back.marks == tokenizer.marks and (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+        isinstance(back, JsonTokenizer)
+        and back.marks == tokenizer.marks
+        and (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
     )
     hf_to_native(tmp_path / "hf", tmp_path / "native")
     native_to_hf(tmp_path / "native", tmp_path / "again")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()
+    }
     with pytest.raises(ValueError, match="has 1800 pieces, and the model's vocab_size is 900"):
         to_hf(Transformer(replace(CFG, vocab_size=900)), tokenizer, tmp_path / "small")
 
@@ -169,7 +222,9 @@ def test_folders_with_only_tokenizer_json(tokenizers, tmp_path, monkeypatch):
     model, tokenizer = from_hf(tmp_path / "hf")
     assert isinstance(tokenizer, JsonTokenizer)
     to_hf(model, tokenizer, tmp_path / "again")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()}
+    assert {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()} == {
+        p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()
+    }
     text = "<|im_start|>user\n不亦說乎 def f(x):<|im_end|>\n"
     assert tokenizer.encode(text, bos=True, eos=True) == tokenizers["own"].encode(text, bos=True, eos=True)
     assert tokenizer.encode_batch([text, "a"]) == tokenizers["own"].encode_batch([text, "a"])
@@ -186,16 +241,26 @@ def test_folders_with_only_tokenizer_json(tokenizers, tmp_path, monkeypatch):
 
 def test_models_that_cannot_be_exported(tmp_path):
     "A normalizer or a dummy prefix is refused by name, not exported wrongly"
-    options = dict(sentence_iterator=iter(["a b c d e f g"] * 9), vocab_size=24, model_type="bpe", minloglevel=2, hard_vocab_limit=False)
+    options = dict(
+        sentence_iterator=iter(["a b c d e f g"] * 9),
+        vocab_size=24,
+        model_type="bpe",
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
     for change, words in ((dict(normalization_rule_name="nmt_nfkc", add_dummy_prefix=False, remove_extra_whitespaces=False), "the normalizer nmt_nfkc"),
                           (dict(normalization_rule_name="identity", add_dummy_prefix=True, remove_extra_whitespaces=False), "a dummy prefix"),
                           (dict(normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=True), "removal of extra spaces")):  # fmt: skip
         model = io.BytesIO()
-        spm.SentencePieceTrainer.train(model_writer=model, **(options | dict(sentence_iterator=iter(["a b c d e f g"] * 9)) | change))
+        spm.SentencePieceTrainer.train(
+            model_writer=model, **(options | dict(sentence_iterator=iter(["a b c d e f g"] * 9)) | change)
+        )
         (tmp_path / "t.model").write_bytes(model.getvalue())
         with pytest.raises(ValueError, match=words):
             fast_tokenizer(Tokenizer(tmp_path / "t.model"))
-    unigram = train_tokenizer(TEXTS, tmp_path / "u.model", vocab_size=1800, character_coverage=0.98, model_type="unigram")
+    unigram = train_tokenizer(
+        TEXTS, tmp_path / "u.model", vocab_size=1800, character_coverage=0.98, model_type="unigram"
+    )
     with pytest.raises(ValueError, match="a unigram model"):
         to_hf(Transformer(CFG), unigram, tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
@@ -209,7 +274,9 @@ def test_models_that_cannot_be_exported(tmp_path):
 def test_the_light_install_is_enough():
     "Export needs neither tokenizers nor transformers: importing the hub loads none of them"
     code = "import sys; import internlm_nb.hub.huggingface; print([m for m in ('tokenizers', 'transformers', 'google.protobuf', 'safetensors', 'nbdev', 'fastcore') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip() == "[]"
+    )
 
 
 def test_no_tokenizer_is_said(tmp_path):

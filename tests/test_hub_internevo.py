@@ -54,7 +54,11 @@ class Shape:
 
 def noise(gen, dtype, *shape):
     "Random bits: NaNs, infinities and -0.0 among them"
-    return torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=gen, dtype=torch.uint8).view(dtype).view(shape)
+    return (
+        torch.randint(0, 256, (math.prod(shape) * dtype.itemsize,), generator=gen, dtype=torch.uint8)
+        .view(dtype)
+        .view(shape)
+    )
 
 
 def normal(gen, dtype, *shape):
@@ -77,7 +81,20 @@ def draw_weights(s, seed=0, fill=noise):
     for _ in range(s.layers):
         q, k, v = heads(s.heads), heads(s.kv), heads(s.kv)
         o = [make(h, d) for _ in range(s.heads)]
-        blocks.append(dict(q=q, k=k, v=v, o=o, o_bias=make(h), gate=make(s.ffn, h), up=make(s.ffn, h), down=make(h, s.ffn), n1=make(h), n2=make(h)))
+        blocks.append(
+            dict(
+                q=q,
+                k=k,
+                v=v,
+                o=o,
+                o_bias=make(h),
+                gate=make(s.ffn, h),
+                up=make(s.ffn, h),
+                down=make(h, s.ffn),
+                n1=make(h),
+                n2=make(h),
+            )
+        )
     return dict(embedding=make(s.vocab, h), blocks=blocks, norm=make(h), head=make(s.vocab, h))
 
 
@@ -155,7 +172,14 @@ def write(folder, s, w, tp=1, pp=1, ffn_order="new", embed_dim=1, old_name=False
             torch.save(shard(s, w, t, p, tp, pp, ffn_order, embed_dim, old_name), folder / f"model_tp{t}_pp{p}.pt")
     torch.save(section(s, **more), folder / "model_config.pt")
     torch.save(
-        dict(batch_count=step, num_consumed_samples_in_epoch=3, num_consumed_tokens=4096 * step, inf_nan_skip_batches=1, step_count=step), folder / "context.pt"
+        dict(
+            batch_count=step,
+            num_consumed_samples_in_epoch=3,
+            num_consumed_tokens=4096 * step,
+            inf_nan_skip_batches=1,
+            step_count=step,
+        ),
+        folder / "context.pt",
     )
     torch.save({"step": step}, folder / f"{step}.step")
     return folder
@@ -168,10 +192,22 @@ def ours(s, w):
         at = f"blocks.{i}."
         for which, name in ((0, "weight"), (1, "bias")) if s.bias else ((0, "weight"),):
             out[f"{at}attention.wqkv.{name}"] = torch.cat(
-                [x for g in range(s.kv) for x in (*b["q"][which][g * s.group : (g + 1) * s.group], b["k"][which][g], b["v"][which][g])]
+                [
+                    x
+                    for g in range(s.kv)
+                    for x in (*b["q"][which][g * s.group : (g + 1) * s.group], b["k"][which][g], b["v"][which][g])
+                ]
             )
-        out |= {at + "attention.wo.weight": torch.cat(b["o"], 1), at + "attention_norm.weight": b["n1"], at + "ffn_norm.weight": b["n2"]}
-        out |= {f"{at}feed_forward.w1.weight": b["gate"], f"{at}feed_forward.w2.weight": b["down"], f"{at}feed_forward.w3.weight": b["up"]}
+        out |= {
+            at + "attention.wo.weight": torch.cat(b["o"], 1),
+            at + "attention_norm.weight": b["n1"],
+            at + "ffn_norm.weight": b["n2"],
+        }
+        out |= {
+            f"{at}feed_forward.w1.weight": b["gate"],
+            f"{at}feed_forward.w2.weight": b["down"],
+            f"{at}feed_forward.w3.weight": b["up"],
+        }
         if s.bias:
             out[at + "attention.wo.bias"] = b["o_bias"]
     return out
@@ -240,7 +276,10 @@ def test_any_cut_comes_in_and_goes_out_as_any_other(case):
         context = torch.load(place / "8" / "context.pt", weights_only=True)
         assert context == torch.load(place / "7" / "context.pt", weights_only=True)  # the counters travel along
         again = from_internevo(place / "8", ffn_order=order2)
-        assert again.cfg == replace(model.cfg, mlp_ratio=again.cfg.mlp_ratio, multiple_of=again.cfg.multiple_of) and again.cfg.ffn_size == s.ffn
+        assert (
+            again.cfg == replace(model.cfg, mlp_ratio=again.cfg.mlp_ratio, multiple_of=again.cfg.multiple_of)
+            and again.cfg.ffn_size == s.ffn
+        )
 
 
 def llama(s, w, base, adapt_hf):
@@ -258,11 +297,17 @@ def llama(s, w, base, adapt_hf):
         at = f"model.layers.{i}."
         for x, name in zip("qkv", ("q_proj", "k_proj", "v_proj")):
             for which, kind in ((0, "weight"), (1, "bias")) if s.bias else ((0, "weight"),):
-                state[f"{at}self_attn.{name}.{kind}"] = torch.cat([half(head) if x != "v" else head for head in b[x][which]])
+                state[f"{at}self_attn.{name}.{kind}"] = torch.cat(
+                    [half(head) if x != "v" else head for head in b[x][which]]
+                )
         state[f"{at}self_attn.o_proj.weight"] = torch.cat(b["o"], 1)
         if s.bias:
             state[f"{at}self_attn.o_proj.bias"] = b["o_bias"]
-        state |= {f"{at}mlp.gate_proj.weight": b["gate"], f"{at}mlp.up_proj.weight": b["up"], f"{at}mlp.down_proj.weight": b["down"]}
+        state |= {
+            f"{at}mlp.gate_proj.weight": b["gate"],
+            f"{at}mlp.up_proj.weight": b["up"],
+            f"{at}mlp.down_proj.weight": b["down"],
+        }
         state |= {f"{at}input_layernorm.weight": b["n1"], f"{at}post_attention_layernorm.weight": b["n2"]}
     model = LlamaForCausalLM(cfg)
     model.load_state_dict(state)
@@ -338,9 +383,18 @@ def test_each_fault_of_a_shard_is_named(tmp_path):
             lambda c: c.update({"blocks.0.mlp.w1.weight": torch.ones(19, 16)}),
             "blocks.0.mlp.w1.weight: the ranks hold (20, 16), (19, 16); they should make up (40, 16), cut on dim 0",
         ),
-        (lambda c: c.update({"blocks.1.mixer.Wqkv.weight": torch.ones(23, 16)}), "blocks.1.mixer.Wqkv.weight: the ranks hold (24, 16), (23, 16)"),
-        (lambda c: c.update({"blocks.1.mixer.out_proj.weight": torch.ones(16, 7)}), "blocks.1.mixer.out_proj.weight: the ranks hold (16, 8), (16, 7)"),
-        (lambda c: c.update({"norm.weight": torch.ones(15)}), "norm.weight: the ranks hold (16,), (15,); they should make up (16,), the same in each"),
+        (
+            lambda c: c.update({"blocks.1.mixer.Wqkv.weight": torch.ones(23, 16)}),
+            "blocks.1.mixer.Wqkv.weight: the ranks hold (24, 16), (23, 16)",
+        ),
+        (
+            lambda c: c.update({"blocks.1.mixer.out_proj.weight": torch.ones(16, 7)}),
+            "blocks.1.mixer.out_proj.weight: the ranks hold (16, 8), (16, 7)",
+        ),
+        (
+            lambda c: c.update({"norm.weight": torch.ones(15)}),
+            "norm.weight: the ranks hold (16,), (15,); they should make up (16,), the same in each",
+        ),
         (
             lambda c: c.update({"blocks.0.norm1.weight": torch.ones(16, dtype=torch.bfloat16)}),
             "blocks.0.norm1.weight: of different types, torch.bfloat16, torch.float32",
@@ -361,15 +415,24 @@ def test_each_fault_of_a_shard_is_named(tmp_path):
     rank0.write_bytes(kept)
     edit(
         folder / "model_tp1_pp0.pt",
-        lambda c: c.update({"blocks.0.mixer.out_proj.bias": torch.full((16,), 9.0), "blocks.0.mixer.rotary_emb.inv_freq": torch.ones(2)}),
+        lambda c: c.update(
+            {
+                "blocks.0.mixer.out_proj.bias": torch.full((16,), 9.0),
+                "blocks.0.mixer.rotary_emb.inv_freq": torch.ones(2),
+            }
+        ),
     )
     bias = dict(from_internevo(folder).named_parameters())["blocks.0.attention.wo.bias"]
-    assert torch.equal(bias, torch.load(rank0, weights_only=True)["blocks.0.mixer.out_proj.bias"])  # another rank's is not looked at
+    assert torch.equal(
+        bias, torch.load(rank0, weights_only=True)["blocks.0.mixer.out_proj.bias"]
+    )  # another rank's is not looked at
 
 
 def test_a_whole_file_or_rank_that_is_missing(tmp_path):
     s, w = S2, draw_weights(S2)
-    for i, (gone, told) in enumerate((("model_tp0_pp1.pt", "model_tp0_pp1.pt missing"), ("model_tp1_pp0.pt", "model_tp1_pp0.pt missing"))):
+    for i, (gone, told) in enumerate(
+        (("model_tp0_pp1.pt", "model_tp0_pp1.pt missing"), ("model_tp1_pp0.pt", "model_tp1_pp0.pt missing"))
+    ):
         folder = write(tmp_path / str(i) / "7", s, w, 2, 2)
         (folder / gone).unlink()
         assert told in refused(folder)
@@ -379,7 +442,9 @@ def test_a_whole_file_or_rank_that_is_missing(tmp_path):
             path.unlink()
         told = refused(folder)
         assert (
-            "tok_embeddings.weight: the ranks hold (24, 8); they should make up (24, 16)" if i == 0 else "stages have 1 blocks, but num_layers is 3"
+            "tok_embeddings.weight: the ranks hold (24, 8); they should make up (24, 16)"
+            if i == 0
+            else "stages have 1 blocks, but num_layers is 3"
         ) in told
     assert "no such folder" in refused(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
@@ -391,7 +456,11 @@ def test_the_wrong_feed_forward_order(tmp_path):
     for order, wrong in (("new", "old"), ("old", "new")):
         folder = write(tmp_path / order / "7", S1, w, 2, 1, order)
         told = refused(folder, ffn_order=wrong)
-        assert "blocks.0.mlp.w2.weight" in told and "blocks.2.mlp.w3.weight" in told and f"ask for ffn_order {order}" in told
+        assert (
+            "blocks.0.mlp.w2.weight" in told
+            and "blocks.2.mlp.w3.weight" in told
+            and f"ask for ffn_order {order}" in told
+        )
         same(dict(from_internevo(folder, ffn_order=order).named_parameters()), ours(S1, w))
     with pytest.raises(ValueError, match="only internlm ever had"):
         from_internevo(write(tmp_path / "v2" / "7", S2, draw_weights(S2)), ffn_order="old")
@@ -455,11 +524,23 @@ def test_the_model_section(tmp_path):
         assert told in refused(folder), told
     torch.save(
         section(S2)
-        | {"use_dynamic_ntk_rope": True, "max_position_embeddings": 128, "norm_head": True, "adapt_hf": False, "drop_rate": 0, "use_flash_attn": True},
+        | {
+            "use_dynamic_ntk_rope": True,
+            "max_position_embeddings": 128,
+            "norm_head": True,
+            "adapt_hf": False,
+            "drop_rate": 0,
+            "use_flash_attn": True,
+        },
         folder / "model_config.pt",
     )
     cfg = from_internevo(folder).cfg
-    assert (cfg.rope_scaling, cfg.max_position_embeddings, cfg.norm_head, cfg.qk_interleaved) == ("dynamic", 128, True, True)
+    assert (cfg.rope_scaling, cfg.max_position_embeddings, cfg.norm_head, cfg.qk_interleaved) == (
+        "dynamic",
+        128,
+        True,
+        True,
+    )
     (folder / "model_config.pt").unlink()
     assert "model_config.pt: missing" in refused(folder)
     assert from_internevo(folder, config=cfg).cfg == cfg
@@ -489,7 +570,21 @@ torch.save(Config(torch.load(path, weights_only=True) | {"dtype": torch.bfloat16
 def tiny(**more):
     "A model of ours"
     return Transformer(
-        ModelConfig(**(dict(family="internlm2", vocab_size=24, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, mlp_ratio=2.5, multiple_of=8) | more))
+        ModelConfig(
+            **(
+                dict(
+                    family="internlm2",
+                    vocab_size=24,
+                    hidden_size=16,
+                    num_layers=3,
+                    num_heads=4,
+                    num_kv_heads=2,
+                    mlp_ratio=2.5,
+                    multiple_of=8,
+                )
+                | more
+            )
+        )
     )
 
 
@@ -529,7 +624,9 @@ def test_a_folder_is_complete_or_absent_and_never_replaced(tmp_path, monkeypatch
         assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     written = []
-    monkeypatch.setattr(torch, "save", lambda content, file: (written.append(Path(file.name).name), real(content, file)))
+    monkeypatch.setattr(
+        torch, "save", lambda content, file: (written.append(Path(file.name).name), real(content, file))
+    )
     to_internevo(model, tmp_path / "7", 2, 2)
     assert written[-1] == "7.step" and [p.name for p in tmp_path.iterdir()] == ["7"]
     before = {p.name: p.read_bytes() for p in (tmp_path / "7").iterdir()}
@@ -579,7 +676,9 @@ print(field("VmHWM") - before)
 """
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of resident memory cannot be reset here")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak of resident memory cannot be reset here"
+)
 def test_memory_stays_within_twice_a_shard(tmp_path):
     "Mapped pages of the files counted. The model is four times one shard, so a whole model in memory would be seen"
     s = Shape("internlm2", 4, 1, 64, 16, 8192, 2048)
@@ -630,7 +729,12 @@ def test_a_model_with_either_order_of_pairs_is_filled_from_any_folder(case):
             a, b = model(ids), other(ids)
         assert float((a - b).abs().max()) <= 1e-12 * float(a.abs().max())
         same(
-            dict(zip((n for n, _ in model.named_parameters()), (open_weights(folder).read(f"model.{n}") for n, _ in model.named_parameters()))),
+            dict(
+                zip(
+                    (n for n, _ in model.named_parameters()),
+                    (open_weights(folder).read(f"model.{n}") for n, _ in model.named_parameters()),
+                )
+            ),
             dict(model.named_parameters()),
         )
 
@@ -654,15 +758,24 @@ def test_a_run_starts_from_any_kind_of_folder(tmp_path):
         assert started.state.step == 0 and any(line.startswith("weights from") and line.endswith(name) for line in said)
         same(dict(started.model.named_parameters()), dict(model.named_parameters()))
     ids = torch.arange(30)
-    turned = replace(run, model=replace(TINY, qk_interleaved=True, rope_base=2e4), checkpoint=replace(run.checkpoint, init=str(tmp_path / "50")))
+    turned = replace(
+        run,
+        model=replace(TINY, qk_interleaved=True, rope_base=2e4),
+        checkpoint=replace(run.checkpoint, init=str(tmp_path / "50")),
+    )
     other = trainer(turned, tmp_path / "turned", said)
     assert any("rope_base is 10000.0" in line and "20000.0 here" in line for line in said)
-    same({n: p for n, p in other.model.named_parameters() if "wqkv" not in n}, {n: p for n, p in model.named_parameters() if "wqkv" not in n})
+    same(
+        {n: p for n, p in other.model.named_parameters() if "wqkv" not in n},
+        {n: p for n, p in model.named_parameters() if "wqkv" not in n},
+    )
     back = Transformer(replace(turned.model, rope_base=TINY.rope_base))
     back.load_state_dict(other.model.state_dict())
     with torch.no_grad():
         wanted, found = model(ids), back(ids)
-    assert float((wanted - found).abs().max()) < 3e-6 * float(wanted.abs().max())  # sums of scores in another order, fp32
+    assert float((wanted - found).abs().max()) < 3e-6 * float(
+        wanted.abs().max()
+    )  # sums of scores in another order, fp32
     with pytest.raises(CheckpointError, match="num_heads is 4 there, and 8 is asked for"):
         trainer(replace(turned, model=replace(TINY, num_heads=8, num_kv_heads=4)), tmp_path / "heads")
 
@@ -674,8 +787,14 @@ def test_a_folder_without_a_step_is_named_by_its_folder(tmp_path):
 
     save_state(tmp_path / "native", gather_state(tiny()), {"model": asdict(tiny().cfg)})
     native_to_internevo(tmp_path / "native", tmp_path / "500")
-    save_state(tmp_path / "run", gather_state(tiny()), {"step": 30, "model": asdict(tiny().cfg), "train": {"num_consumed_tokens": 99}})
+    save_state(
+        tmp_path / "run",
+        gather_state(tiny()),
+        {"step": 30, "model": asdict(tiny().cfg), "train": {"num_consumed_tokens": 99}},
+    )
     native_to_internevo(tmp_path / "run", tmp_path / "600")
     assert (tmp_path / "500" / "500.step").is_file() and (tmp_path / "600" / "30.step").is_file()
     context = torch.load(tmp_path / "600" / "context.pt", weights_only=True)
-    assert context == dict(batch_count=30, num_consumed_samples_in_epoch=0, num_consumed_tokens=99, inf_nan_skip_batches=0, step_count=30)
+    assert context == dict(
+        batch_count=30, num_consumed_samples_in_epoch=0, num_consumed_tokens=99, inf_nan_skip_batches=0, step_count=30
+    )

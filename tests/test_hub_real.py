@@ -71,7 +71,14 @@ def greedy_theirs(model, tokenizer, count: int = 24) -> list[list[int]]:
     out = []
     for prompt in PROMPTS:
         ids = torch.tensor([tokenizer.encode(prompt)])
-        options = dict(do_sample=False, max_new_tokens=count, min_new_tokens=count, eos_token_id=None, pad_token_id=0, repetition_penalty=1.0)
+        options = dict(
+            do_sample=False,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            eos_token_id=None,
+            pad_token_id=0,
+            repetition_penalty=1.0,
+        )
         out.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :].tolist())
     return out
 
@@ -88,7 +95,11 @@ def test_same_tokens_and_perplexity_all_the_way(folder, theirs, tmp_path):
         print(f"{kind}: {ours:.4f}, transformers {reference:.4f}")
         assert ours == pytest.approx(reference, rel=1e-4)
 
-    save_state(tmp_path / "native", {f"model.{n}": p.detach() for n, p in model.named_parameters()}, {"step": 0, "model": asdict(model.cfg)})
+    save_state(
+        tmp_path / "native",
+        {f"model.{n}": p.detach() for n, p in model.named_parameters()},
+        {"step": 0, "model": asdict(model.cfg)},
+    )
     loaded = allocate(Transformer(model.cfg, device="meta"), "cpu")
     load_weights(loaded, Checkpoint(tmp_path / "native"))
     to_hf(loaded, tokenizer, tmp_path / "out")

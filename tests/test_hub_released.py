@@ -78,7 +78,16 @@ def released(folder, theirs, config: dict, rename) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shared = {k: v for k, v in SIZES.items() if k in config or k != "num_key_value_heads"}
     (folder / "config.json").write_text(
-        json.dumps(shared | {"auto_map": {"AutoConfig": "configuration.Config"}, "hidden_act": "silu", "use_cache": True, "pad_token_id": 2} | config)
+        json.dumps(
+            shared
+            | {
+                "auto_map": {"AutoConfig": "configuration.Config"},
+                "hidden_act": "silu",
+                "use_cache": True,
+                "pad_token_id": 2,
+            }
+            | config
+        )
     )
 
 
@@ -94,10 +103,14 @@ def released(folder, theirs, config: dict, rename) -> None:
 def test_internlm_as_released(tmp_path, rotary, rope):
     "Version 1: Llama's names, `bias` for q, k, v and o, rotary in a key of its own; older folders have no such key"
     theirs = llama(attention_bias=True, num_key_value_heads=6, rope_parameters=rope)
-    config = dict(model_type="internlm", architectures=["InternLMForCausalLM"], bias=True) | (dict(rotary=rotary) if rotary else {})
+    config = dict(model_type="internlm", architectures=["InternLMForCausalLM"], bias=True) | (
+        dict(rotary=rotary) if rotary else {}
+    )
 
     def rename(t):
-        return t | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}  # as older files have
+        return t | {
+            f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)
+        }  # as older files have
 
     released(tmp_path / "v1", theirs, config, rename)
     model, _ = from_hf(tmp_path / "v1")
@@ -113,23 +126,39 @@ def test_internlm_as_released(tmp_path, rotary, rope):
 @pytest.mark.parametrize("scaling", [None, dict(type="dynamic", factor=2.0), dict(type="linear", factor=2.0)])
 def test_internlm2_as_released(tmp_path, bias, scaling):
     "Version 2: its own names, wqkv of shape (kv groups, query heads of the group + 2, head_dim) as its code views it"
-    rope = dict(rope_theta=1e6, rope_type=(scaling or {}).get("type", "default")) | (dict(factor=2.0) if scaling else {})
+    rope = dict(rope_theta=1e6, rope_type=(scaling or {}).get("type", "default")) | (
+        dict(factor=2.0) if scaling else {}
+    )
     theirs = llama(attention_bias=bias, rope_parameters=rope)
 
     def rename(t):
-        out = {"model.tok_embeddings.weight": t["model.embed_tokens.weight"], "output.weight": t["lm_head.weight"], "model.norm.weight": t["model.norm.weight"]}
+        out = {
+            "model.tok_embeddings.weight": t["model.embed_tokens.weight"],
+            "output.weight": t["lm_head.weight"],
+            "model.norm.weight": t["model.norm.weight"],
+        }
         for i in range(2):
             at = f"model.layers.{i}"
             for kind in ("weight", "bias") if bias else ("weight",):
-                q, k, v = (t[f"{at}.self_attn.{x}_proj.{kind}"].unflatten(0, (2, -1, 8)) for x in "qkv")  # (kv groups, heads, head_dim, …)
+                q, k, v = (
+                    t[f"{at}.self_attn.{x}_proj.{kind}"].unflatten(0, (2, -1, 8)) for x in "qkv"
+                )  # (kv groups, heads, head_dim, …)
                 out[f"{at}.attention.wqkv.{kind}"] = torch.cat([q, k, v], dim=1).flatten(0, 2)
                 out[f"{at}.attention.wo.{kind}"] = t[f"{at}.self_attn.o_proj.{kind}"]
             for ours, name in (("w1", "gate"), ("w2", "down"), ("w3", "up")):
                 out[f"{at}.feed_forward.{ours}.weight"] = t[f"{at}.mlp.{name}_proj.weight"]
-            out[f"{at}.attention_norm.weight"], out[f"{at}.ffn_norm.weight"] = t[f"{at}.input_layernorm.weight"], t[f"{at}.post_attention_layernorm.weight"]
+            out[f"{at}.attention_norm.weight"], out[f"{at}.ffn_norm.weight"] = (
+                t[f"{at}.input_layernorm.weight"],
+                t[f"{at}.post_attention_layernorm.weight"],
+            )
         return out
 
-    released(tmp_path / "v2", theirs, dict(model_type="internlm2", num_key_value_heads=2, bias=bias, rope_theta=1000000, rope_scaling=scaling), rename)
+    released(
+        tmp_path / "v2",
+        theirs,
+        dict(model_type="internlm2", num_key_value_heads=2, bias=bias, rope_theta=1000000, rope_scaling=scaling),
+        rename,
+    )
     model, _ = from_hf(tmp_path / "v2")
     assert model.cfg.family == "internlm2"
     agree(model, theirs)

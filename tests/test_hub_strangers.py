@@ -46,9 +46,14 @@ def test_code_beside_a_model_is_never_run(hf, tmp_path):
     (hf / "modeling_evil.py").write_text(f"open({str(marker)!r}, 'w')")
     for name in ("config.json", "tokenizer_config.json"):
         config = json.loads((hf / name).read_text())
-        config |= {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil", "AutoTokenizer": ["modeling_evil.Evil", None]}, "trust_remote_code": True}
+        config |= {
+            "auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil", "AutoTokenizer": ["modeling_evil.Evil", None]},
+            "trust_remote_code": True,
+        }
         (hf / name).write_text(json.dumps(config))
-    (hf / "chat_template.jinja").write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}{% for i in range(10**12) %}x{% endfor %}")
+    (hf / "chat_template.jinja").write_text(
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for i in range(10**12) %}x{% endfor %}"
+    )
     loaded = load_model(hf)
     assert loaded.tokenizer is not None and loaded.system is None and not marker.exists()
 
@@ -192,7 +197,13 @@ def test_links_and_leftovers(hf, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, words", [("consolidated.00.pth", "Meta's own"), ("model.gguf", "llama.cpp"), ("adapter_model.safetensors", "an adapter"), ("x.ckpt", "a pickle")]
+    "name, words",
+    [
+        ("consolidated.00.pth", "Meta's own"),
+        ("model.gguf", "llama.cpp"),
+        ("adapter_model.safetensors", "an adapter"),
+        ("x.ckpt", "a pickle"),
+    ],
 )
 def test_other_kinds_of_weights_are_named(hf, name, words):
     (hf / "model.safetensors").rename(hf / name)

@@ -36,7 +36,16 @@ BASE = ModelConfig(
     rope_base=1e6,
 )
 CASES = {
-    "v1": replace(BASE, family="internlm", num_kv_heads=6, qkv_bias=True, out_bias=True, rope_base=1e4, rope_scaling="dynamic", rope_factor=2.0),
+    "v1": replace(
+        BASE,
+        family="internlm",
+        num_kv_heads=6,
+        qkv_bias=True,
+        out_bias=True,
+        rope_base=1e4,
+        rope_scaling="dynamic",
+        rope_factor=2.0,
+    ),
     "v2": replace(BASE, qk_interleaved=True),
     "v2-norm-head": replace(BASE, norm_head=True),
     "v2-linear": replace(BASE, rope_scaling="linear", rope_factor=4.0),
@@ -83,8 +92,14 @@ def older(request):
 def exported(tmp_path_factory):
     "Folders of all cases with a tokenizer, and what we compute"
     place = tmp_path_factory.mktemp("exported")
-    tokenizer = train_tokenizer([t for kind in corpus().values() for t in kind[:4]], place / "t.model", vocab_size=2000, character_coverage=0.98)
-    texts = [line for kind in corpus("valid").values() for text in kind[:2] for line in text.split("\n")[:40]] + ["<|im_start|>a<|im_end|>", "  \t\n\n x", ""]
+    tokenizer = train_tokenizer(
+        [t for kind in corpus().values() for t in kind[:4]], place / "t.model", vocab_size=2000, character_coverage=0.98
+    )
+    texts = [line for kind in corpus("valid").values() for text in kind[:2] for line in text.split("\n")[:40]] + [
+        "<|im_start|>a<|im_end|>",
+        "  \t\n\n x",
+        "",
+    ]
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Is 7 > 5? <b>"}]
     for name, value in (("names", list(CASES)), ("texts", texts), ("messages", messages)):
         (place / f"{name}.json").write_text(json.dumps(value))
@@ -114,7 +129,9 @@ def test_logits_tokens_and_templates(which, exported, request):
             for n, theirs in logits.items():
                 ours = model(torch.arange(n))
                 error = ((theirs - ours).abs().max() / ours.abs().max()).item()
-                print(f"transformers {found['version']} {name:13} {n} tokens: largest difference {error:.1e} of the largest logit")
+                print(
+                    f"transformers {found['version']} {name:13} {n} tokens: largest difference {error:.1e} of the largest logit"
+                )
                 assert error < 1e-5
         assert found["ids"][name] == [tokenizer.encode(t) for t in texts]
         assert found["decoded"][name] == texts

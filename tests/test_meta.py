@@ -8,8 +8,26 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CFG = ConfigParser(delimiters=["="])
 CFG.read(ROOT / "settings.ini")
-FLOORS = ["base", "model", "data", "parallel", "zero", "checkpoint", "hub", "observe", "train", "run", "perf", "bench", "apps"]
-MODULES = sorted(p for p in (ROOT / "internlm_nb").rglob("*.py") if p.name not in ("__init__.py", "_modidx.py") and p.parent.name != "runs")
+FLOORS = [
+    "base",
+    "model",
+    "data",
+    "parallel",
+    "zero",
+    "checkpoint",
+    "hub",
+    "observe",
+    "train",
+    "run",
+    "perf",
+    "bench",
+    "apps",
+]
+MODULES = sorted(
+    p
+    for p in (ROOT / "internlm_nb").rglob("*.py")
+    if p.name not in ("__init__.py", "_modidx.py") and p.parent.name != "runs"
+)
 RUNS = sorted(p for p in (ROOT / "internlm_nb/apps/runs").glob("*.py") if p.name != "__init__.py")
 
 

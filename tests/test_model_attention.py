@@ -105,10 +105,22 @@ def test_the_flash_kernel_is_called_as_it_wants(monkeypatch):
     "With flash_attn's signature, standing in for the package"
 
     def flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1)
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        dropout_p=0.0,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
     ):
         assert (max_seqlen_q, max_seqlen_k, dropout_p, cu_seqlens_q.dtype) == (3, 5, 0.0, torch.int32)
-        return module.reference_attention(q, k, v, Segments.of(cu_seqlens_q), Segments.of(cu_seqlens_k), causal, softmax_scale)
+        return module.reference_attention(
+            q, k, v, Segments.of(cu_seqlens_q), Segments.of(cu_seqlens_k), causal, softmax_scale
+        )
 
     monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func))
     monkeypatch.setattr(module, "why_not", lambda *a: None)
@@ -141,7 +153,10 @@ def test_what_a_gpu_kernel_asks_for(monkeypatch, dtype, head_dim, capability, re
 def test_the_real_signature_has_what_is_used():
     kernel, _ = module.torch_varlen()
     names = list(inspect.signature(kernel).parameters)
-    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"] and {"scale", "window_size"} <= set(names)
+    assert names[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"] and {
+        "scale",
+        "window_size",
+    } <= set(names)
 
 
 @pytest.mark.gpu
@@ -164,10 +179,15 @@ def test_gpu_backends(backend, dtype, tol, past):
 
 def test_availability_is_explained():
     assert choose_backend("cpu", torch.bfloat16, 128) == "chunked"
-    assert choose_backend("cpu", torch.bfloat16, 128, training=False) == choose_backend("cpu", torch.float32, 128) == "sdpa"
+    assert (
+        choose_backend("cpu", torch.bfloat16, 128, training=False)
+        == choose_backend("cpu", torch.float32, 128)
+        == "sdpa"
+    )
     line = describe_backend("cpu", torch.bfloat16, 128)
     assert (
-        line.startswith("attention backend chunked in training, sdpa without gradients (not flash: ") and "not varlen: it needs a CUDA device, not cpu" in line
+        line.startswith("attention backend chunked in training, sdpa without gradients (not flash: ")
+        and "not varlen: it needs a CUDA device, not cpu" in line
     )
     assert "not chunked: PyTorch's kernel was measured faster" in describe_backend("cpu", torch.float32, 128)
     with pytest.raises(ValueError, match="choose auto or one of flash, varlen, cudnn, chunked, sdpa, reference"):
@@ -182,7 +202,10 @@ def test_what_does_not_fit_is_refused():
         (lambda: attention(q, k, v[:, :1], s), "do not fit segments"),
         (lambda: attention(q[:, :3], k, v, s), "2 key heads do not divide 3 query heads"),
         (lambda: attention(q, k, v, s, key_segments=Segments.from_lengths([2, 2])), "do not cover"),
-        (lambda: attention(q, k, v, Segments.from_lengths([3, 1]), key_segments=Segments.from_lengths([2, 2])), "at least as many keys"),
+        (
+            lambda: attention(q, k, v, Segments.from_lengths([3, 1]), key_segments=Segments.from_lengths([2, 2])),
+            "at least as many keys",
+        ),
         (lambda: Segments.of([0]), "must begin with 0"),
         (lambda: Segments.from_lengths([]), "at least one sequence"),
         (lambda: Segments.from_lengths([3, -1]), "no negative length"),
@@ -192,7 +215,10 @@ def test_what_does_not_fit_is_refused():
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(steps=st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=5), rows=st.lists(st.integers(0, 2), max_size=5))
+@given(
+    steps=st.lists(st.lists(st.integers(0, 4), min_size=3, max_size=3), min_size=1, max_size=5),
+    rows=st.lists(st.integers(0, 2), max_size=5),
+)
 def test_interleave_and_select_are_lists_of_sequences(steps, rows):
     "A pack of sequences behaves as a Python list of lists"
     lists: list[list[int]] = [[], [], []]
@@ -209,4 +235,6 @@ def test_interleave_and_select_are_lists_of_sequences(steps, rows):
         cache.lengths = tuple(lengths)
         assert packed.tolist() == [t for part in lists for t in part] == cache.entries[0][0].tolist()
     cache.select(rows)
-    assert cache.entries[0][1].tolist() == [t for r in rows for t in lists[r]] and list(cache.lengths) == [len(lists[r]) for r in rows]
+    assert cache.entries[0][1].tolist() == [t for r in rows for t in lists[r]] and list(cache.lengths) == [
+        len(lists[r]) for r in rows
+    ]

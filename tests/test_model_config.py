@@ -13,7 +13,15 @@ from internlm_nb.model.transformer import Transformer
 
 EXACT = {
     "internlm-7b": (4096, 32, 32, 32, 11008, 103168, 7_321_948_160),
-    "internlm-7b-moe4": (4096, 32, 32, 32, 5632, 103168, 2 * 103168 * 4096 + 4096 + 32 * (2 * 4096 + 4 * 4096**2 + 4 * 4096 + 4 * (3 * 4096 * 5632 + 4096))),
+    "internlm-7b-moe4": (
+        4096,
+        32,
+        32,
+        32,
+        5632,
+        103168,
+        2 * 103168 * 4096 + 4096 + 32 * (2 * 4096 + 4 * 4096**2 + 4 * 4096 + 4 * (3 * 4096 * 5632 + 4096)),
+    ),
     "internlm-20b": (5120, 40, 40, 60, 13824, 103168, 20_089_943_040),
     "internlm2-1.8b": (2048, 16, 8, 24, 8192, 92544, 1_889_110_016),
     "internlm2-7b": (4096, 32, 8, 32, 14336, 92544, 7_737_708_544),
@@ -41,7 +49,9 @@ def test_every_preset_is_in_the_table():
     kv=st.integers(1, 4), group=st.integers(1, 4), half=st.integers(1, 8), layers=st.integers(1, 3), vocab=st.integers(1, 200), ratio=st.floats(1.0, 5.0),
     multiple=st.integers(1, 64), flags=st.tuples(*[st.booleans()] * 5), own_width=st.booleans(), experts=st.integers(0, 4), shared=st.integers(0, 2),
 )  # fmt: skip
-def test_closed_form_equals_the_built_model(kv, group, half, layers, vocab, ratio, multiple, flags, own_width, experts, shared):
+def test_closed_form_equals_the_built_model(
+    kv, group, half, layers, vocab, ratio, multiple, flags, own_width, experts, shared
+):
     heads, head_dim = kv * group, 2 * half
     cfg = ModelConfig(
         "llama", vocab, 24 if own_width else heads * head_dim, layers, heads, kv, ratio, multiple, head_dim_override=head_dim if own_width else None,
@@ -81,6 +91,12 @@ def test_an_unknown_preset_is_answered_with_near_names():
 
 def test_every_field_can_be_given_on_a_command_line():
     "The config is offered field by field to a command line"
-    got = tyro.cli(ModelConfig, default=TINY, args=["--rope-scaling", "linear", "--rope-factor", "2", "--intermediate-size", "64", "--norm-head"])
+    got = tyro.cli(
+        ModelConfig,
+        default=TINY,
+        args=["--rope-scaling", "linear", "--rope-factor", "2", "--intermediate-size", "64", "--norm-head"],
+    )
     assert got == replace(TINY, rope_scaling="linear", rope_factor=2.0, intermediate_size=64, norm_head=True)
-    assert all(f.type in (int, float, bool) or "None" in str(f.type) or "Literal" in str(f.type) for f in fields(ModelConfig))
+    assert all(
+        f.type in (int, float, bool) or "None" in str(f.type) or "Literal" in str(f.type) for f in fields(ModelConfig)
+    )

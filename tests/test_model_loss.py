@@ -13,7 +13,9 @@ from internlm_nb.model.loss import cross_entropy_reference, linear_cross_entropy
 
 def inputs(tokens, vocab, hidden=8, dtype=torch.float64, seed=0, ignored=0.3):
     g = torch.Generator().manual_seed(seed)
-    x, w = (torch.randn(n, hidden, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for n in (tokens, vocab))
+    x, w = (
+        torch.randn(n, hidden, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for n in (tokens, vocab)
+    )
     labels = torch.randint(0, vocab, (tokens,), generator=g)
     return x, w, labels.where(torch.rand(tokens, generator=g) >= ignored, IGNORE_INDEX)
 
@@ -26,9 +28,14 @@ def inputs(tokens, vocab, hidden=8, dtype=torch.float64, seed=0, ignored=0.3):
 def test_equals_cross_entropy_in_float64(tokens, vocab, chunk, smoothing, ignored, scale, seed):
     x, w, labels = inputs(tokens, vocab, seed=seed, ignored=ignored)
     want = F.cross_entropy(x @ w.T, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing)
-    out, plain = linear_cross_entropy(x, w, labels, smoothing, chunk), cross_entropy_reference(x @ w.T, labels, smoothing)
+    out, plain = (
+        linear_cross_entropy(x, w, labels, smoothing, chunk),
+        cross_entropy_reference(x @ w.T, labels, smoothing),
+    )
     assert torch.allclose(out.loss_sum, want, rtol=1e-12, atol=1e-12) and torch.equal(plain.loss_sum, want)
-    assert torch.allclose(out.token_loss, plain.token_loss, rtol=1e-12, atol=1e-12) and torch.equal(out.correct, plain.correct)
+    assert torch.allclose(out.token_loss, plain.token_loss, rtol=1e-12, atol=1e-12) and torch.equal(
+        out.correct, plain.correct
+    )
     assert (out.token_loss[labels == IGNORE_INDEX] == 0).all() and not out.correct[labels == IGNORE_INDEX].any()
     for a, b in zip(torch.autograd.grad(out.loss_sum * scale, (x, w)), torch.autograd.grad(want * scale, (x, w))):
         assert torch.allclose(a, b, rtol=0, atol=1e-13 * max(1.0, b.abs().max().item()) * tokens)
@@ -39,7 +46,9 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, w: linear_cross_entropy(x, w, labels, 0.1, 3).loss_sum, (x, w))
 
 
-@pytest.mark.parametrize("dtype,unit", [(torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
+@pytest.mark.parametrize(
+    "dtype,unit", [(torch.float32, 2.0**-24), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)]
+)
 def test_narrow_types(dtype, unit):
     "Softmax is in float32 whatever the weights: losses and gradients are as exact as the rounded logits"
     x, w, labels = inputs(300, 500, 64, dtype, ignored=0.1)

@@ -14,7 +14,15 @@ from internlm_nb.model.config import ModelConfig, num_params, preset
 from internlm_nb.model.flops import linear_flops, step_flops
 from internlm_nb.model.init import parameter_std
 from internlm_nb.model.loss import ExtraLosses, LossOutput
-from internlm_nb.model.moe import MixtureOfExperts, aux_loss, capacity_of, experts_reference, position_in_expert, tokens_per_expert, top_k
+from internlm_nb.model.moe import (
+    MixtureOfExperts,
+    aux_loss,
+    capacity_of,
+    experts_reference,
+    position_in_expert,
+    tokens_per_expert,
+    top_k,
+)
 from internlm_nb.model.segments import Inputs, KVCache, Segments
 from internlm_nb.model.transformer import Transformer, recompute
 
@@ -39,7 +47,11 @@ def filled(cfg: ModelConfig, dtype: torch.dtype = torch.float64, seed: int = 0) 
 
 
 def tokens(cfg: ModelConfig, n: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(n, cfg.hidden_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype).requires_grad_()
+    return (
+        torch.randn(n, cfg.hidden_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def positions_of(cfg: ModelConfig, n: int):
@@ -101,7 +113,12 @@ def test_mixtral_says_the_same():
     moe = filled(cfg, torch.float32)
     theirs = MixtralSparseMoeBlock(
         MixtralConfig(
-            hidden_size=32, intermediate_size=cfg.ffn_size, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.0, experts_implementation="eager"
+            hidden_size=32,
+            intermediate_size=cfg.ffn_size,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            router_jitter_noise=0.0,
+            experts_implementation="eager",
         )
     )
     with torch.no_grad():
@@ -113,14 +130,21 @@ def test_mixtral_says_the_same():
     near: dict = dict(rtol=1e-5, atol=2e-5)  # float32, numbers up to 10
     torch.testing.assert_close(have, want, **near)
     upstream = torch.randn(have.shape)
-    mine = torch.autograd.grad((have * upstream).sum(), [x, moe.gate.weight, moe.experts.w1, moe.experts.w3, moe.experts.w2])
-    other = torch.autograd.grad((want * upstream).sum(), [x, theirs.gate.weight, theirs.experts.gate_up_proj, theirs.experts.down_proj])
+    mine = torch.autograd.grad(
+        (have * upstream).sum(), [x, moe.gate.weight, moe.experts.w1, moe.experts.w3, moe.experts.w2]
+    )
+    other = torch.autograd.grad(
+        (want * upstream).sum(), [x, theirs.gate.weight, theirs.experts.gate_up_proj, theirs.experts.down_proj]
+    )
     for a, b in zip(mine, (*other[:2], *other[2].chunk(2, 1), other[3])):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
     # their balance loss counts each of the k choices as a whole: k times ours
     logits = F.linear(x, moe.gate.weight)
     probs, _, choices = top_k(logits, 2)
-    ours = aux_loss(replace(cfg, aux_loss_coef=1.0, z_loss_coef=0.0), logits, probs, tokens_per_expert(choices, 4), 50) / 50
+    ours = (
+        aux_loss(replace(cfg, aux_loss_coef=1.0, z_loss_coef=0.0), logits, probs, tokens_per_expert(choices, 4), 50)
+        / 50
+    )
     torch.testing.assert_close(2 * ours, load_balancing_loss_func((logits,), 4, 2), rtol=1e-6, atol=0)
 
 
@@ -131,7 +155,11 @@ def slow_extra(cfg: ModelConfig, logits: Tensor) -> Tensor:
     for row in probs.tolist():
         for e in sorted(range(cfg.num_experts), key=lambda e: -row[e])[: cfg.experts_per_token]:
             count[e] += 1
-    balance = sum(n * probs[:, e].mean() for e, n in enumerate(count)) * cfg.num_experts / (len(logits) * cfg.experts_per_token)
+    balance = (
+        sum(n * probs[:, e].mean() for e, n in enumerate(count))
+        * cfg.num_experts
+        / (len(logits) * cfg.experts_per_token)
+    )
     z = torch.stack([row.exp().sum().log() ** 2 for row in logits]).mean()
     return (cfg.aux_loss_coef * balance + cfg.z_loss_coef * z) * len(logits)
 
@@ -145,9 +173,13 @@ def test_extra_losses_are_the_formulas():
     want = slow_extra(cfg, logits)
     torch.testing.assert_close(have, want, **NEAR)
     torch.testing.assert_close(*(torch.autograd.grad(t, logits)[0] for t in (have, want)), **NEAR)
-    even = torch.eye(4, dtype=torch.float64).repeat(5, 1)  # each expert chosen equally often and equally likely: the balance loss is 1
+    even = torch.eye(4, dtype=torch.float64).repeat(
+        5, 1
+    )  # each expert chosen equally often and equally likely: the balance loss is 1
     probs, _, choices = top_k(even, 1)
-    one = aux_loss(config(experts_per_token=1, aux_loss_coef=1.0, z_loss_coef=0.0), even, probs, tokens_per_expert(choices, 4), 20)
+    one = aux_loss(
+        config(experts_per_token=1, aux_loss_coef=1.0, z_loss_coef=0.0), even, probs, tokens_per_expert(choices, 4), 20
+    )
     torch.testing.assert_close(one / 20, torch.tensor(1.0, dtype=torch.float64))
 
 
@@ -169,7 +201,9 @@ def slow_capacity(moe: MixtureOfExperts, x: Tensor) -> tuple[Tensor, int]:
     return torch.stack(out), dropped
 
 
-@pytest.mark.parametrize("factor, changes", [(0.3, {}), (1.0, dict(experts_per_token=3)), (0.7, dict(num_shared_experts=1)), (100.0, {})])
+@pytest.mark.parametrize(
+    "factor, changes", [(0.3, {}), (1.0, dict(experts_per_token=3)), (0.7, dict(num_shared_experts=1)), (100.0, {})]
+)
 def test_capacity_drops_as_a_slow_loop_does(factor, changes):
     cfg = config(capacity_factor=factor, **changes)
     moe, x = filled(cfg), tokens(cfg, 41)
@@ -178,7 +212,11 @@ def test_capacity_drops_as_a_slow_loop_does(factor, changes):
     torch.testing.assert_close(have, want, **NEAR)
     for a, b in zip(gradients(have, x, *moe.parameters()), gradients(want, x, *moe.parameters())):
         torch.testing.assert_close(a, b, **NEAR)
-    assert positions.extra is not None and positions.extra.dropped[0].item() == dropped and (dropped == 0) == (factor == 100.0)
+    assert (
+        positions.extra is not None
+        and positions.extra.dropped[0].item() == dropped
+        and (dropped == 0) == (factor == 100.0)
+    )
     # outside of training, and with a cache, all tokens are served
     torch.testing.assert_close(moe.eval()(x), experts_reference(moe, x), **NEAR)
     cached = replace(positions, key_segments=positions.segments, extra=None)
@@ -204,12 +242,18 @@ def test_extra_losses_reach_the_loss_once_when_recomputed(factor):
     model = Transformer(cfg, dtype=torch.float64)
     ids, labels = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(0)).unbind(0)
     seen: list[Tensor] = []
-    hooks = [block.feed_forward.gate.register_forward_hook(lambda m, a, out: seen.append(out)) for block in model.blocks]  # type: ignore[union-attr]
+    hooks = [
+        block.feed_forward.gate.register_forward_hook(lambda m, a, out: seen.append(out)) for block in model.blocks
+    ]  # type: ignore[union-attr]
     loss, out = total(model, ids, labels)
     assert out.extra_sum is not None and out.expert_tokens is not None and out.expert_dropped is not None
     want = torch.stack([slow_extra(cfg, logits) for logits in seen]).sum()
     torch.testing.assert_close(out.extra_sum, want, **NEAR)
-    assert out.expert_tokens.shape == (2, 4) and out.expert_tokens.sum(1).tolist() == [48, 48] and out.expert_dropped.shape == (2,)
+    assert (
+        out.expert_tokens.shape == (2, 4)
+        and out.expert_tokens.sum(1).tolist() == [48, 48]
+        and out.expert_dropped.shape == (2,)
+    )
     for hook in hooks:
         hook.remove()
     params = list(model.parameters())
@@ -267,8 +311,16 @@ def test_first_values():
         == parameter_std(cfg, "blocks.7.feed_forward.shared.w3.weight")
         == 0.1
     )
-    assert parameter_std(cfg, "blocks.7.feed_forward.experts.w2") == parameter_std(cfg, "blocks.7.feed_forward.shared.w2.weight") == 0.1 / 4
-    for wrong in ("blocks.7.feed_forward.experts.w4", "blocks.7.feed_forward.gates.weight", "blocks.7.feed_forward.experts.w1.bias2"):
+    assert (
+        parameter_std(cfg, "blocks.7.feed_forward.experts.w2")
+        == parameter_std(cfg, "blocks.7.feed_forward.shared.w2.weight")
+        == 0.1 / 4
+    )
+    for wrong in (
+        "blocks.7.feed_forward.experts.w4",
+        "blocks.7.feed_forward.gates.weight",
+        "blocks.7.feed_forward.experts.w1.bias2",
+    ):
         with pytest.raises(ValueError, match="no rule of initialisation"):
             parameter_std(cfg, wrong)
 
@@ -325,4 +377,6 @@ def test_grouped_products(monkeypatch):
             results.append((out, *torch.autograd.grad(out.float().square().sum(), [x, *moe.parameters()])))
     for a, b in zip(results[:2], results[2:]):
         for p, q in zip(a, b):
-            torch.testing.assert_close(p, q, rtol=2e-2, atol=2e-2 * q.abs().max().item())  # bf16 rounds at 2^-9, here some products after another
+            torch.testing.assert_close(
+                p, q, rtol=2e-2, atol=2e-2 * q.abs().max().item()
+            )  # bf16 rounds at 2^-9, here some products after another

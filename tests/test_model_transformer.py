@@ -38,7 +38,9 @@ def gradients(model: Transformer, tokens, segments) -> dict[str, torch.Tensor]:
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(any), variant=st.sampled_from(sorted(VARIANTS)))
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(any), variant=st.sampled_from(sorted(VARIANTS))
+)
 def test_documents_are_alone_in_a_pack(lengths, variant):
     "Logits, losses and gradients of a pack are those of its documents: 1e-12 in float64"
     model, tokens = Transformer(VARIANTS[variant], dtype=torch.float64), ids(sum(lengths))
@@ -58,14 +60,25 @@ def test_documents_are_alone_in_a_pack(lengths, variant):
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(prompts=st.lists(st.integers(1, 9), min_size=1, max_size=4), steps=st.lists(st.integers(1, 3), max_size=4), variant=st.sampled_from(sorted(VARIANTS)))
+@given(
+    prompts=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    steps=st.lists(st.integers(1, 3), max_size=4),
+    variant=st.sampled_from(sorted(VARIANTS)),
+)
 def test_cached_equals_full(prompts, steps, variant):
     "Any cut of texts into passes gives the logits of the whole texts so far; dynamic scaling beyond the trained length included"
-    model, texts = Transformer(VARIANTS[variant], dtype=torch.float64), [ids(n + sum(steps), row) for row, n in enumerate(prompts)]
+    model, texts = (
+        Transformer(VARIANTS[variant], dtype=torch.float64),
+        [ids(n + sum(steps), row) for row, n in enumerate(prompts)],
+    )
     cache, done = KVCache.empty(len(prompts)), [0] * len(prompts)
     with torch.no_grad():
         for step in [prompts] + [[n] * len(prompts) for n in steps]:
-            got = model(torch.cat([t[d : d + n] for t, d, n in zip(texts, done, step)]), Segments.from_lengths(step), cache=cache)
+            got = model(
+                torch.cat([t[d : d + n] for t, d, n in zip(texts, done, step)]),
+                Segments.from_lengths(step),
+                cache=cache,
+            )
             done = [d + n for d, n in zip(done, step)]
             want = torch.cat([model(t[:d])[d - n :] for t, d, n in zip(texts, done, step)])
             assert torch.allclose(got, want, rtol=0, atol=1e-12)
@@ -156,7 +169,9 @@ def test_initialisation_is_of_seed_name_and_index():
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(cuts=st.lists(st.integers(0, 3 * BLOCK), max_size=5), name=st.sampled_from(["a", "b"]), seed=st.integers(0, 2**40))
+@given(
+    cuts=st.lists(st.integers(0, 3 * BLOCK), max_size=5), name=st.sampled_from(["a", "b"]), seed=st.integers(0, 2**40)
+)
 def test_slices_join(cuts, name, seed):
     "However a parameter is cut, the parts are the whole"
     edges = [0, *sorted(cuts), 3 * BLOCK]
@@ -173,7 +188,9 @@ def test_first_numbers_are_fixed():
 FIRST = [0.133544, 0.643224, 0.384168, 1.446298]
 
 
-@pytest.mark.parametrize("dtype,tol", [(torch.float64, 1e-14), (torch.float32, 4 * 2**-24), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+@pytest.mark.parametrize(
+    "dtype,tol", [(torch.float64, 1e-14), (torch.float32, 4 * 2**-24), (torch.bfloat16, 2**-8), (torch.float16, 2**-11)]
+)
 def test_rms_norm_equals_its_formula(dtype, tol):
     "To the last place of the type, relative to each element"
     norm = RMSNorm(96, 1e-5, dtype=dtype)
@@ -191,11 +208,18 @@ def test_flops_of_parts():
     for field in whole._fields:
         assert abs(getattr(whole, field) - sum(getattr(p, field) for p in parts)) < 1e-6 * getattr(whole, field)
     counts = [step_flops(CFG, [16], 16, f).hardware for f in (0, 0.4, 0.7, 1.0)]
-    assert counts == sorted(counts) and counts[0] == step_flops(CFG, [16], 16, 1.0, "selective").hardware == whole.model / 2
+    assert (
+        counts == sorted(counts)
+        and counts[0] == step_flops(CFG, [16], 16, 1.0, "selective").hardware == whole.model / 2
+    )
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), temperature=st.sampled_from([0.0, 0.7]), variant=st.sampled_from(sorted(VARIANTS)))
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    temperature=st.sampled_from([0.0, 0.7]),
+    variant=st.sampled_from(sorted(VARIANTS)),
+)
 def test_generation_is_by_sequence(lengths, temperature, variant):
     "Streaming equals collecting; a first row does not depend on who shares its batch"
     model = Transformer(VARIANTS[variant], dtype=torch.float64)

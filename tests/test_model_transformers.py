@@ -12,7 +12,16 @@ from internlm_nb.model.config import ModelConfig
 from internlm_nb.model.init import normal_slice
 from internlm_nb.model.transformer import Transformer
 
-SHAPE = dict(vocab_size=97, hidden_size=48, num_layers=3, num_heads=6, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16, max_position_embeddings=32)
+SHAPE = dict(
+    vocab_size=97,
+    hidden_size=48,
+    num_layers=3,
+    num_heads=6,
+    num_kv_heads=2,
+    mlp_ratio=2.0,
+    multiple_of=16,
+    max_position_embeddings=32,
+)
 CASES = {
     "internlm": ModelConfig("internlm", **(SHAPE | dict(num_kv_heads=6)), qkv_bias=True, out_bias=True),
     "internlm2": ModelConfig("internlm2", **SHAPE, rope_base=1e6),
@@ -55,7 +64,11 @@ def to_llama(model: Transformer, read=lambda p: p.detach()) -> dict[str, torch.T
         at = f"model.layers.{i}"
         out[f"{at}.input_layernorm.weight"] = read(block.attention_norm.weight)
         out[f"{at}.post_attention_layernorm.weight"] = read(block.ffn_norm.weight)
-        for name, linear in (("gate_proj", block.feed_forward.w1), ("down_proj", block.feed_forward.w2), ("up_proj", block.feed_forward.w3)):
+        for name, linear in (
+            ("gate_proj", block.feed_forward.w1),
+            ("down_proj", block.feed_forward.w2),
+            ("up_proj", block.feed_forward.w3),
+        ):
             out[f"{at}.mlp.{name}.weight"] = read(linear.weight)
         for kind in ("weight", "bias"):
             fused = getattr(block.attention.wqkv, kind)
@@ -73,7 +86,11 @@ def to_llama(model: Transformer, read=lambda p: p.detach()) -> dict[str, torch.T
 
 def theirs(model: Transformer) -> LlamaForCausalLM:
     cfg = model.cfg
-    scaling = {"rope_type": cfg.rope_scaling, "factor": cfg.rope_factor} if cfg.rope_scaling != "none" else {"rope_type": "default"}
+    scaling = (
+        {"rope_type": cfg.rope_scaling, "factor": cfg.rope_factor}
+        if cfg.rope_scaling != "none"
+        else {"rope_type": "default"}
+    )
     hf = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=cfg.vocab_size, hidden_size=cfg.hidden_size, intermediate_size=cfg.ffn_size, num_hidden_layers=cfg.num_layers,
@@ -153,7 +170,9 @@ def test_float32_cached(case):
     for doc, parts, n in zip(docs, got, prompt):
         mine = torch.cat(parts)
         if cfg.rope_scaling == "dynamic":  # each step is a full text of its own length
-            want = [theirs(model)(doc[None, :n]).logits[0]] + [theirs(model)(doc[None, : i + 1]).logits[0, -1:] for i in range(n, len(doc))]
+            want = [theirs(model)(doc[None, :n]).logits[0]] + [
+                theirs(model)(doc[None, : i + 1]).logits[0, -1:] for i in range(n, len(doc))
+            ]
             want = torch.cat(want)
         else:
             want = theirs(model)(doc[None]).logits[0]

@@ -12,7 +12,11 @@ from nbdev.config import get_config
 from nbdev.process import NBProcessor
 
 CFG = get_config(Path(__file__).parent.parent)
-NBS = sorted(p for p in CFG.nbs_path.rglob("*.ipynb") if not p.name.startswith(("_", ".")) and ".ipynb_checkpoints" not in p.parts)
+NBS = sorted(
+    p
+    for p in CFG.nbs_path.rglob("*.ipynb")
+    if not p.name.startswith(("_", ".")) and ".ipynb_checkpoints" not in p.parts
+)
 SKIP = {"export", "exports", "exporti", *CFG.tst_flags.split()}
 
 
@@ -51,11 +55,18 @@ def name_of(path: Path) -> str:
 
 def left_out(cell) -> bool:
     "Cells that nbdev-test leaves out too: for a GPU, for hours, for show"
-    directives = {word for line in cell.source.splitlines() if line.startswith("#|") for word in line[2:].replace(":", " ").split()[:1]}
+    directives = {
+        word
+        for line in cell.source.splitlines()
+        if line.startswith("#|")
+        for word in line[2:].replace(":", " ").split()[:1]
+    }
     return cell.cell_type == "code" and bool(directives & set(CFG.tst_flags.split()) or "#| eval: false" in cell.source)
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, marks=() if name_of(p) in TOUCHY else pytest.mark.slow, id=name_of(p)) for p in NBS])
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=() if name_of(p) in TOUCHY else pytest.mark.slow, id=name_of(p)) for p in NBS]
+)
 def test_in_a_kernel(path, monkeypatch):
     "From top to bottom in Jupyter's own kernel, as a reader does who runs all cells"
     monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own

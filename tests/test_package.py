@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from internlm_nb.apps.runfile import NOISE, UsageError, load_run_file, names_of, parse_run, require_data, shipped_runs, with_noise
+from internlm_nb.apps.runfile import (
+    NOISE,
+    UsageError,
+    load_run_file,
+    names_of,
+    parse_run,
+    require_data,
+    shipped_runs,
+    with_noise,
+)
 from internlm_nb.data.loader import Loader
 from internlm_nb.model.config import num_params
 from internlm_nb.run.preflight import check_batch, memory_needed
@@ -42,11 +51,17 @@ def test_a_command_is_a_function_that_helps(command, capsys, monkeypatch):
     assert command in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [f"internlm_nb.{m}" for m in ("apps.pretrain", "apps.prepare", "apps.convert", "apps.chat", "bench.cli")])
+@pytest.mark.parametrize(
+    "module", [f"internlm_nb.{m}" for m in ("apps.pretrain", "apps.prepare", "apps.convert", "apps.chat", "bench.cli")]
+)
 def test_a_module_is_a_program(module):
     "`python -m MODULE` does the same: its file ends with the call, behind a guard that a notebook does not pass"
     path = ROOT / Path(*module.split(".")).with_suffix(".py")
-    assert re.search(r'^if __name__ == "__main__" and "__file__" in globals\(\):.*\n    sys\.exit\((cli|main)\(\)\)\n$', path.read_text(), flags=re.M), path
+    assert re.search(
+        r'^if __name__ == "__main__" and "__file__" in globals\(\):.*\n    sys\.exit\((cli|main)\(\)\)\n$',
+        path.read_text(),
+        flags=re.M,
+    ), path
 
 
 def worlds(doc: str) -> list[int]:
@@ -72,17 +87,26 @@ def test_shipped_runs_start_on_their_worlds(name):
 
 def test_recipes_are_what_they_say():
     "Tokens a step and in all, of those whose docstring names them"
-    for name, step, tokens in (("internlm-7b", 131_072, 6.6e9), ("internlm2-7b", 4.2e6, 2.1e12), ("internlm2-20b", 5.2e6, 2.6e12), ("sft", 16_384, 1.6e7)):
+    for name, step, tokens in (
+        ("internlm-7b", 131_072, 6.6e9),
+        ("internlm2-7b", 4.2e6, 2.1e12),
+        ("internlm2-20b", 5.2e6, 2.6e12),
+        ("sft", 16_384, 1.6e7),
+    ):
         run = load_run_file(name).run()
         a_step = run.data.packed_length * run.data.micro_num
-        assert a_step == pytest.approx(step, rel=0.02) and a_step * run.train.steps == pytest.approx(tokens, rel=0.03), name
+        assert a_step == pytest.approx(step, rel=0.02) and a_step * run.train.steps == pytest.approx(
+            tokens, rel=0.03
+        ), name
     assert num_params(load_run_file("internlm-7b").run().model) == 7_321_948_160
 
 
 @pytest.mark.parametrize("name", sorted(set(names_of(shipped_runs())) - {"demo"}))
 def test_shipped_runs_do_not_train_on_noise_unasked(name):
     module = load_run_file(name)
-    with pytest.raises(UsageError, match=rf"{re.escape(name)} needs data: --data.train-folder TOKENS.*--data.train-folder synthetic"):
+    with pytest.raises(
+        UsageError, match=rf"{re.escape(name)} needs data: --data.train-folder TOKENS.*--data.train-folder synthetic"
+    ):
         require_data(module.run(), module)
     run, noise = with_noise(parse_run(module, ["--data.train-folder", NOISE]))
     assert noise and run.data.train_folder == ()
@@ -97,18 +121,33 @@ def test_constraints_are_within_the_requirements():
     asked = next(word for word in shlex.split(CFG["DEFAULT"]["requirements"]) if word.startswith("torch"))
     assert re.fullmatch(r"torch>=\d+\.\d+", asked)
     pinned = re.search(r"^torch==([\d.]+)\+cpu$", (ROOT / ".ci/constraints.txt").read_text(), flags=re.M)
-    assert pinned and [int(n) for n in pinned[1].split(".")[:2]] >= [int(n) for n in asked.removeprefix("torch>=").split(".")]
+    assert pinned and [int(n) for n in pinned[1].split(".")[:2]] >= [
+        int(n) for n in asked.removeprefix("torch>=").split(".")
+    ]
     assert "PIP_CONSTRAINT" in (ROOT / ".ci/run").read_text()
 
 
 def build_wheel(folder: Path) -> Path:
     "A wheel of a clean copy of what git knows, made without the network"
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split("\0")
     for name in filter(None, names):
         if name.startswith("internlm_nb/") or "/" not in name:
             (folder / "src" / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / "src" / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(folder / "dist"), str(folder / "src")]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(folder / "dist"),
+        str(folder / "src"),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return next((folder / "dist").glob("*.whl"))
 
@@ -130,7 +169,10 @@ def test_a_wheel_trains_from_an_empty_folder(tmp_path):
     assert not any(n.startswith(("tests/", "scripts/", "nbs/")) for n in names)
     for command, target in COMMANDS.items():
         assert re.search(rf"^{command} ?= ?{re.escape(target)}$", points, flags=re.M)
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"PYTHONPATH": str(place), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {
+        "PYTHONPATH": str(place),
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
     options = "demo --run-dir {} --train.steps 2 --train.valid-every 0 --data.micro-num 2 --model.num-layers 1".split()
     for ranks in ([], ["--nproc", "2"]):
         run_dir = f"out{len(ranks)}"

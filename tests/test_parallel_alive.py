@@ -50,7 +50,9 @@ def slow(mesh: Mesh, who: tuple[int, ...]) -> list:
 def test_work_may_take_longer_than_a_collective(who):
     got = run_ranks(slow, Layout(3), who)
     assert [g[0] for g in got] == ([0, None, None] if who == (0,) else [0, 1, 2]) and {g[1] for g in got} == {"quick"}
-    assert got[1][2] == "OSError: no" and got[0][2] == got[2][2] == "RankFailed: rank 1 failed while writing: OSError: no"
+    assert (
+        got[1][2] == "OSError: no" and got[0][2] == got[2][2] == "RankFailed: rank 1 failed while writing: OSError: no"
+    )
 
 
 def ended(mesh: Mesh, how: int, at: int) -> None:
@@ -89,9 +91,7 @@ def test_a_rank_that_ends_in_the_middle_of_its_work_is_named(how, at):
         return
     with pytest.raises(RankError) as e:
         run_ranks(ended, Layout(3), how, at, timeout=40)
-    words = (
-        f"heard: while reading a checkpoint, over the world axis, ranks were waited for that were silent for 2 s: rank {at} was at work (reading a checkpoint)"
-    )
+    words = f"heard: while reading a checkpoint, over the world axis, ranks were waited for that were silent for 2 s: rank {at} was at work (reading a checkpoint)"
     assert words in str(e.value)
 
 
@@ -117,7 +117,10 @@ def test_survivors_of_a_kill_name_it_within_the_timeout(tmp_path, monkeypatch):
     with pytest.raises(RankError, match="SIGKILL"):
         run_ranks(mourned, Layout(3), str(tmp_path), timeout=40)
     for r in "02":
-        assert "silent for 2 s: rank 1 was at work (reading a checkpoint) and gives no sign of life" in (tmp_path / r).read_text()
+        assert (
+            "silent for 2 s: rank 1 was at work (reading a checkpoint) and gives no sign of life"
+            in (tmp_path / r).read_text()
+        )
 
 
 def never_comes(mesh: Mesh) -> str:
@@ -222,7 +225,9 @@ def differ(mesh: Mesh, how: str) -> None:
         ),
         pytest.param("transposed", r"float32 \(6, 2\).*rank 1 calls .*float32 \(2, 6\)", marks=pytest.mark.slow),
         ("dtype", r"float32 \(4,\).*rank 1 calls all_gather for 'weights' of int32 \(4,\)"),
-        pytest.param("reduction", r"reduce_scatter for 'norm' of .*, sum, and rank 1 calls .*, max", marks=pytest.mark.slow),
+        pytest.param(
+            "reduction", r"reduce_scatter for 'norm' of .*, sum, and rank 1 calls .*, max", marks=pytest.mark.slow
+        ),
         ("op", r"rank 0 calls all_reduce for 'x'.*rank 1 calls all_gather for 'x'"),
         ("purpose", r"rank 0 calls all_reduce for 'the first'.*rank 1 calls all_reduce for 'the second'"),
         ("count", r"rank 0 calls all_reduce for 'only some'.*rank 1 calls all_reduce for 'loss'"),
@@ -237,7 +242,9 @@ def test_what_differs_is_named_before_it_runs(how, words):
     assert "SIGABRT" not in str(e.value)
 
 
-@pytest.mark.parametrize("how", ["shape", "count", *(pytest.param(how, marks=pytest.mark.slow) for how in ("purpose", "rows"))])
+@pytest.mark.parametrize(
+    "how", ["shape", "count", *(pytest.param(how, marks=pytest.mark.slow) for how in ("purpose", "rows"))]
+)
 def test_of_three_ranks_the_odd_one_is_in_the_message_whoever_comes_first(how):
     with pytest.raises(RankError, match=r"Mismatch: ranks differ at collective number 2 of the data axis.*rank 1") as e:
         run_ranks(differ, Layout(3), how, timeout=30)
@@ -249,7 +256,9 @@ def many_right(mesh: Mesh) -> dict:
     t, d = mesh.axis("tensor"), mesh.axis("data")
     n, x = d.size, torch.ones(4)
     pairs = [(t, "over tensor"), (d, "over data")]
-    handles = [comm.start_all_reduce(torch.ones(4), axis, name) for axis, name in (pairs if mesh.rank % 2 else pairs[::-1])]
+    handles = [
+        comm.start_all_reduce(torch.ones(4), axis, name) for axis, name in (pairs if mesh.rank % 2 else pairs[::-1])
+    ]
     for handle in handles:
         handle.wait()
     rows = torch.cat([torch.full((mesh.coords.data + b + 1,), 1.0) for b in range(n)])
@@ -257,7 +266,9 @@ def many_right(mesh: Mesh) -> dict:
     right, left = (d.coord + 1) % n, (d.coord - 1) % n
     for size in (3, 5):
         comm.start_send_receive([(torch.ones(size), right)], [(torch.empty(size), left)], d, "ring").wait()
-    comm.start_send_receive([(x, right)] if d.coord == 0 else [], [(torch.empty(4), left)] if d.coord == 1 else [], d, "one way").wait()
+    comm.start_send_receive(
+        [(x, right)] if d.coord == 0 else [], [(torch.empty(4), left)] if d.coord == 1 else [], d, "one way"
+    ).wait()
     return {key: count.calls for key, count in mesh.recorder.counts.items()}
 
 
@@ -286,7 +297,9 @@ def test_a_rank_that_a_signal_ends_is_told_with_its_last_words(how):
             signal.raise_signal(how) if how != signal.SIGKILL else os.kill(os.getpid(), how)
         dist.barrier()
 
-    with pytest.raises(RankError, match=rf"(?s)rank 1 died \({how.name}.*the end of its standard error:\n.*  line 29 of a library in C") as e:
+    with pytest.raises(
+        RankError, match=rf"(?s)rank 1 died \({how.name}.*the end of its standard error:\n.*  line 29 of a library in C"
+    ) as e:
         run_ranks(work, 2, int(how), timeout=20)
     assert "line 1 of" not in str(e.value) and ("out of memory" in str(e.value)) == (how == signal.SIGKILL)
 
@@ -332,7 +345,9 @@ def test_nothing_that_ranks_open_is_reached_from_elsewhere():
 
 def test_variables_that_cannot_be_true_are_refused_alone():
     base = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert find_place(base) == Place(1, 2, 1) and find_place({**base, "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "8"}) == Place(1, 8, 1)
+    assert find_place(base) == Place(1, 2, 1) and find_place(
+        {**base, "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "8"}
+    ) == Place(1, 8, 1)
     for change, words in [
         ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
         ({"RANK": "one"}, "RANK is 'one', and should be a number"),
@@ -362,8 +377,14 @@ def test_ranks_that_were_told_other_things_all_learn_it_at_once(name):
 
 
 def _start(code: str, **env: str) -> subprocess.Popen:
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD", "LOCAL_", "MASTER", "TORCHELASTIC", "SLURM"))}
-    return subprocess.Popen([sys.executable, "-c", code], env={**keep, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    keep = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("RANK", "WORLD", "LOCAL_", "MASTER", "TORCHELASTIC", "SLURM"))
+    }
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env={**keep, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def test_two_processes_with_other_world_sizes_end_at_once_and_say_so():

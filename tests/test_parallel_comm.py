@@ -41,7 +41,9 @@ def results(mesh: Mesh) -> None:
         close = (
             dict(rtol=0, atol=0)
             if dtype == torch.int64
-            else dict(rtol=2**-7 * n if dtype == torch.bfloat16 else 1e-6, atol=0.5 if dtype == torch.bfloat16 else 1e-5)
+            else dict(
+                rtol=2**-7 * n if dtype == torch.bfloat16 else 1e-6, atol=0.5 if dtype == torch.bfloat16 else 1e-5
+            )
         )
         before = mine.clone()
         torch.testing.assert_close(comm.all_reduce(mine, axis, "t"), total, **close)
@@ -51,7 +53,11 @@ def results(mesh: Mesh) -> None:
         assert torch.equal(comm.all_gather(mine, axis, "t", dim=1), torch.cat(every, 1))
         torch.testing.assert_close(comm.reduce_scatter(mine, axis, "t"), total[2 * me : 2 * me + 2], **close)
         square = torch.cat([mine] * n, 1).t().contiguous()  # (3 n, 2 n): cut along dim 1
-        torch.testing.assert_close(comm.reduce_scatter(square, axis, "t", dim=1), torch.cat([total] * n, 1).t()[:, 2 * me : 2 * me + 2], **close)
+        torch.testing.assert_close(
+            comm.reduce_scatter(square, axis, "t", dim=1),
+            torch.cat([total] * n, 1).t()[:, 2 * me : 2 * me + 2],
+            **close,
+        )
         assert torch.equal(comm.all_to_all(mine, axis, "t"), torch.cat([e[2 * me : 2 * me + 2] for e in every]))
         copy = mine.clone()
         assert comm.broadcast(copy, axis, "t", source=n - 1) is copy and torch.equal(copy, every[-1])
@@ -65,11 +71,18 @@ def results(mesh: Mesh) -> None:
     got = comm.all_to_all(rows, axis, "t", count[me], [count[a][me] for a in range(n)])
     assert torch.equal(got, torch.cat([torch.full((count[a][me], 2), 10.0 * a + me) for a in range(n)]))
     # agreement of hosts
-    assert comm.all_reduce_number(me, axis, "t") == n - 1 and comm.all_reduce_number(0.5, axis, "t", "sum") == n / 2 and comm.all_reduce_number(True, axis, "t", "min") is True
+    assert (
+        comm.all_reduce_number(me, axis, "t") == n - 1
+        and comm.all_reduce_number(0.5, axis, "t", "sum") == n / 2
+        and comm.all_reduce_number(True, axis, "t", "min") is True
+    )
     comm.barrier(axis, "t")
     # errors are raised before anything is sent, so the group stays whole
     for call, words in [
-        (lambda: comm.reduce_scatter(torch.ones(n + 1), axis, "t"), f"size {n + 1} is not divisible by the data axis of size {n}"),
+        (
+            lambda: comm.reduce_scatter(torch.ones(n + 1), axis, "t"),
+            f"size {n + 1} is not divisible by the data axis of size {n}",
+        ),
         (lambda: comm.all_to_all(torch.ones(n + 1), axis, "t"), "not divisible"),
         (lambda: comm.all_to_all(torch.ones(n), axis, "t", send=[1] * n), "both send and receive"),
         (lambda: comm.all_to_all(torch.ones(n), axis, "t", [1] * (n - 1) + [2], [1] * n), "sum to"),
@@ -96,7 +109,9 @@ def sums_in_float32(mesh: Mesh) -> tuple[float, float]:
     plain = comm.all_reduce(every[axis.coord], axis, "t")
     wide = comm.all_reduce(every[axis.coord], axis, "t", dtype=torch.float32)
     assert wide.dtype == plain.dtype == torch.bfloat16
-    assert torch.equal(wide, exact.float().bfloat16())  # four bfloat16 numbers sum in float32 with one rounding less than shows in bfloat16
+    assert torch.equal(
+        wide, exact.float().bfloat16()
+    )  # four bfloat16 numbers sum in float32 with one rounding less than shows in bfloat16
     return (plain.double() - exact).abs().max().item(), (wide.double() - exact).abs().max().item()
 
 
@@ -123,7 +138,9 @@ def gradients(mesh: Mesh) -> None:
         value.backward()
         torch.testing.assert_close(whole.detach(), loss.detach(), rtol=1e-13, atol=1e-13)
         for have, want in ((x_mine.grad, x_grad), (w_mine.grad, w.grad[:, cols]), (v_mine.grad, v.grad[cols])):  # type: ignore[index]
-            torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-13)  # sums in another order, a few units of 2e-16
+            torch.testing.assert_close(
+                have, want, rtol=1e-12, atol=1e-13
+            )  # sums in another order, a few units of 2e-16
 
     # replicated activations: copy_to ... reduce_from
     a, b, c = x0.clone().requires_grad_(), w0[:, cols].clone().requires_grad_(), v0[cols].clone().requires_grad_()
@@ -132,7 +149,11 @@ def gradients(mesh: Mesh) -> None:
     compare(a, b, c, value, value, x.grad)
     # split by sequence: gather_from_sequence ... scatter_to_sequence; each rank sees its rows of the loss
     for dim in (0, 1):  # the sequence as dim 0, and as dim 1
-        a, b, c = x0[rows].clone().requires_grad_(), w0[:, cols].clone().requires_grad_(), v0[cols].clone().requires_grad_()
+        a, b, c = (
+            x0[rows].clone().requires_grad_(),
+            w0[:, cols].clone().requires_grad_(),
+            v0[cols].clone().requires_grad_(),
+        )
         turn = (lambda t: t.transpose(0, 1).contiguous()) if dim else (lambda t: t)
         full = turn(mappings.gather_from_sequence(turn(a.sin()), axis, "x", dim))
         y = turn(mappings.scatter_to_sequence(turn((full @ b).tanh() @ c), axis, "y", dim))
@@ -181,12 +202,19 @@ def handles(mesh: Mesh) -> None:
     gather = comm.start_all_gather(torch.full((2,), float(me)), axis, "weights", out=out)
     part = torch.empty(2)
     scatter = comm.start_reduce_scatter(torch.arange(2.0 * n), axis, "gradients", out=part)
-    with pytest.raises(RuntimeError, match="never waited for: all_gather over data for 'weights', reduce_scatter over data for 'gradients'"):
+    with pytest.raises(
+        RuntimeError,
+        match="never waited for: all_gather over data for 'weights', reduce_scatter over data for 'gradients'",
+    ):
         mesh.check_waited()
-    assert gather.wait() is out and gather.wait() is out and torch.equal(out, torch.arange(float(n)).repeat_interleave(2))
+    assert (
+        gather.wait() is out and gather.wait() is out and torch.equal(out, torch.arange(float(n)).repeat_interleave(2))
+    )
     assert scatter.wait() is part and torch.equal(part, n * torch.arange(2.0 * n)[2 * me : 2 * me + 2])
     mesh.check_waited()
-    assert [(e.kind, e.call.purpose, e.call.step) for e in recorder.events] == [(k, p, 3) for k in ("launch", "wait") for p in ("weights", "gradients")]
+    assert [(e.kind, e.call.purpose, e.call.step) for e in recorder.events] == [
+        (k, p, 3) for k in ("launch", "wait") for p in ("weights", "gradients")
+    ]
     total = torch.ones(3)
     assert comm.start_all_reduce(total, axis, "norm").wait() is total and total.tolist() == [n] * 3
     # messages around a ring, both directions in one batch
@@ -210,13 +238,20 @@ def handles(mesh: Mesh) -> None:
 def late_message(mesh: Mesh) -> None:
     "Whoever waits for a message longer than a slice still gets it, whether he sends or receives"
     axis = mesh.axis("data")
-    x, out = torch.arange(2**20), torch.empty(2**20, dtype=torch.int64)  # more than a socket's buffer: sending waits too
+    x, out = (
+        torch.arange(2**20),
+        torch.empty(2**20, dtype=torch.int64),
+    )  # more than a socket's buffer: sending waits too
     for late in (0, 1):
         if axis.coord == late:
             time.sleep(1.2)
-        (got,) = comm.start_send_receive([(x + axis.coord, 1 - axis.coord)], [(out, 1 - axis.coord)], axis, "late").wait()
+        (got,) = comm.start_send_receive(
+            [(x + axis.coord, 1 - axis.coord)], [(out, 1 - axis.coord)], axis, "late"
+        ).wait()
         assert torch.equal(got, x + 1 - axis.coord)
-    first = comm.start_send_receive([(x, 1)] if axis.coord == 0 else [], [(out, 0)] if axis.coord == 1 else [], axis, "one way")
+    first = comm.start_send_receive(
+        [(x, 1)] if axis.coord == 0 else [], [(out, 0)] if axis.coord == 1 else [], axis, "one way"
+    )
     first.wait()
     handle = comm.start_all_reduce(x, axis, "count")
     assert handle._call is not None and handle._call.number == 1, "messages do not shift the collectives' numbers"
@@ -284,7 +319,8 @@ def inductor(mesh: Mesh) -> None:
     def block(x: Tensor, w: Tensor) -> Tensor:
         y = mappings.gather_from_sequence((mappings.copy_to(x, axis, "x") @ w).tanh(), axis, "g")
         return (
-            comm.all_reduce_(mappings.reduce_from(y * 2, axis, "y").detach() + 1, axis, "in place").sum() + mappings.scatter_to_sequence(y, axis, "s").square().sum()
+            comm.all_reduce_(mappings.reduce_from(y * 2, axis, "y").detach() + 1, axis, "in place").sum()
+            + mappings.scatter_to_sequence(y, axis, "s").square().sum()
         )
 
     grads = []
@@ -349,8 +385,12 @@ def test_a_world_that_is_not_there(fake_world, fake_tensors):
     nested = mesh.nested(8, 8, 32)
     assert time.perf_counter() - start < 5  # about one second alone; other work may share the cores
     assert [a.size for a in nested] == [8, 1, 4, 1]
-    assert {name: mesh.axis(name).ranks for name in axis_names()} == {name: layout.group_of(name, 513) for name in axis_names()}
-    assert mesh.axis("data").group is mesh.axis("expert_data").group and nested.copies.group is None  # equal members, one group
+    assert {name: mesh.axis(name).ranks for name in axis_names()} == {
+        name: layout.group_of(name, 513) for name in axis_names()
+    }
+    assert (
+        mesh.axis("data").group is mesh.axis("expert_data").group and nested.copies.group is None
+    )  # equal members, one group
     if fake_tensors:
         with FakeTensorMode():
             want = step(mesh)
@@ -459,8 +499,14 @@ def watched(fn):
 def test_a_time_out_names_who_is_missing():
     said = run_ranks(watched(sleeper), Layout(4), timeout=30)
     for rank in (0, 1):
-        assert "all_reduce over the data axis (ranks 0, 1, 2, 3) for 'gradients' did not finish at step 7, number 2" in said[rank]
-        assert "rank 2 has not arrived" in said[rank] and "rank 3 waits in the all_gather over data for 'weights' (step 7) instead" in said[rank]
+        assert (
+            "all_reduce over the data axis (ranks 0, 1, 2, 3) for 'gradients' did not finish at step 7, number 2"
+            in said[rank]
+        )
+        assert (
+            "rank 2 has not arrived" in said[rank]
+            and "rank 3 waits in the all_gather over data for 'weights' (step 7) instead" in said[rank]
+        )
         assert "Arrived: 0, 1." in said[rank]
     assert "all_gather over the data axis" in said[3] and "rank 0 waits in the all_reduce" in said[3]
 
@@ -475,7 +521,8 @@ def mortal(mesh: Mesh) -> None:
 
 def test_a_dead_rank_is_named():
     with pytest.raises(
-        RankError, match=r"(?s)rank 1 died without a word \(exit code 9\).*rank [02] then: .*'gradients' did not finish.*rank 1 has not arrived.*Arrived: 0, 2"
+        RankError,
+        match=r"(?s)rank 1 died without a word \(exit code 9\).*rank [02] then: .*'gradients' did not finish.*rank 1 has not arrived.*Arrived: 0, 2",
     ) as e:
         run_ranks(mortal, Layout(3), timeout=20)
     assert "died" in str(e.value)
@@ -546,7 +593,9 @@ def test_a_mesh_of_another_size(fake_world):
 def exchanged(mesh: Mesh) -> list:
     axis, n = mesh.axis("data"), mesh.axis("data").size
     me, right, left = axis.coord, (axis.coord + 1) % n, (axis.coord - 1) % n
-    comm.all_to_all(torch.ones(sum(me + b for b in range(n))), axis, "rows", [me + b for b in range(n)], [a + me for a in range(n)])
+    comm.all_to_all(
+        torch.ones(sum(me + b for b in range(n))), axis, "rows", [me + b for b in range(n)], [a + me for a in range(n)]
+    )
     sends = [(torch.ones(me + 1), right), (torch.ones(5), left)]
     comm.start_send_receive(sends, [(torch.empty(left + 1), left), (torch.empty(5), right)], axis, "ring").wait()
     if me < 2:  # one way, between two of them

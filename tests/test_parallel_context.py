@@ -9,7 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from internlm_nb.model.attention import attention, reference_attention
 from internlm_nb.model.config import ModelConfig, family_defaults
 from internlm_nb.model.segments import Segments
-from internlm_nb.parallel.blockwise import combine, has_flash, partial_attention, partial_grads, plain_grads, plain_partial
+from internlm_nb.parallel.blockwise import (
+    combine,
+    has_flash,
+    partial_attention,
+    partial_grads,
+    plain_grads,
+    plain_partial,
+)
 from internlm_nb.parallel.context import ring_attention
 from internlm_nb.parallel.layout import Coords, Layout
 from internlm_nb.parallel.mesh import Mesh, make_mesh
@@ -39,7 +46,9 @@ def heard(mesh: Mesh, recorder: Recorder) -> Recorder:
 
 
 def small(heads: int, kv_heads: int) -> ModelConfig:
-    sizes: dict = dict(vocab_size=64, hidden_size=8 * heads, num_layers=1, num_heads=heads, num_kv_heads=kv_heads, multiple_of=8)
+    sizes: dict = dict(
+        vocab_size=64, hidden_size=8 * heads, num_layers=1, num_heads=heads, num_kv_heads=kv_heads, multiple_of=8
+    )
     return ModelConfig(**{**family_defaults("llama"), **sizes})  # type: ignore[arg-type]
 
 
@@ -51,7 +60,9 @@ def against_reference(seeds: range, world: int) -> None:
         heads, kv_heads = pick.choice([(4, 4), (4, 2), (6, 2), (3, 1)])
         tokens = 2 * world * pick.randint(1, 12)
         lengths = draw_lengths(pick, tokens)
-        dtype, spread = pick.choice([(F64, 1.0), (F64, 8.0), (torch.float32, 1.0)])  # with spread 8 some scores are in the hundreds: sums must be shifted
+        dtype, spread = pick.choice(
+            [(F64, 1.0), (F64, 8.0), (torch.float32, 1.0)]
+        )  # with spread 8 some scores are in the hundreds: sums must be shifted
         q, k, v, grad = draw_tensors(tokens, heads, kv_heads, seed, dtype, spread)
         whole = Segments.from_lengths(lengths)
         expected = reference_attention(q, k, v, whole, whole, True, 8**-0.5)
@@ -63,12 +74,16 @@ def against_reference(seeds: range, world: int) -> None:
         have = torch.autograd.grad(out, own, grad.detach()[rows])
         tolerance = 1e-12 if dtype == F64 else 2e-6
         for name, a, b in zip(("out", "q", "k", "v"), (out, *have), (expected, *wanted)):
-            size = b.abs().max().clamp(min=spread**3)  # where one key takes all, gradients are differences of products of three such numbers
+            size = (
+                b.abs().max().clamp(min=spread**3)
+            )  # where one key takes all, gradients are differences of products of three such numbers
             assert (a - b[rows]).abs().max() <= tolerance * size, (seed, name, lengths)
         closed = by_purpose(context_traffic(small(heads, kv_heads), lengths, mesh.layout, mesh.coords, dtype.itemsize))
         assert {purpose: count for (_, purpose, _), count in recorder.counts.items()} == closed, (seed, lengths)
         with torch.no_grad():
-            assert torch.equal(ring_attention(attention, axis, *own, local), out), "with and without gradients it is one computation"  # type: ignore[misc]
+            assert torch.equal(ring_attention(attention, axis, *own, local), out), (
+                "with and without gradients it is one computation"
+            )  # type: ignore[misc]
         mesh.check_waited()
 
 
@@ -92,7 +107,9 @@ def test_bytes_of_one_document():
         assert [c["ring"].payload_bytes for c in counts] == [chunk * (size - 1 + r) * row for r in range(size)]
         everything = size * (size - 1) * 2 * chunk * row  # if each rank's keys went to each other rank
         assert 4 * sum(c["ring"].payload_bytes for c in counts) == 3 * everything
-        assert sum(c["ring gradients"].payload_bytes for c in counts) == 2 * sum(c["ring backward"].payload_bytes for c in counts)  # float32 against bfloat16
+        assert sum(c["ring gradients"].payload_bytes for c in counts) == 2 * sum(
+            c["ring backward"].payload_bytes for c in counts
+        )  # float32 against bfloat16
     assert not context_traffic(cfg, (4,) * 8, Layout(4, context=4), Coords())
     assert not context_traffic(cfg, (32,), Layout(1), Coords())
 
@@ -132,7 +149,18 @@ def order(mesh: Mesh) -> None:
     q, k, v, grad = draw_tensors(len(rows), 4, 2, 0)
     with Products(diary.lines):
         out = ring_attention(attention, mesh.axis("context"), q, k, v, local)
-    expected = ["launch ring", "compute", "launch ring", "wait ring", "compute", "launch ring", "wait ring", "compute", "wait ring", "compute"]
+    expected = [
+        "launch ring",
+        "compute",
+        "launch ring",
+        "wait ring",
+        "compute",
+        "launch ring",
+        "wait ring",
+        "compute",
+        "wait ring",
+        "compute",
+    ]
     assert diary.lines == expected, diary.lines
     diary.lines.clear()
     with Products(diary.lines):
@@ -171,10 +199,15 @@ def long_document(mesh: Mesh) -> None:
     rows, local = cut_rows((tokens,), mesh.layout, mesh.coords)
     q, k, v, grad = (x[:, :1].detach().requires_grad_() for x in draw_tensors(len(rows), 1, 1, 0, torch.float32))
     held = {}
-    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(lambda t: held.setdefault(t.data_ptr(), t), lambda t: t):
+    with (
+        Largest() as largest,
+        torch.autograd.graph.saved_tensors_hooks(lambda t: held.setdefault(t.data_ptr(), t), lambda t: t),
+    ):
         ring_attention(attention, mesh.axis("context"), q, k, v, local).backward(grad)
     assert largest.numel <= 2**22 < len(rows) ** 2 / 8  # scores of one block at most
-    assert sum(t.numel() for t in held.values()) == len(rows) * (8 + 2 * 8 + 8 + 1)  # q, keys and values, output, log-sum-exp
+    assert sum(t.numel() for t in held.values()) == len(rows) * (
+        8 + 2 * 8 + 8 + 1
+    )  # q, keys and values, output, log-sum-exp
 
 
 def test_nothing_quadratic_is_made_or_kept():
@@ -187,7 +220,9 @@ def test_nothing_quadratic_is_made_or_kept():
 @pytest.mark.parametrize("causal, queries, keys", [(True, 37, 37), (False, 37, 61), (False, 1, 1), (True, 1, 1)])
 def test_blocks_do_not_matter(causal, queries, keys):
     q, k, v, grad = (draw_tensors(n, h, h, 1)[0] for n, h in ((queries, 4), (keys, 2), (keys, 2), (queries, 4)))
-    expected = reference_attention(q, k, v, Segments.from_lengths([queries]), Segments.from_lengths([keys]), causal, 0.4)
+    expected = reference_attention(
+        q, k, v, Segments.from_lengths([queries]), Segments.from_lengths([keys]), causal, 0.4
+    )
     wanted = torch.autograd.grad(expected, (q, k, v), grad)
     with torch.no_grad():
         for most in (1, 2**22):
@@ -209,7 +244,9 @@ def test_parts_far_apart_combine():
 def test_flash_kernels_are_called_right(monkeypatch):
     "Without a GPU at least the operators' signatures and shapes"
     monkeypatch.setattr("internlm_nb.parallel.blockwise.has_flash", lambda x: True)
-    q, k, v, grad = (torch.empty(n, h, 64, dtype=torch.bfloat16, device="meta") for n, h in ((100, 8), (257, 2), (257, 2), (100, 8)))
+    q, k, v, grad = (
+        torch.empty(n, h, 64, dtype=torch.bfloat16, device="meta") for n, h in ((100, 8), (257, 2), (257, 2), (100, 8))
+    )
     out, lse = partial_attention(q, k, v, False, 0.1)
     assert out.shape == q.shape and lse.shape == (100, 8) and out.dtype == lse.dtype == torch.float32
     assert [x.shape for x in partial_grads(grad, q, k, v, out, lse, False, 0.1)] == [q.shape, k.shape, v.shape]
@@ -217,11 +254,16 @@ def test_flash_kernels_are_called_right(monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("causal, queries, keys", [(True, 300, 300), (False, 100, 257), (False, 257, 100), (True, 1, 1)])
+@pytest.mark.parametrize(
+    "causal, queries, keys", [(True, 300, 300), (False, 100, 257), (False, 257, 100), (True, 1, 1)]
+)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_flash_kernels_give_the_same_parts(causal, queries, keys, head_dim):
     g = torch.Generator().manual_seed(0)
-    q, k, v, grad = (torch.randn(n, h, head_dim, generator=g).to("cuda", torch.bfloat16) for n, h in ((queries, 8), (keys, 2), (keys, 2), (queries, 8)))
+    q, k, v, grad = (
+        torch.randn(n, h, head_dim, generator=g).to("cuda", torch.bfloat16)
+        for n, h in ((queries, 8), (keys, 2), (keys, 2), (queries, 8))
+    )
     assert has_flash(q)
     other_k, other_v = (torch.randn(50, 2, head_dim, generator=g).to("cuda", torch.bfloat16) for _ in range(2))
     results = []

@@ -70,7 +70,10 @@ def forward(model: Transformer, cfg: ModelConfig, seed: int) -> LossOutput:
 
 def whole_pieces(opt: Optimizer, tensors: list[Tensor]) -> dict[str, Tensor]:
     "Gradients or masters of one piece each, in the parameters' shapes: nothing is cut over replicas here"
-    return {shard.name: t.detach().view(opt.engine.params[shard.name].shape).clone() for shard, t in zip(opt.engine.shards, tensors)}
+    return {
+        shard.name: t.detach().view(opt.engine.params[shard.name].shape).clone()
+        for shard, t in zip(opt.engine.shards, tensors)
+    }
 
 
 def three_steps(mesh: Mesh, cfg: ModelConfig, policy: str = "none"):
@@ -104,7 +107,12 @@ def hold(layout: Layout, cfg: ModelConfig, policy: str = "none") -> None:
     figures, grads, weights, _ = three_steps(single(), cfg)
     for got, first, last, placements in run_ranks(three_steps, layout, cfg, policy, timeout=120):
         for (loss, norm), (loss1, norm1) in zip(figures, got):
-            assert abs(loss1 - loss) <= 1e-12 * abs(loss) and abs(norm1 - norm) <= 1e-10 * norm, (loss, loss1, norm, norm1)
+            assert abs(loss1 - loss) <= 1e-12 * abs(loss) and abs(norm1 - norm) <= 1e-10 * norm, (
+                loss,
+                loss1,
+                norm,
+                norm1,
+            )
         assert first.keys() == grads.keys() == placements.keys()
         for name, place in placements.items():
             # clipping scales all by the norm; gradients and weights are sums in another order: 1e-10 of the largest
@@ -165,7 +173,10 @@ def part_of_a_pack(mesh: Mesh, cfg: ModelConfig):
     with torch.no_grad():
         for p in whole.parameters():
             p.normal_(std=0.3)
-    x, upstream = torch.randn(TOKENS, cfg.hidden_size, dtype=torch.float64), torch.randn(TOKENS, cfg.hidden_size, dtype=torch.float64)
+    x, upstream = (
+        torch.randn(TOKENS, cfg.hidden_size, dtype=torch.float64),
+        torch.randn(TOKENS, cfg.hidden_size, dtype=torch.float64),
+    )
 
     def run(moe: MixtureOfExperts, rows: Tensor, order: Tensor | None):
         inputs = Inputs.of(cfg, torch.zeros(len(rows), dtype=torch.int64), Segments.from_lengths([len(rows)]))
@@ -199,7 +210,9 @@ def part_of_a_pack(mesh: Mesh, cfg: ModelConfig):
     mesh.check_waited()
 
 
-@pytest.mark.parametrize("layout", [pytest.param(Layout(2, sequence=2), marks=pytest.mark.slow), Layout(4, sequence=2, context=2)])
+@pytest.mark.parametrize(
+    "layout", [pytest.param(Layout(2, sequence=2), marks=pytest.mark.slow), Layout(4, sequence=2, context=2)]
+)
 def test_a_pack_on_several_ranks(layout):
     def both(mesh: Mesh) -> None:
         for factor in (0.0, 0.8):
@@ -216,7 +229,12 @@ def sends(mesh: Mesh) -> None:
     for name in ("expert", "tensor"):
         object.__setattr__(mesh.axis(name), "recorder", recorder)
     axis = mesh.axis("expert")
-    for factor, policy, dtype in ((0.0, "none", torch.float32), (0.0, "full", torch.float64), (0.9, "selective", torch.float32), (0.9, "none", torch.bfloat16)):
+    for factor, policy, dtype in (
+        (0.0, "none", torch.float32),
+        (0.0, "full", torch.float64),
+        (0.9, "selective", torch.float32),
+        (0.9, "none", torch.bfloat16),
+    ):
         cfg = config(capacity_factor=factor)
         model, _ = build(cfg, mesh, dtype)
         recomputed = 0 if policy == "none" else cfg.num_layers
@@ -230,23 +248,40 @@ def sends(mesh: Mesh) -> None:
         if factor:
             rows = slot_rows(cfg, TOKENS)
             away = rows * (axis.size - 1) // axis.size
-            told = expert_traffic(cfg, rows, away, axis.size, dtype.itemsize, recomputed=recomputed, counts=False, blocks=cfg.num_layers)
+            told = expert_traffic(
+                cfg, rows, away, axis.size, dtype.itemsize, recomputed=recomputed, counts=False, blocks=cfg.num_layers
+            )
             closed = by_purpose(told)
             assert counts == closed, (counts, closed)
         else:
             assert out.expert_tokens is not None
-            every = all_gather(out.expert_tokens, axis, "test").view(axis.size, cfg.num_layers, axis.size, -1).sum(-1)  # from, layer, to
+            every = (
+                all_gather(out.expert_tokens, axis, "test").view(axis.size, cfg.num_layers, axis.size, -1).sum(-1)
+            )  # from, layer, to
             closed = {}
             for layer in range(cfg.num_layers):
                 send, came = every[axis.coord, layer], every[:, layer, axis.coord]
-                numbers = [int(n) for n in (send.sum(), send.sum() - send[axis.coord], came.sum(), came.sum() - came[axis.coord])]
-                told = expert_traffic(cfg, *numbers[:2], axis.size, dtype.itemsize, tuple(numbers[2:]), int(recomputed > 0))  # type: ignore[arg-type]
+                numbers = [
+                    int(n)
+                    for n in (send.sum(), send.sum() - send[axis.coord], came.sum(), came.sum() - came[axis.coord])
+                ]
+                told = expert_traffic(
+                    cfg, *numbers[:2], axis.size, dtype.itemsize, tuple(numbers[2:]), int(recomputed > 0)
+                )  # type: ignore[arg-type]
                 for purpose, c in by_purpose(told).items():
                     have = closed.get(purpose)
-                    closed[purpose] = c if have is None else type(c)(have.calls + c.calls, have.payload_bytes + c.payload_bytes, have.sent_bytes + c.sent_bytes)
+                    closed[purpose] = (
+                        c
+                        if have is None
+                        else type(c)(
+                            have.calls + c.calls, have.payload_bytes + c.payload_bytes, have.sent_bytes + c.sent_bytes
+                        )
+                    )
             assert counts == closed, (counts, closed)
         tensor = mesh.axis("tensor")
-        told = by_purpose(tensor_traffic(cfg, TOKENS, tensor.size, mesh.layout.mode, dtype.itemsize, recomputed=recomputed))
+        told = by_purpose(
+            tensor_traffic(cfg, TOKENS, tensor.size, mesh.layout.mode, dtype.itemsize, recomputed=recomputed)
+        )
         told.pop("partial gradients", None)
         assert over == told, (over, told)
 
@@ -321,7 +356,9 @@ def test_two_cuts_tile_the_whole():
     assert [p.counted for p in uncut] == [True, False, False, False] and not uncut[1].is_cut("expert")
     with pytest.raises(ValueError, match="two axes cannot cut the same dim"):
         Placement((4, 4), 0, 0, 2, more=(Cut("expert", 0, 0, 2),))
-    with pytest.raises(ValueError, match=r"dim 0 of shape .* is not divisible by 3 ranks: choose a size of the expert axis"):
+    with pytest.raises(
+        ValueError, match=r"dim 0 of shape .* is not divisible by 3 ranks: choose a size of the expert axis"
+    ):
         Placement((4, 4), 1, 0, 2, more=(Cut("expert", 0, 0, 3),))
 
 
@@ -336,7 +373,11 @@ def test_weights_are_drawn_in_place():
             mesh = single()
             mesh._axes["expert"] = Axis("expert", (0, 1), e, 2)
             placements = expert_parallel(model, mesh, placements)
-            assert list(placements) == [name for name, _ in whole.named_parameters()] == [name for name, _ in model.named_parameters()]
+            assert (
+                list(placements)
+                == [name for name, _ in whole.named_parameters()]
+                == [name for name, _ in model.named_parameters()]
+            )
             allocate(model, "cpu")
             init_placed(model, placements, seed=5, piece=100)
             for name, p in model.named_parameters():
@@ -363,7 +404,10 @@ def test_what_does_not_fit_is_named():
         expert_parallel(dense, mesh, placements_of(dense))
     alone = placements_of(dense)
     assert expert_parallel(dense, single(), alone) is alone
-    assert expert_parallel(model, single(), placements_of(model)) == placements_of(model) and type(model.blocks[0].feed_forward) is MixtureOfExperts
+    assert (
+        expert_parallel(model, single(), placements_of(model)) == placements_of(model)
+        and type(model.blocks[0].feed_forward) is MixtureOfExperts
+    )
 
 
 # saved once, loaded by any layout
@@ -395,7 +439,10 @@ def load(mesh: Mesh, cfg: ModelConfig, folder: str) -> None:
     assert load_run(checkpoint, model, opt).step == 1
     for name, p in model.named_parameters():
         assert torch.equal(p, placements[name].cut(checkpoint.read(f"model.{name}"))), name
-        assert torch.equal(opt.named_parts()[f"exp_avg.{name}"].tensor, placements[name].cut(checkpoint.read(f"exp_avg.{name}")).flatten()), name
+        assert torch.equal(
+            opt.named_parts()[f"exp_avg.{name}"].tensor,
+            placements[name].cut(checkpoint.read(f"exp_avg.{name}")).flatten(),
+        ), name
 
 
 def test_any_layout_loads_what_any_saved(tmp_path):
@@ -449,11 +496,19 @@ def faulty(mesh: Mesh, cfg: ModelConfig) -> dict:
 def test_the_law_can_be_broken():
     cfg = config()
     figures, grads, _, _ = three_steps(single(), cfg)
-    for fault, (got, first, _, placements) in run_ranks(faulty, Layout(4, tensor=2, expert=2), cfg, timeout=120)[0].items():
+    for fault, (got, first, _, placements) in run_ranks(faulty, Layout(4, tensor=2, expert=2), cfg, timeout=120)[
+        0
+    ].items():
         if fault == "norm":
             assert abs(got[0][1] - figures[0][1]) > 1e-3 * figures[0][1]
         else:
-            assert max(((first[n] - p.cut(grads[n])).abs().max() / grads[n].abs().max()).item() for n, p in placements.items()) > 1e-3, fault
+            assert (
+                max(
+                    ((first[n] - p.cut(grads[n])).abs().max() / grads[n].abs().max()).item()
+                    for n, p in placements.items()
+                )
+                > 1e-3
+            ), fault
 
 
 def test_experts_of_one_rank_are_those_of_the_model():

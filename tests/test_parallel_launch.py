@@ -74,7 +74,12 @@ def wide_run(**fields) -> RunConfig:
 
 
 def fit(
-    mesh: Mesh | None, run: RunConfig, folder: Path, count: int | None = None, said: list[str] | None = None, callbacks: Sequence[Callback] = ()
+    mesh: Mesh | None,
+    run: RunConfig,
+    folder: Path,
+    count: int | None = None,
+    said: list[str] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Stopped:
     "What each rank does"
     import internlm_nb.run.callbacks as module
@@ -94,7 +99,16 @@ def close(a: Path, b: Path, tolerance: float) -> None:
 
 
 def torchrun(*args: str, cwd: Path, ranks: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / "scripts" / "train.py"), *args]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        str(ROOT / "scripts" / "train.py"),
+        *args,
+    ]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -105,7 +119,9 @@ def test_torchrun_is_the_same_run(tmp_path, no_plots):
     from internlm_nb.apps.pretrain import main
 
     main([str(tmp_path / "mine.py"), "--run-dir", str(tmp_path / "one")], runs=tmp_path)
-    process = torchrun(str(tmp_path / "mine.py"), "--run-dir", "two", "--parallel.tensor", "2", "--parallel.mode", "msp", cwd=tmp_path)
+    process = torchrun(
+        str(tmp_path / "mine.py"), "--run-dir", "two", "--parallel.tensor", "2", "--parallel.mode", "msp", cwd=tmp_path
+    )
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 0, out
     assert out.count("prepared") == 1 and out.count("all steps are made") == 1 and out.count("finished") == 1
@@ -113,7 +129,9 @@ def test_torchrun_is_the_same_run(tmp_path, no_plots):
     for r, s in zip(facts(tmp_path / "one"), facts(tmp_path / "two")):
         assert abs(r["loss"] - s["loss"]) <= 1e-5 * r["loss"]
     for rank in range(2):
-        own = [json.loads(line) for line in (tmp_path / "two" / f"metrics-rank{rank:05d}.jsonl").read_text().splitlines()]
+        own = [
+            json.loads(line) for line in (tmp_path / "two" / f"metrics-rank{rank:05d}.jsonl").read_text().splitlines()
+        ]
         assert [r["step"] for r in own] == [0, 1, 2, 3] and all(
             r["rank"] == rank and r["step_s"] > 0 and r["wait_s"] >= 0 and r["memory_bytes"] > 0 for r in own
         )
@@ -122,8 +140,15 @@ def test_torchrun_is_the_same_run(tmp_path, no_plots):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ("--data.micro-num 3", r"traceback : micro_num 3 is not a multiple of data 2: [^\n]* so write 4 \(fields: --data.micro-num 3\)"),
-        pytest.param("--train.stepz 3", r"traceback : [^\n]*Unrecognized options.*Perhaps you meant.*--train.steps", marks=pytest.mark.slow),
+        (
+            "--data.micro-num 3",
+            r"traceback : micro_num 3 is not a multiple of data 2: [^\n]* so write 4 \(fields: --data.micro-num 3\)",
+        ),
+        pytest.param(
+            "--train.stepz 3",
+            r"traceback : [^\n]*Unrecognized options.*Perhaps you meant.*--train.steps",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "--train.precision bfloat16 --optim.frozen nothing.*",
             r"traceback : --optim.frozen: no parameter matches 'nothing\.\*'",
@@ -142,10 +167,31 @@ def test_the_reason_of_a_wrong_option_is_heard(tmp_path, options, words):
 
 
 def nproc(*args: str, cwd: Path, ranks: int = 2) -> subprocess.Popen:
-    command = [sys.executable, "-m", "internlm_nb.apps.pretrain", "--nproc", str(ranks), str(cwd / "mine.py"), "--run-dir", "out", *args]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "internlm_nb.apps.pretrain",
+        "--nproc",
+        str(ranks),
+        str(cwd / "mine.py"),
+        "--run-dir",
+        "out",
+        *args,
+    ]
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
     return subprocess.Popen(
-        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        command,
+        cwd=cwd,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -165,7 +211,11 @@ def test_ranks_of_one_machine(tmp_path):
     made = len(facts(tmp_path / "out"))
     process = nproc("--train.steps", "100000", "--parallel.timeout", "30", cwd=tmp_path)
     wait_for_steps(tmp_path / "out" / "metrics.jsonl", made + 3, process)
-    children = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _environ(p).get("RANK") == "1" and str(tmp_path) in _cmdline(p)]
+    children = [
+        int(p.name)
+        for p in Path("/proc").iterdir()
+        if p.name.isdigit() and _environ(p).get("RANK") == "1" and str(tmp_path) in _cmdline(p)
+    ]
     assert len(children) == 1
     assert listeners({process.pid, *children}) == {"127.0.0.1"}
     os.kill(children[0], signal.SIGKILL)
@@ -184,9 +234,22 @@ def wait_for_steps(metrics: Path, lines: int, process: subprocess.Popen) -> None
 @pytest.mark.slow  # the same of --nproc is in test_ranks_of_one_machine
 def test_a_killed_rank_ends_the_job_and_is_named(tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
-    process = torchrun(str(tmp_path / "mine.py"), "--run-dir", "out", "--train.steps", "100000", "--parallel.timeout", "30", cwd=tmp_path)
+    process = torchrun(
+        str(tmp_path / "mine.py"),
+        "--run-dir",
+        "out",
+        "--train.steps",
+        "100000",
+        "--parallel.timeout",
+        "30",
+        cwd=tmp_path,
+    )
     wait_for_steps(tmp_path / "out" / "metrics.jsonl", 3, process)
-    children = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and _environ(p).get("RANK") == "1" and str(tmp_path) in _cmdline(p)]
+    children = [
+        int(p.name)
+        for p in Path("/proc").iterdir()
+        if p.name.isdigit() and _environ(p).get("RANK") == "1" and str(tmp_path) in _cmdline(p)
+    ]
     assert len(children) == 1
     os.kill(children[0], signal.SIGKILL)
     out, _ = process.communicate(timeout=120)
@@ -197,7 +260,11 @@ def test_a_killed_rank_ends_the_job_and_is_named(tmp_path):
 
 def _environ(process: Path) -> dict[str, str]:
     try:
-        return dict(line.split("=", 1) for line in (process / "environ").read_bytes().decode(errors="replace").split("\0") if "=" in line)
+        return dict(
+            line.split("=", 1)
+            for line in (process / "environ").read_bytes().decode(errors="replace").split("\0")
+            if "=" in line
+        )
     except OSError:
         return {}
 
@@ -216,7 +283,12 @@ def test_any_number_of_ranks_goes_on(tmp_path, no_plots):
     steps3 = replace(run, checkpoint=replace(run.checkpoint, every=3))
     run_ranks(fit, Layout(2), steps3, tmp_path / "mixed", 3)
     assert fit(None, steps3, tmp_path / "mixed", 3) is Stopped.PAUSED
-    said = run_ranks(_fit_and_tell, Layout(4, tensor=2, mode="fsp"), replace(steps3, parallel=ParallelConfig(tensor=2, mode="fsp")), tmp_path / "mixed")
+    said = run_ranks(
+        _fit_and_tell,
+        Layout(4, tensor=2, mode="fsp"),
+        replace(steps3, parallel=ParallelConfig(tensor=2, mode="fsp")),
+        tmp_path / "mixed",
+    )
     assert [s[0] for s in said] == ["all steps are made"] * 4
     assert any("--parallel.tensor: 1 -> 2" in line for line in said[0][1]) and said[1][1] == []
     close(tmp_path / "one", tmp_path / "mixed", 1e-10)
@@ -230,23 +302,35 @@ def test_any_number_of_ranks_goes_on(tmp_path, no_plots):
 
 def test_any_layout_goes_on(tmp_path, no_plots):
     "A mixture of experts with a tied head: a pipeline that splits matrices, then one process, then ranks that split packs and experts, with validations between"
-    model = replace(TINY, vocab_size=96, num_layers=4, tie_embeddings=True, num_experts=4, experts_per_token=2, capacity_factor=1.25)
+    model = replace(
+        TINY, vocab_size=96, num_layers=4, tie_embeddings=True, num_experts=4, experts_per_token=2, capacity_factor=1.25
+    )
     run = replace(wide_run(train_steps=6, train_valid_every=2), model=model)
     assert fit(None, run, tmp_path / "one") is Stopped.DONE
     steps2 = replace(run, checkpoint=replace(run.checkpoint, every=2))
     staged = ParallelConfig(tensor=2, mode="msp", pipeline=2, schedule="zbv", chunks=2)
     run_ranks(fit, Layout(4, tensor=2, pipeline=2, mode="msp"), replace(steps2, parallel=staged), tmp_path / "mixed", 2)
     assert fit(None, steps2, tmp_path / "mixed", 2) is Stopped.PAUSED
-    said = run_ranks(_fit_and_tell, Layout(4, context=2, expert=2), replace(steps2, parallel=ParallelConfig(context=2, expert=2)), tmp_path / "mixed")
+    said = run_ranks(
+        _fit_and_tell,
+        Layout(4, context=2, expert=2),
+        replace(steps2, parallel=ParallelConfig(context=2, expert=2)),
+        tmp_path / "mixed",
+    )
     assert [s[0] for s in said] == ["all steps are made"] * 4
-    a, b = ([{k: v for k, v in r.items() if not k.startswith("experts/")} for r in facts(tmp_path / name)] for name in ("one", "mixed"))
+    a, b = (
+        [{k: v for k, v in r.items() if not k.startswith("experts/")} for r in facts(tmp_path / name)]
+        for name in ("one", "mixed")
+    )
     assert len(a) == len(b) == 6
     for r, s in zip(a, b):
         assert r.keys() == s.keys()
         assert all(s[k] == v if isinstance(v, int) else abs(s[k] - v) <= 1e-10 * abs(v) for k, v in r.items())
     v, w = facts(tmp_path / "one", "validation.jsonl"), facts(tmp_path / "mixed", "validation.jsonl")
     assert [r["step"] for r in v] == [r["step"] for r in w] == [0, 2, 4, 6]
-    assert all(abs(r["valid_loss"] - s["valid_loss"]) <= 1e-10 and r["valid_tokens"] == s["valid_tokens"] for r, s in zip(v, w))
+    assert all(
+        abs(r["valid_loss"] - s["valid_loss"]) <= 1e-10 and r["valid_tokens"] == s["valid_tokens"] for r, s in zip(v, w)
+    )
     x, y = tensors(tmp_path / "one", 6), tensors(tmp_path / "mixed", 6)
     assert x.keys() == y.keys()
     assert max((x[n].double() - y[n].double()).abs().max().item() for n in x) <= 1e-10
@@ -288,7 +372,11 @@ def _stopping(mesh, run, folder, moment):
 
 def test_all_stop_at_the_same_step(tmp_path):
     "A wish travels with the figures of the step that is being made; one that a record gives, with those of the next"
-    for moment, want in (("before", (Stopped.INTERRUPTED, 4)), ("wish", (Stopped.WISH, 4)), ("after", (Stopped.INTERRUPTED, 5))):
+    for moment, want in (
+        ("before", (Stopped.INTERRUPTED, 4)),
+        ("wish", (Stopped.WISH, 4)),
+        ("after", (Stopped.INTERRUPTED, 5)),
+    ):
         assert run_ranks(_stopping, Layout(2), wide_run(), tmp_path, moment) == [want] * 2
         assert [f.step for f in steps(tmp_path / moment / "checkpoints")] == [want[1]]
 
@@ -316,7 +404,9 @@ def test_a_save_that_fails_on_one_rank_leaves_nothing(tmp_path):
     run = wide_run(train_steps=4, checkpoint_every=2)
     got = run_ranks(_full_disk, Layout(2), run, tmp_path)
     assert got[1][0] == "CheckpointError" and "No space left" in got[1][1]
-    assert got[0][0] == "RankFailed" and re.search(r"rank 1 failed while saving .*4: CheckpointError: .*No space left", got[0][1])
+    assert got[0][0] == "RankFailed" and re.search(
+        r"rank 1 failed while saving .*4: CheckpointError: .*No space left", got[0][1]
+    )
     assert [f.step for f in steps(tmp_path / "checkpoints")] == [2]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if not p.name.startswith(".")) == ["2"]
     run_ranks(fit, Layout(2), run, tmp_path)  # and the run goes on from there
@@ -433,17 +523,23 @@ def test_a_validation_in_groups_is_the_same(tmp_path, no_plots, monkeypatch):
     t = trainer(wide_run(train_valid_every=4), tmp_path)
     packs = [p for i in range(3) for p in t.loader.batch(i, 0, 1)]
     figures, sizes, real = [], [], step.forward_only
-    monkeypatch.setattr(step, "forward_only", lambda model, batches, note: (sizes.append(len(batches)), real(model, batches, note)))
+    monkeypatch.setattr(
+        step, "forward_only", lambda model, batches, note: (sizes.append(len(batches)), real(model, batches, note))
+    )
     for group in (100, 5):
         monkeypatch.setattr(step, "_GROUP", group)
         figures.append(step.evaluate(t.model, packs, t.loader.types))
     assert sizes == [12, 5, 5, 2] and figures[0]["tokens"] > 0
-    assert figures[0].keys() == figures[1].keys() and all(abs(figures[0][k] - figures[1][k]) <= 1e-12 * abs(figures[0][k]) for k in figures[0])
+    assert figures[0].keys() == figures[1].keys() and all(
+        abs(figures[0][k] - figures[1][k]) <= 1e-12 * abs(figures[0][k]) for k in figures[0]
+    )
 
 
 def test_micro_batches_are_counted_as_the_user_writes_them():
     run = wide_run()
-    run = replace(run, model=replace(run.model, num_layers=4), parallel=ParallelConfig(pipeline=2, schedule="zbv", chunks=2))
+    run = replace(
+        run, model=replace(run.model, num_layers=4), parallel=ParallelConfig(pipeline=2, schedule="zbv", chunks=2)
+    )
     with pytest.raises(
         ValueError,
         match=r"--data.micro-num 4 gives each of 2 data ranks 2 packs: micro_num 2 is fewer.*Write --data.micro-num 8 or more, or --parallel.schedule zbh1 --parallel.chunks 1",
@@ -451,9 +547,12 @@ def test_micro_batches_are_counted_as_the_user_writes_them():
         layout_of(run, 4)
     layout_of(replace(run, data=replace(run.data, micro_num=8)), 4)
     layout_of(replace(run, parallel=ParallelConfig(pipeline=2, schedule="zbh1")), 4)
-    three = replace(run, data=replace(run.data, micro_num=6), parallel=ParallelConfig(pipeline=2, schedule="interleaved", chunks=2))
+    three = replace(
+        run, data=replace(run.data, micro_num=6), parallel=ParallelConfig(pipeline=2, schedule="interleaved", chunks=2)
+    )
     with pytest.raises(
-        ValueError, match=r"--data.micro-num 6 gives each of 2 data ranks 3 packs.*Write --data.micro-num 8, or --parallel.schedule 1f1b --parallel.chunks 1"
+        ValueError,
+        match=r"--data.micro-num 6 gives each of 2 data ranks 3 packs.*Write --data.micro-num 8, or --parallel.schedule 1f1b --parallel.chunks 1",
     ):
         layout_of(three, 4)
 
@@ -496,7 +595,10 @@ def test_a_folder_that_is_another_one_for_a_rank_is_named(made, tmp_path):
         if made:
             (tmp_path / name / "run").mkdir()
     what = "has another folder under this name" if made else "has no such folder"
-    with pytest.raises(RankError, match=rf"rank 1 failed while looking for the folder of rank 0: OSError: \S+ {what}: .*give an absolute --run-dir"):
+    with pytest.raises(
+        RankError,
+        match=rf"rank 1 failed while looking for the folder of rank 0: OSError: \S+ {what}: .*give an absolute --run-dir",
+    ):
         run_ranks(_elsewhere, Layout(3), tmp_path)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
 
@@ -514,7 +616,9 @@ def test_one_and_the_same_folder_is_left_as_it_was(tmp_path):
 
 
 def _other_facts(mesh, run):
-    launch.agree_on(run, mesh, {"what data/tok holds": "400 documents" if mesh.rank != 2 else "300 documents", "same": "x"})
+    launch.agree_on(
+        run, mesh, {"what data/tok holds": "400 documents" if mesh.rank != 2 else "300 documents", "same": "x"}
+    )
 
 
 def test_what_data_folders_hold_is_compared():
@@ -615,7 +719,9 @@ def _resuming(mesh, root, seen):
 
     Checkpoint.verify = verify  # type: ignore[method-assign]
     try:
-        found = launch.choose_together(lambda damaged: newest(root, say=said.append, damaged=damaged), mesh.axis("world"))
+        found = launch.choose_together(
+            lambda damaged: newest(root, say=said.append, damaged=damaged), mesh.axis("world")
+        )
     except (CheckpointError, RankFailed) as e:
         return type(e).__name__, str(e), shares
     return (found and found.name), said, shares

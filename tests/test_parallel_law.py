@@ -56,7 +56,9 @@ def draw(seed: int, precision: PrecisionName, most: int = 8, least: int = 2) -> 
     tensor, sequence, context, pipeline, expert = pick.choice(fits)
     data = world // (tensor * sequence * context * pipeline)
     family = pick.choice(list(FAMILIES))
-    schedule, chunks = pick.choice([("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)]) if pipeline > 1 else ("1f1b", 1)
+    schedule, chunks = (
+        pick.choice([("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)]) if pipeline > 1 else ("1f1b", 1)
+    )
     kv = [n for n in (1, 2, 4) if n % tensor == 0 and ((n // tensor) % sequence == 0 or sequence % (n // tensor) == 0)]
     mixture = (
         dict(
@@ -76,9 +78,12 @@ def draw(seed: int, precision: PrecisionName, most: int = 8, least: int = 2) -> 
         **FAMILIES[family], **mixture,
     )  # fmt: skip
     parts = (2 * context if context > 1 else 1) * sequence * tensor
-    each = {"1f1b": pick.randint(1, 3), "interleaved": pipeline * pick.randint(1, 2), "zbh1": pick.randint(1, 4), "zbv": 2 * pipeline + pick.randint(0, 1)}[
-        schedule
-    ]
+    each = {
+        "1f1b": pick.randint(1, 3),
+        "interleaved": pipeline * pick.randint(1, 2),
+        "zbh1": pick.randint(1, 4),
+        "zbv": 2 * pipeline + pick.randint(0, 1),
+    }[schedule]
     reading = DataConfig(
         seq_len=max(4, parts) * pick.randint(3 if parts <= 4 else 1, 8 if parts <= 4 else 3),
         micro_bsz=pick.randint(1, 2),
@@ -104,9 +109,22 @@ def draw(seed: int, precision: PrecisionName, most: int = 8, least: int = 2) -> 
         own_lr=("embedding.*=1e-4",) if pick.random() < 0.2 else (),
     )
     chain = pick.choice([Sharding(), *shardings(data * sequence * context)])
-    zero = ZeroConfig(*chain.factors, reshard=pick.choice(["forward", "backward", "step", "never"]), check=pick.random() < 0.3, offload=pick.random() < 0.2)
+    zero = ZeroConfig(
+        *chain.factors,
+        reshard=pick.choice(["forward", "backward", "step", "never"]),
+        check=pick.random() < 0.3,
+        offload=pick.random() < 0.2,
+    )
     parallel = ParallelConfig(
-        tensor, pick.choice(["mtp", "msp", "fsp"]), sequence, context, pipeline, schedule, chunks, expert, bucket_mb=pick.choice([0.002, 0.02, 32.0])
+        tensor,
+        pick.choice(["mtp", "msp", "fsp"]),
+        sequence,
+        context,
+        pipeline,
+        schedule,
+        chunks,
+        expert,
+        bucket_mb=pick.choice([0.002, 0.02, 32.0]),
     )  # type: ignore[arg-type]
     return RunConfig("law", model, reading, optim, training, parallel=parallel, zero=zero), world
 
@@ -141,15 +159,24 @@ def hold(run: RunConfig, world: int) -> None:
     alone = replace(run, parallel=ParallelConfig(), zero=ZeroConfig())
     figures, grads, weights, _ = three_steps(single(), alone)
     covered = {n: torch.zeros(w[0][1].numel(), dtype=torch.bool) for n, w in weights.items()}
-    for rank, (got, first, last, placements) in enumerate(run_ranks(three_steps, layout_of(run, world), run, timeout=300)):
+    for rank, (got, first, last, placements) in enumerate(
+        run_ranks(three_steps, layout_of(run, world), run, timeout=300)
+    ):
         for (loss, norm), (loss1, norm1) in zip(figures, got):
             assert abs(loss1 - loss) <= loss_tolerance * abs(loss), (rank, loss, loss1)
-            assert abs(norm1 - norm) <= 1e-4 * norm if not exact else abs(norm1 - norm) <= 1e-10 * norm, (rank, norm, norm1)
+            assert abs(norm1 - norm) <= 1e-4 * norm if not exact else abs(norm1 - norm) <= 1e-10 * norm, (
+                rank,
+                norm,
+                norm1,
+            )
         assert last.keys() <= placements.keys() <= grads.keys()
         assert first.keys() == last.keys()
         for name, place in placements.items():
             at = place.cut(torch.arange(math.prod(place.shape)).view(place.shape)).flatten()
-            for whole, got_parts, tolerance in ((grads, first, grad_tolerance * grads[name][0][1].abs().max()), (weights, last, weight_tolerance)):
+            for whole, got_parts, tolerance in (
+                (grads, first, grad_tolerance * grads[name][0][1].abs().max()),
+                (weights, last, weight_tolerance),
+            ):
                 for begin, part in got_parts.get(name, ()):
                     here = at[begin : begin + part.numel()]
                     assert (part - whole[name][0][1][here]).abs().max() <= tolerance, (rank, name)
@@ -186,8 +213,12 @@ EIGHT = [
 def test_law_2_on_eight_ranks(parallel):
     "Many axes at one time"
     run, _ = draw(0, "float64")
-    experts = dict(num_experts=4, experts_per_token=2, capacity_factor=1.0, aux_loss_coef=0.05) if parallel.expert > 1 else {}
-    model = replace(run.model, num_layers=8 if parallel.chunks > 1 else 4, num_kv_heads=4, tie_embeddings=True, **experts)
+    experts = (
+        dict(num_experts=4, experts_per_token=2, capacity_factor=1.0, aux_loss_coef=0.05) if parallel.expert > 1 else {}
+    )
+    model = replace(
+        run.model, num_layers=8 if parallel.chunks > 1 else 4, num_kv_heads=4, tie_embeddings=True, **experts
+    )
     reading = replace(run.data, seq_len=16, micro_bsz=2, micro_num=16 if parallel.expert > 1 else 8)
     zero = ZeroConfig(2, 2, -1) if parallel.tensor * parallel.pipeline < 8 else ZeroConfig()
     hold(replace(run, model=model, data=reading, parallel=parallel, zero=zero), 8)
@@ -197,11 +228,17 @@ def test_draws_reach_everything():
     "A sweep that never drew a thing would say nothing about it"
     precisions: list[PrecisionName] = ["float64", "float32"]
     drawn = [draw(seed, precision) for seed in range(100) for precision in precisions]
-    for axis, sizes in dict(tensor={1, 2, 4}, sequence={1, 2, 4}, context={1, 2, 4}, pipeline={1, 2, 4}, expert={1, 2, 4}).items():
+    for axis, sizes in dict(
+        tensor={1, 2, 4}, sequence={1, 2, 4}, context={1, 2, 4}, pipeline={1, 2, 4}, expert={1, 2, 4}
+    ).items():
         assert {getattr(r.parallel, axis) for r, _ in drawn} == sizes
     assert {r.parallel.schedule for r, _ in drawn if r.parallel.pipeline > 1} == {"1f1b", "interleaved", "zbh1", "zbv"}
-    assert {(r.parallel.tensor > 1, r.parallel.mode) for r, _ in drawn} == {(s, m) for s in (False, True) for m in ("mtp", "msp", "fsp")}
-    assert {(r.model.family, r.parallel.pipeline > 1, r.parallel.context > 1) for r, _ in drawn} >= {(f, p, not p) for f in FAMILIES for p in (False, True)}
+    assert {(r.parallel.tensor > 1, r.parallel.mode) for r, _ in drawn} == {
+        (s, m) for s in (False, True) for m in ("mtp", "msp", "fsp")
+    }
+    assert {(r.model.family, r.parallel.pipeline > 1, r.parallel.context > 1) for r, _ in drawn} >= {
+        (f, p, not p) for f in FAMILIES for p in (False, True)
+    }
     assert {(bool(r.model.num_experts), r.model.capacity_factor > 0, r.parallel.expert > 1) for r, _ in drawn} >= {
         (True, c, e) for c in (False, True) for e in (False, True)
     }
@@ -242,4 +279,6 @@ def test_the_law_can_be_broken():
     run = replace(run, parallel=ParallelConfig(), zero=ZeroConfig(), data=replace(run.data, micro_num=2))
     _, grads, _, _ = three_steps(single(), run)
     _, first, _, _ = run_ranks(_wrong, Layout(2), run)[0]
-    assert max(((first[n][0][1] - grads[n][0][1]).abs().max() / grads[n][0][1].abs().max()).item() for n in grads) > 1e-2
+    assert (
+        max(((first[n][0][1] - grads[n][0][1]).abs().max() / grads[n][0][1].abs().max()).item() for n in grads) > 1e-2
+    )

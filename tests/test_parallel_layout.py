@@ -43,7 +43,12 @@ def test_groups_of_the_spec(layout, axis, groups):
     [
         (Layout(16, tensor=2, pipeline=2), (1, 1, 2), "optim", "[0,2][1,3][4,6][5,7][8,10][9,11][12,14][13,15]"),
         (Layout(32), (8, 8, 16), "optim", "".join(f"[{b + i},{b + i + 8}]" for b in (0, 16) for i in range(8))),
-        (Layout(32, sequence=8), (8, 8, 16), "optim", "".join(f"[{b + i},{b + i + 8}]" for b in (0, 16) for i in range(8))),
+        (
+            Layout(32, sequence=8),
+            (8, 8, 16),
+            "optim",
+            "".join(f"[{b + i},{b + i + 8}]" for b in (0, 16) for i in range(8)),
+        ),
         (Layout(16, pipeline=2), (2, 2, 2), "copies", "[0,2,4,6][1,3,5,7][8,10,12,14][9,11,13,15]"),
     ],
 )
@@ -64,7 +69,10 @@ def test_ranks_and_coordinates_are_inverse(layout):
 @given(layouts())
 def test_every_rank_is_in_one_group_of_each_kind(layout):
     sizes = {
-        **{name: getattr(layout, name) for name in ("tensor", "sequence", "context", "data", "pipeline", "expert", "replica", "world")},
+        **{
+            name: getattr(layout, name)
+            for name in ("tensor", "sequence", "context", "data", "pipeline", "expert", "replica", "world")
+        },
         "loss": layout.replica * layout.pipeline,
         "model": layout.tensor * layout.pipeline,
         "parts": layout.tensor * layout.expert * layout.pipeline,
@@ -101,7 +109,12 @@ def test_nested_groups_multiply_to_the_replica(layout, p, gp, og, expert):
             layout.nested(p, p * gp, p * gp * og, expert)
         return
     nested = layout.nested(p, p * gp, p * gp * og, expert)
-    assert {name: len(g[0]) for name, g in nested.items()} == {"param": p, "grad": gp, "optim": og, "copies": z // (p * gp * og)}
+    assert {name: len(g[0]) for name, g in nested.items()} == {
+        "param": p,
+        "grad": gp,
+        "optim": og,
+        "copies": z // (p * gp * og),
+    }
     where = {name: {r: g for g in groups for r in g} for name, groups in nested.items()}
     for start in range(0, layout.world, max(1, layout.world // 5)):
         reached = [start]
@@ -113,14 +126,27 @@ def test_nested_groups_multiply_to_the_replica(layout, p, gp, og, expert):
         assert place == list(range(place[0], place[0] + p)) and place[0] % p == 0
 
 
-MODEL = ModelConfig("llama", vocab_size=64, hidden_size=48, num_layers=4, num_heads=12, num_kv_heads=4, mlp_ratio=2.0, multiple_of=16, head_dim_override=4)
+MODEL = ModelConfig(
+    "llama",
+    vocab_size=64,
+    hidden_size=48,
+    num_layers=4,
+    num_heads=12,
+    num_kv_heads=4,
+    mlp_ratio=2.0,
+    multiple_of=16,
+    head_dim_override=4,
+)
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
         (lambda: Layout(0), "world is 0"),
-        (lambda: Layout(12, tensor=8), "world 12 is no multiple of tensor 8 x sequence 1 x context 1 x pipeline 1 = 8: start 16 ranks"),
+        (
+            lambda: Layout(12, tensor=8),
+            "world 12 is no multiple of tensor 8 x sequence 1 x context 1 x pipeline 1 = 8: start 16 ranks",
+        ),
         (lambda: Layout(8, tensor=4, expert=4), "expert 4 does not divide data 2"),
         (lambda: Layout(8, mode="isp"), "mode is 'isp': choose one of mtp, msp, fsp"),  # type: ignore[arg-type]
         (lambda: Layout(8).coords(8), "rank 8 is not in a world of 8"),
@@ -135,8 +161,14 @@ MODEL = ModelConfig("llama", vocab_size=64, hidden_size=48, num_layers=4, num_he
         (lambda: check(Layout(8, pipeline=8), MODEL, 48), "num_layers 4 is fewer than pipeline 8"),
         (lambda: check(Layout(4, pipeline=4), MODEL, 48, chunks=2), "pipeline 4 x chunks 2 = 8 pieces"),
         (lambda: check(Layout(2, expert=2), MODEL, 48), "expert is 2, but the model has no experts"),
-        (lambda: check(Layout(4, context=4), MODEL, 20), "20 tokens is not divisible by 2 x context 4 = 8: make seq_len a multiple of 8"),
-        (lambda: check(Layout(4, tensor=4, mode="msp"), MODEL, 21, 2), r"42 tokens is not divisible by tensor 4 \(mode msp\) = 4: make seq_len"),
+        (
+            lambda: check(Layout(4, context=4), MODEL, 20),
+            "20 tokens is not divisible by 2 x context 4 = 8: make seq_len a multiple of 8",
+        ),
+        (
+            lambda: check(Layout(4, tensor=4, mode="msp"), MODEL, 21, 2),
+            r"42 tokens is not divisible by tensor 4 \(mode msp\) = 4: make seq_len",
+        ),
         (lambda: check(Layout(4), MODEL, 48, micro_num=6), "micro_num 6 is not a multiple of data 4.*write 8"),
     ],
 )
@@ -146,7 +178,17 @@ def test_wrong_sizes_say_what_to_write(make, words):
 
 
 def test_kv_heads_are_not_replicated():
-    model = ModelConfig("llama", vocab_size=64, hidden_size=48, num_layers=1, num_heads=12, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16, head_dim_override=4)
+    model = ModelConfig(
+        "llama",
+        vocab_size=64,
+        hidden_size=48,
+        num_layers=1,
+        num_heads=12,
+        num_kv_heads=2,
+        mlp_ratio=2.0,
+        multiple_of=16,
+        head_dim_override=4,
+    )
     with pytest.raises(ValueError, match="num_kv_heads 2 is not divisible by tensor 4"):
         check(Layout(4, tensor=4), model, 48)
     check(Layout(4, sequence=4), model, 48)  # Ulysses repeats them

@@ -39,30 +39,56 @@ TOLERANCES = {"float64": 1e-10, "float32": 1e-5, "bfloat16": 2e-3}
 def draw_run(pick: random.Random) -> RunConfig:
     "What is trained: sizes that many layouts divide"
     experts = pick.choice([0, 0, 4])
-    mixture = dict(num_experts=4, experts_per_token=2, num_shared_experts=pick.choice([0, 1]), capacity_factor=pick.choice([0.0, 1.0]), aux_loss_coef=0.05)
+    mixture = dict(
+        num_experts=4,
+        experts_per_token=2,
+        num_shared_experts=pick.choice([0, 1]),
+        capacity_factor=pick.choice([0.0, 1.0]),
+        aux_loss_coef=0.05,
+    )
     model = ModelConfig(
         family="llama" if experts else pick.choice(["internlm", "internlm2", "llama"]), vocab_size=8 * pick.randint(6, 12), hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=4,
         mlp_ratio=2.0, multiple_of=16, tie_embeddings=pick.random() < 0.4, max_position_embeddings=16, **(mixture if experts else {}),
     )  # fmt: skip
-    precision = pick.choice(["float64", "float64", "float32", "bfloat16"]) if not experts else "float64"  # a gate's near ties fall either way in fewer bits
+    precision = (
+        pick.choice(["float64", "float64", "float32", "bfloat16"]) if not experts else "float64"
+    )  # a gate's near ties fall either way in fewer bits
     frozen = pick.choice([(), (), ("blocks.1.*",), ("*ffn_norm.weight",)])
-    optim = OptimConfig(lr=LR, clip=0.05, schedule=ScheduleConfig(kind="constant", warmup_ratio=0.0), no_decay=("*norm.weight",), frozen=frozen)
+    optim = OptimConfig(
+        lr=LR,
+        clip=0.05,
+        schedule=ScheduleConfig(kind="constant", warmup_ratio=0.0),
+        no_decay=("*norm.weight",),
+        frozen=frozen,
+    )
     data = DataConfig(seq_len=16, micro_bsz=2, micro_num=8, synthetic_shortest=2, prefetch=0)
-    return RunConfig("life", model, data, optim, TrainConfig(steps=STEPS, precision=precision, seed=pick.randint(0, 99), device="cpu"))  # type: ignore[arg-type]
+    return RunConfig(
+        "life",
+        model,
+        data,
+        optim,
+        TrainConfig(steps=STEPS, precision=precision, seed=pick.randint(0, 99), device="cpu"),
+    )  # type: ignore[arg-type]
 
 
 def draw_layout(pick: random.Random, run: RunConfig, world: int) -> RunConfig:
     "The run under some layout of so many ranks"
     while True:
         pipeline = pick.choice([1, 2, 4])
-        schedule, chunks = pick.choice([("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)]) if pipeline > 1 else ("1f1b", 1)
+        schedule, chunks = (
+            pick.choice([("1f1b", 1), ("interleaved", 2), ("zbh1", 1), ("zbv", 2)]) if pipeline > 1 else ("1f1b", 1)
+        )
         expert = pick.choice([1, 2]) if run.model.num_experts else 1
         parallel = ParallelConfig(
             pick.choice([1, 2, 4]), pick.choice(["mtp", "msp", "fsp"]), pick.choice([1, 1, 2]), pick.choice([1, 1, 2]), pipeline, schedule, chunks, expert,
             bucket_mb=pick.choice([0.002, 0.02, 32.0]),
         )  # type: ignore[arg-type]  # fmt: skip
         drawn = replace(
-            run, parallel=parallel, train=replace(run.train, recompute=pick.choice([0.0, 0.5]), recompute_policy=pick.choice(["full", "selective"]))
+            run,
+            parallel=parallel,
+            train=replace(
+                run.train, recompute=pick.choice([0.0, 0.5]), recompute_policy=pick.choice(["full", "selective"])
+            ),
         )
         try:
             ranks = layout_of(drawn, world).replica
@@ -71,7 +97,11 @@ def draw_layout(pick: random.Random, run: RunConfig, world: int) -> RunConfig:
         reshard = pick.choice(["forward", "backward", "step", "never"])
         grad_dtype = "param" if run.train.precision != "bfloat16" else "master"
         zero = ZeroConfig(
-            *pick.choice(shardings(ranks)[::-1]).factors, reshard=reshard, grad_dtype=grad_dtype, offload=pick.random() < 0.25, check=pick.random() < 0.3
+            *pick.choice(shardings(ranks)[::-1]).factors,
+            reshard=reshard,
+            grad_dtype=grad_dtype,
+            offload=pick.random() < 0.25,
+            check=pick.random() < 0.3,
         )
         return replace(drawn, zero=zero)
 
@@ -132,7 +162,9 @@ def second_legs(runs: list[RunConfig], folder: str):
 def held_out(model: Any, run: RunConfig) -> float:
     "Mean loss of one pack that is not trained on"
     batch = Batch.of(Loader(run.data, run.train.seed + 1, run.model.vocab_size).batch(0, 0, run.data.micro_num)[0])
-    return model(batch.input_ids, batch.segments, batch.indexes, labels=batch.labels).loss_sum.item() / batch.num_targets
+    return (
+        model(batch.input_ids, batch.segments, batch.indexes, labels=batch.labels).loss_sum.item() / batch.num_targets
+    )
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -182,7 +214,9 @@ def hold(lives: list[tuple[RunConfig, RunConfig, RunConfig]], folder: Path, worl
         near(run, *weights_of)
         assert all(torch.equal(last[n], undisturbed[n]) for n in last if n.startswith("adam_step."))
         _, weights, loss = seconds[0][i]
-        same_bits({f"model.{n}": w for n, w in weights.items()}, {n: w for n, w in last.items() if n.startswith("model.")})
+        same_bits(
+            {f"model.{n}": w for n, w in weights.items()}, {n: w for n, w in last.items() if n.startswith("model.")}
+        )
         one = build(run, single())  # and one process goes on from what several left
         assert load_run(Checkpoint(here / "last"), one.model, one.optimizer).step == STEPS
         assert abs(held_out(one.model, run) - loss) <= 1e-6 * loss
@@ -208,11 +242,15 @@ def test_ci_lives_reach_what_matters():
         "gradients that are summands": [p.tensor > 1 and p.mode != "mtp" for _, p, _ in legs],
         "experts with ZeRO": [p.expert > 1 and z.optim > 1 for _, p, z in legs],
         "experts with tensor": [p.expert > 1 and p.tensor > 1 for _, p, _ in legs],
-        "an embedding on two stages": [p.pipeline > 1 and p.schedule != "zbv" and run.model.tie_embeddings for run, p, _ in legs],
+        "an embedding on two stages": [
+            p.pipeline > 1 and p.schedule != "zbv" and run.model.tie_embeddings for run, p, _ in legs
+        ],
         "a pipeline with ZeRO": [p.pipeline > 1 and z.optim > 1 for _, p, z in legs],
         "copies": [layout_of(replace(run, parallel=p), 4).replica > z.optim for run, p, z in legs],
         "weights that come and go": [z.param > 1 for *_, z in legs],
-        "states with the host, as copies and as the weights": [z.offload and run.train.precision == "bfloat16" for run, _, z in legs],
+        "states with the host, as copies and as the weights": [
+            z.offload and run.train.precision == "bfloat16" for run, _, z in legs
+        ],
         "frozen parameters": [bool(run.optim.frozen) and z.param > 1 for run, _, z in legs],
         "tokens that are split": [p.sequence * p.context > 1 for _, p, _ in legs],
     }.items():
@@ -224,9 +262,18 @@ def test_draws_reach_everything():
     legs = [(run, leg) for run, a, b in lives for leg in (a, b)]
     for axis in ("tensor", "sequence", "context", "pipeline", "expert"):
         assert {getattr(leg.parallel, axis) > 1 and leg.zero.optim > 1 for _, leg in legs} == {False, True}, axis
-    assert {leg.parallel.schedule for run, leg in legs if run.model.tie_embeddings and leg.parallel.pipeline > 1} == {"1f1b", "interleaved", "zbh1", "zbv"}
-    assert {(run.train.precision, leg.zero.offload) for run, leg in legs} == {(p, o) for p in TOLERANCES for o in (False, True)}
-    assert {(bool(run.optim.frozen), leg.zero.param > 1) for run, leg in legs} == {(a, b) for a in (False, True) for b in (False, True)}
+    assert {leg.parallel.schedule for run, leg in legs if run.model.tie_embeddings and leg.parallel.pipeline > 1} == {
+        "1f1b",
+        "interleaved",
+        "zbh1",
+        "zbv",
+    }
+    assert {(run.train.precision, leg.zero.offload) for run, leg in legs} == {
+        (p, o) for p in TOLERANCES for o in (False, True)
+    }
+    assert {(bool(run.optim.frozen), leg.zero.param > 1) for run, leg in legs} == {
+        (a, b) for a in (False, True) for b in (False, True)
+    }
     assert {leg.zero.reshard for _, leg in legs} == {"forward", "backward", "step", "never"}
 
 

@@ -46,7 +46,16 @@ class Pack:
 
 
 def config(**changes) -> ModelConfig:
-    sizes: dict = dict(vocab_size=64, hidden_size=32, num_layers=7, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=8, norm_head=True)
+    sizes: dict = dict(
+        vocab_size=64,
+        hidden_size=32,
+        num_layers=7,
+        num_heads=4,
+        num_kv_heads=2,
+        mlp_ratio=2.0,
+        multiple_of=8,
+        norm_head=True,
+    )
     return ModelConfig(**{**family_defaults("internlm2"), **sizes, **changes})
 
 
@@ -72,7 +81,9 @@ def fill(model: nn.Module, placements: dict[str, Placement], dtype: torch.dtype 
     with torch.no_grad():
         for name, p in model.named_parameters():
             place = placements[name]
-            whole = torch.randn(place.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())), dtype=torch.float64)
+            whole = torch.randn(
+                place.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())), dtype=torch.float64
+            )
             p.copy_(place.cut(1 + 0.2 * whole if name.endswith("norm.weight") else 0.15 * whole))
 
 
@@ -89,7 +100,14 @@ def alone(cfg: ModelConfig, count: int) -> tuple[Tensor, dict[str, Tensor]]:
     return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def make_part(mesh: Mesh, cfg: ModelConfig, schedule, policy: str = "none", dtype: torch.dtype = torch.float64, queue: WeightQueue | None = None):
+def make_part(
+    mesh: Mesh,
+    cfg: ModelConfig,
+    schedule,
+    policy: str = "none",
+    dtype: torch.dtype = torch.float64,
+    queue: WeightQueue | None = None,
+):
     "This rank's part, ready to run"
     axis, tensor = mesh.axis("pipeline"), mesh.axis("tensor")
     part = pipeline_cut(Transformer(cfg, device="meta", dtype=dtype), schedule, axis.coord)
@@ -104,7 +122,12 @@ def make_part(mesh: Mesh, cfg: ModelConfig, schedule, policy: str = "none", dtyp
 
 def sum_tied(grads: dict[str, Tensor], cfg: ModelConfig, schedule: Schedule, axis: Axis) -> None:
     "What the engine does with a tied embedding's gradient"
-    add_up([g for name, g in grads.items() if name == "embedding.weight"], axis, "tied gradients", tied_ranks(cfg, schedule))
+    add_up(
+        [g for name, g in grads.items() if name == "embedding.weight"],
+        axis,
+        "tied gradients",
+        tied_ranks(cfg, schedule),
+    )
 
 
 def piped(mesh: Mesh, cases: list[tuple]) -> list[dict]:
@@ -131,7 +154,11 @@ def piped(mesh: Mesh, cases: list[tuple]) -> list[dict]:
             split=split,
         )
         mesh.check_waited()
-        counts = {key[1]: replace(c) for key, c in mesh.recorder.counts.items() if key[0] == "pipeline"} if mesh.recorder else {}
+        counts = (
+            {key[1]: replace(c) for key, c in mesh.recorder.counts.items() if key[0] == "pipeline"}
+            if mesh.recorder
+            else {}
+        )
         grads = {name: p.grad for name, p in part.named_parameters() if p.grad is not None}
         assert set(grads) == set(placements) == set(expected_gradients(part, count))
         add_up([g for name, g in grads.items() if placements[name].partial], tensor, "partial gradients")
@@ -143,7 +170,11 @@ def piped(mesh: Mesh, cases: list[tuple]) -> list[dict]:
                 "actions": ran.actions,
                 "peak": ran.peak,
                 "counts": counts,
-                "closed": by_purpose(pipeline_traffic(cfg, schedule.owners, axis.coord, [p.input_ids.shape[0] for p in packs(count)], 8, split)),
+                "closed": by_purpose(
+                    pipeline_traffic(
+                        cfg, schedule.owners, axis.coord, [p.input_ids.shape[0] for p in packs(count)], 8, split
+                    )
+                ),
             }
         )
     return results
@@ -176,8 +207,16 @@ def compare(world: int, cases: list[tuple]) -> None:
                 torch.testing.assert_close(got["loss"], loss, rtol=1e-12, atol=0)
             for name, g in got["grads"].items():
                 # sums of some hundred terms in another order
-                torch.testing.assert_close(g, want[name], rtol=0, atol=1e-12 * want[name].abs().max().item(), msg=lambda m, n=name: f"{what}, {n}: {m}")  # noqa: B023
-                assert name not in seen or layout.tensor > 1 or torch.equal(g, seen[name]), what  # the copies of a tied weight, to the bit
+                torch.testing.assert_close(
+                    g,
+                    want[name],
+                    rtol=0,
+                    atol=1e-12 * want[name].abs().max().item(),
+                    msg=lambda m, n=name: f"{what}, {n}: {m}",  # noqa: B023
+                )
+                assert name not in seen or layout.tensor > 1 or torch.equal(g, seen[name]), (
+                    what
+                )  # the copies of a tied weight, to the bit
                 seen[name] = g
         assert set(seen) == set(want), what
 
@@ -201,7 +240,12 @@ def test_two_stages_are_one_process():
 
 def test_three_stages_are_one_process():
     "Layers that do not divide evenly; fewer micro-batches than ranks"
-    cases = [(PLAIN, ("1f1b", 3, 2), "none"), (TIED, ("zbh1", 3, 4), "none"), (TIED, ("interleaved", 3, 6, 2), "full"), (TIED, ("zbv", 3, 6, 2), "none")]
+    cases = [
+        (PLAIN, ("1f1b", 3, 2), "none"),
+        (TIED, ("zbh1", 3, 4), "none"),
+        (TIED, ("interleaved", 3, 6, 2), "full"),
+        (TIED, ("zbv", 3, 6, 2), "none"),
+    ]
     compare(3, [(Layout(3, pipeline=3), *case) for case in cases])
 
 
@@ -228,12 +272,21 @@ def test_layers_are_cut_evenly_and_the_last_stages_take_the_rest(layers, stages)
 def test_one_rank_is_the_model_itself():
     "With one rank and one chunk nothing changes, to the bit; with more chunks there is nothing to send"
     loss, want = alone(TIED, 4)
-    for arguments, exact in ((("1f1b", 1, 4), True), (("interleaved", 1, 4, 3), False), (("zbv", 1, 4, 2), False), (("zbh1", 1, 4), False)):
+    for arguments, exact in (
+        (("1f1b", 1, 4), True),
+        (("interleaved", 1, 4, 3), False),
+        (("zbv", 1, 4, 2), False),
+        (("zbh1", 1, 4), False),
+    ):
         (got,) = piped(single(), [(TIED, arguments, "none")])
         assert got["closed"] == {}
         assert list(got["grads"]) == list(want)
         for name, g in got["grads"].items():
-            assert torch.equal(g, want[name]) if exact else torch.allclose(g, want[name], rtol=0, atol=1e-12 * want[name].abs().max().item()), name
+            assert (
+                torch.equal(g, want[name])
+                if exact
+                else torch.allclose(g, want[name], rtol=0, atol=1e-12 * want[name].abs().max().item())
+            ), name
         assert torch.equal(got["loss"], loss) if exact else torch.allclose(got["loss"], loss, rtol=1e-12)
 
 
@@ -274,7 +327,12 @@ def test_evaluation_runs_forward_alone():
 
 def test_an_evaluation_keeps_few_sends():
     "The first rank receives nothing, and yet waits for its oldest sends"
-    for got in run_ranks(each, Layout(2, pipeline=2), many, (("1f1b", 2, 4, 1), ("zbh1", 2, 4, 1), ("interleaved", 2, 4, 2), ("zbv", 2, 4, 2))):
+    for got in run_ranks(
+        each,
+        Layout(2, pipeline=2),
+        many,
+        (("1f1b", 2, 4, 1), ("zbh1", 2, 4, 1), ("interleaved", 2, 4, 2), ("zbv", 2, 4, 2)),
+    ):
         assert max(got) <= 4, got
 
 
@@ -283,11 +341,17 @@ def summed(mesh: Mesh, arguments: tuple) -> tuple[dict[str, Tensor], list[bool]]
     schedule, data = make_schedule(*arguments), mesh.axis("replica")
     queue = WeightQueue() if schedule.split else None
     part, _ = make_part(mesh, TIED, schedule, queue=queue)
-    sums = [ExtraSum(frozenset({"embedding.weight"}), mesh.axis("pipeline"), "tied gradients", coords)] if (coords := tied_ranks(TIED, schedule)) else []
+    sums = (
+        [ExtraSum(frozenset({"embedding.weight"}), mesh.axis("pipeline"), "tied gradients", coords)]
+        if (coords := tied_ranks(TIED, schedule))
+        else []
+    )
     engine = HybridZero(units_of(part), mesh, master=torch.float64, bucket_bytes=1 << 14, extra_sums=sums)
     engine.start(expected_gradients(part, schedule.micro_num))
     mine = packs(2 * schedule.micro_num)[data.coord :: 2]
-    run_schedule(part, check_schedule(schedule), mine, mesh.axis("pipeline"), lambda i, out: out.loss_sum / 100, queue=queue)
+    run_schedule(
+        part, check_schedule(schedule), mine, mesh.axis("pipeline"), lambda i, out: out.loss_sum / 100, queue=queue
+    )
     left = [s.rounds.left for s in engine.sums.values()]
     grads = dict(zip((shard.name for shard in engine.shards), engine.finish()))
     mesh.check_waited()
@@ -301,10 +365,14 @@ def test_gradients_leave_when_the_last_of_a_unit_has_come():
         for grads, left in got:
             assert len(left) > 2 and all(left)  # before finish was called
             for name, g in grads.items():
-                torch.testing.assert_close(g, want[name], rtol=0, atol=1e-12 * want[name].abs().max().item(), msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    g, want[name], rtol=0, atol=1e-12 * want[name].abs().max().item(), msg=lambda m, n=name: f"{n}: {m}"
+                )
         assert torch.equal(got[0][0]["embedding.weight"], got[1][0]["embedding.weight"])
         if arguments[0] == "interleaved":
-            assert torch.equal(got[0][0]["embedding.weight"], got[2][0]["embedding.weight"])  # the copy on the last rank
+            assert torch.equal(
+                got[0][0]["embedding.weight"], got[2][0]["embedding.weight"]
+            )  # the copy on the last rank
 
 
 def steps(mesh: Mesh, arguments: tuple) -> dict[str, Tensor]:
@@ -318,7 +386,9 @@ def steps(mesh: Mesh, arguments: tuple) -> dict[str, Tensor]:
         run_schedule(part, plan, packs(schedule.micro_num), axis, lambda i, out: out.loss_sum / 100, queue=queue)
         grads = {name: p.grad for name, p in part.named_parameters() if p.grad is not None}
         sum_tied(grads, TIED, schedule, axis)
-        counted = [g.square().sum() for name, g in grads.items() if not (part.holds_copy and name == "embedding.weight")]
+        counted = [
+            g.square().sum() for name, g in grads.items() if not (part.holds_copy and name == "embedding.weight")
+        ]
         norm = all_reduce(torch.stack(counted).sum(), axis, "norm").sqrt()
         for g in grads.values():
             g.div_(norm)
@@ -346,7 +416,13 @@ def test_three_steps_are_those_of_one_process():
     for arguments, *got in zip(cases, *run_ranks(each, Layout(2, pipeline=2), steps, cases)):
         for weights in got:
             for name, w in weights.items():  # Adam divides rounding noise by small gradients
-                torch.testing.assert_close(w, want[name], rtol=0, atol=1e-10 * want[name].abs().max().item(), msg=lambda m, n=name: f"{arguments}, {n}: {m}")  # noqa: B023
+                torch.testing.assert_close(
+                    w,
+                    want[name],
+                    rtol=0,
+                    atol=1e-10 * want[name].abs().max().item(),
+                    msg=lambda m, n=name: f"{arguments}, {n}: {m}",  # noqa: B023
+                )
         if arguments[0] != "zbv":
             assert torch.equal(*(weights["embedding.weight"] for weights in got))
 
@@ -356,7 +432,12 @@ def test_three_steps_are_those_of_one_process():
 def test_any_order_that_the_check_lets_pass(ranks):
     "Orders nobody would write, but that are right: actions moved about at random"
     rng, cases = random.Random(ranks), []
-    for arguments in (("1f1b", ranks, 4), ("interleaved", ranks, 2 * ranks, 2), ("zbh1", ranks, 4), ("zbv", ranks, 2 * ranks, 2)):
+    for arguments in (
+        ("1f1b", ranks, 4),
+        ("interleaved", ranks, 2 * ranks, 2),
+        ("zbh1", ranks, 4),
+        ("zbv", ranks, 2 * ranks, 2),
+    ):
         schedule, moved = make_schedule(*arguments), 0
         while moved < 25:
             orders = [list(order) for order in schedule.orders]
@@ -368,7 +449,14 @@ def test_any_order_that_the_check_lets_pass(ranks):
             except ScheduleError:
                 continue
             schedule, moved = other, moved + 1
-        cases.append((Layout(ranks, pipeline=ranks), config(num_layers=9, tie_embeddings=True), schedule, rng.choice(("none", "full", "selective"))))
+        cases.append(
+            (
+                Layout(ranks, pipeline=ranks),
+                config(num_layers=9, tie_embeddings=True),
+                schedule,
+                rng.choice(("none", "full", "selective")),
+            )
+        )
     compare(ranks, cases)
 
 
@@ -414,7 +502,13 @@ def extra(mesh: Mesh, arguments: tuple) -> tuple[dict[str, Tensor], Tensor]:
         return value * 0.5
 
     run_schedule(
-        WithExtra(part), check_schedule(schedule), packs(arguments[2]), mesh.axis("pipeline"), lambda i, out: out.loss_sum, scale_extra=scale_extra, queue=queue
+        WithExtra(part),
+        check_schedule(schedule),
+        packs(arguments[2]),
+        mesh.axis("pipeline"),
+        lambda i, out: out.loss_sum,
+        scale_extra=scale_extra,
+        queue=queue,
     )  # type: ignore[arg-type]
     return {n: p.grad for n, p in part.named_parameters()}, sum(total)
 
@@ -431,12 +525,18 @@ def test_what_stages_add_to_the_loss():
             stop = [r[-1] for r in split_layers(7, schedule.stages)]
             start = [r[0] for r in split_layers(7, schedule.stages)]
             outs = []
-            hooks = [model.blocks[i].register_forward_hook(lambda m, a, out, outs=outs: outs.append(out)) for i in stop[:-1]]
+            hooks = [
+                model.blocks[i].register_forward_hook(lambda m, a, out, outs=outs: outs.append(out)) for i in stop[:-1]
+            ]
             out = model(b.input_ids, b.segments, b.indexes, labels=b.labels)
             for h in hooks:
                 h.remove()
             assert isinstance(out, LossOutput)
-            aux = sum(o.square().sum() for o in outs) * 1e-3 + out.loss_sum * 1e-3 + sum(model.blocks[i].feed_forward.w1.weight.square().sum() for i in start)  # type: ignore[union-attr,operator]
+            aux = (
+                sum(o.square().sum() for o in outs) * 1e-3
+                + out.loss_sum * 1e-3
+                + sum(model.blocks[i].feed_forward.w1.weight.square().sum() for i in start)
+            )  # type: ignore[union-attr,operator]
             (out.loss_sum + 0.5 * aux).backward()
             added.append(aux.detach())
         torch.testing.assert_close(sum(t for _, t in got), sum(added), rtol=1e-12, atol=0)
@@ -455,7 +555,11 @@ def freed(mesh: Mesh, arguments: tuple) -> list[tuple[str, int]]:
     first = [part.ranges[s][0] for s in part.stages]
     for layer in first:
         part.blocks[layer].feed_forward.register_forward_hook(lambda m, args, out: alive.append(weakref.ref(args[0])))
-    part.register_forward_hook(lambda m, args, out: outputs.append(weakref.ref(out[0].untyped_storage())) if isinstance(out[0], Tensor) else None)
+    part.register_forward_hook(
+        lambda m, args, out: (
+            outputs.append(weakref.ref(out[0].untyped_storage())) if isinstance(out[0], Tensor) else None
+        )
+    )
     seen = []
     inner = part.forward
 
@@ -465,7 +569,14 @@ def freed(mesh: Mesh, arguments: tuple) -> list[tuple[str, int]]:
         return out
 
     part.forward = watched  # type: ignore[method-assign]
-    ran = run_schedule(part, check_schedule(schedule), packs(schedule.micro_num), mesh.axis("pipeline"), lambda i, out: out.loss_sum, queue=queue)
+    ran = run_schedule(
+        part,
+        check_schedule(schedule),
+        packs(schedule.micro_num),
+        mesh.axis("pipeline"),
+        lambda i, out: out.loss_sum,
+        queue=queue,
+    )
     assert not any(a() for a in alive) and not any(o() for o in outputs)
     assert max(a for a, _ in seen) <= ran.peak, (seen, ran.peak)
     return seen
@@ -521,7 +632,9 @@ class Toy(nn.Module):
 
     def forward(self, batch, x=None, chunk=0):
         out = self.blocks[str(self.stages[chunk])](batch.x if x is None else x)
-        return (LossOutput((out - batch.target).square().sum(), out, out) if batch.last == self.stages[chunk] else out), None
+        return (
+            LossOutput((out - batch.target).square().sum(), out, out) if batch.last == self.stages[chunk] else out
+        ), None
 
 
 def ours(mesh: Mesh, name: str, chunks: int, count: int) -> dict[str, Tensor]:
@@ -529,7 +642,10 @@ def ours(mesh: Mesh, name: str, chunks: int, count: int) -> dict[str, Tensor]:
 
     axis, schedule = mesh.axis("pipeline"), make_schedule(name, mesh.axis("pipeline").size, count, chunks)
     part, queue, (x, target) = Toy(schedule.stages_of(axis.coord), count), WeightQueue(), toy(count)
-    batches = [SimpleNamespace(x=a, target=b, input_ids=a, last=schedule.stages - 1) for a, b in zip(x.chunk(count), target.chunk(count))]
+    batches = [
+        SimpleNamespace(x=a, target=b, input_ids=a, last=schedule.stages - 1)
+        for a, b in zip(x.chunk(count), target.chunk(count))
+    ]
     if schedule.split:
         defer_weights(part, queue)
     run_schedule(part, check_schedule(schedule), batches, axis, lambda i, out: out.loss_sum, queue=queue)  # type: ignore[arg-type]
@@ -552,9 +668,18 @@ def refused(mesh: Mesh) -> None:
     plan, loss = check_schedule(schedule), lambda i, out: out.loss_sum
     for words, run in (
         ("call defer_weights", lambda: run_schedule(part, plan, packs(4), axis, loss)),
-        ("for 4 micro-batches, but there are 3", lambda: run_schedule(part, plan, packs(3), axis, loss, queue=WeightQueue())),
-        ("for 3 ranks, but the pipeline axis has 2", lambda: run_schedule(part, check_schedule(make_schedule("1f1b", 3, 4)), packs(4), axis, loss)),
-        ("cut the model by this schedule", lambda: run_schedule(part, check_schedule(make_schedule("interleaved", 2, 4, 2)), packs(4), axis, loss)),
+        (
+            "for 4 micro-batches, but there are 3",
+            lambda: run_schedule(part, plan, packs(3), axis, loss, queue=WeightQueue()),
+        ),
+        (
+            "for 3 ranks, but the pipeline axis has 2",
+            lambda: run_schedule(part, check_schedule(make_schedule("1f1b", 3, 4)), packs(4), axis, loss),
+        ),
+        (
+            "cut the model by this schedule",
+            lambda: run_schedule(part, check_schedule(make_schedule("interleaved", 2, 4, 2)), packs(4), axis, loss),
+        ),
     ):
         with pytest.raises(ValueError, match=words):
             run()
@@ -565,7 +690,13 @@ def late(mesh: Mesh) -> float:
     if mesh.rank == 0:
         time.sleep(1.2)
     other = 1 - mesh.rank
-    return start_send_receive([(torch.full((3,), float(mesh.rank)), other)], [(torch.empty(3), other)], mesh.axis("pipeline"), "test").wait()[0][0].item()
+    return (
+        start_send_receive(
+            [(torch.full((3,), float(mesh.rank)), other)], [(torch.empty(3), other)], mesh.axis("pipeline"), "test"
+        )
+        .wait()[0][0]
+        .item()
+    )
 
 
 def some(mesh: Mesh) -> float:
@@ -597,7 +728,9 @@ def test_a_step_under_fake_tensors():
                         setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype)))
                 ids = torch.zeros(16, dtype=torch.int64)
                 batch = Pack(ids, ids, ids, Segments(torch.zeros(3, dtype=torch.int32), (8, 8), 8))
-                run_schedule(part, check_schedule(schedule), [batch] * 8, axis, lambda i, out: out.loss_sum, queue=queue)
+                run_schedule(
+                    part, check_schedule(schedule), [batch] * 8, axis, lambda i, out: out.loss_sum, queue=queue
+                )
             assert all(p.grad is not None for p in part.parameters())
             assert {key[1]: c for key, c in recorder.counts.items()} == by_purpose(
                 pipeline_traffic(cfg, schedule.owners, axis.coord, [16] * 8, forward_only=schedule.forward_only)

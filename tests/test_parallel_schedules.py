@@ -74,8 +74,15 @@ def test_an_evaluation_has_little_idle_time(ranks):
             assert plan.window == 4 and strict(plan)
             assert sorted(a.micro for order in s.orders for a in order) == sorted(list(range(packs)) * s.stages)
             total, work = timeline(s).total, packs * chunks
-            fewest = max(work + ranks - 1, s.stages + packs - 1)  # the work and the way in, or the way of one pack and the rest behind it
-            assert fewest <= total <= fewest + (name == "zbv") * (ranks - 1), (name, packs, total, fewest)  # packs of a V meet at its turn
+            fewest = max(
+                work + ranks - 1, s.stages + packs - 1
+            )  # the work and the way in, or the way of one pack and the rest behind it
+            assert fewest <= total <= fewest + (name == "zbv") * (ranks - 1), (
+                name,
+                packs,
+                total,
+                fewest,
+            )  # packs of a V meet at its turn
         if like.shape == "loop":
             forwards = tuple(tuple(a for a in order if a.kind == "F") for order in like.orders)
             assert evaluation_schedule(like, 2 * ranks).orders == forwards
@@ -98,7 +105,11 @@ def torch_actions(cls, ranks: int, n: int, chunks: int) -> list[list[tuple[str, 
         orders = {r: made._calculate_single_rank_operations(r) for r in range(ranks)}
     kind = {"FORWARD": "F", "FULL_BACKWARD": "BW", "BACKWARD_INPUT": "B", "BACKWARD_WEIGHT": "W"}
     return [
-        [(kind[a.computation_type.name], a.microbatch_index, a.stage_index) for a in orders[r] if a is not None and a.computation_type.name in kind]
+        [
+            (kind[a.computation_type.name], a.microbatch_index, a.stage_index)
+            for a in orders[r]
+            if a is not None and a.computation_type.name in kind
+        ]
         for r in range(ranks)
     ]
 
@@ -127,7 +138,12 @@ def test_second_opinion(ranks):
 def oracle(s: Schedule) -> bool:
     "Is a schedule right? Said another way than the check says it: the same actions as a good one, and no cycle among needs and orders"
     for rank, order in enumerate(s.orders):
-        want = {Action(k, m, st) for st in s.stages_of(rank) for m in range(s.micro_num) for k in (("F", "B", "W") if s.split else ("F", "BW"))}
+        want = {
+            Action(k, m, st)
+            for st in s.stages_of(rank)
+            for m in range(s.micro_num)
+            for k in (("F", "B", "W") if s.split else ("F", "BW"))
+        }
         if set(order) != want or len(order) != len(want):
             return False
     back = "B" if s.split else "BW"
@@ -209,7 +225,9 @@ def strict(plan: MessagePlan) -> bool:
             what, a = program[at[r]]
             if what == "run":
                 made = a._replace(kind="B") if a.kind == "BW" else a
-                needs = {"F": [(0, -1)] if a.stage else [], "W": []}.get(a.kind, [(1, 1)] if a.stage < s.stages - 1 else [])
+                needs = {"F": [(0, -1)] if a.stage else [], "W": []}.get(
+                    a.kind, [(1, 1)] if a.stage < s.stages - 1 else []
+                )
                 ready = all((Action("F" if far < 0 else "B", a.micro, a.stage + far), r) in have for _, far in needs)
                 if not ready:
                     continue
@@ -238,7 +256,13 @@ def strict(plan: MessagePlan) -> bool:
 def test_messages_in_another_order_are_found():
     "Of plans with two of a rank's messages or actions changed about, those that hang in the strictest network are refused, and no others"
     rng, seen = random.Random(1), {True: 0, False: 0}
-    plans = [replace(plan_messages(s), window=w) for ranks in (2, 3, 4) for s in every(ranks) if s.micro_num <= 2 * ranks for w in (None, 1, 2)]
+    plans = [
+        replace(plan_messages(s), window=w)
+        for ranks in (2, 3, 4)
+        for s in every(ranks)
+        if s.micro_num <= 2 * ranks
+        for w in (None, 1, 2)
+    ]
     for _ in range(1500):
         plan = rng.choice(plans)
         programs: list[list[Do]] = [list(p) for p in plan.programs]

@@ -34,7 +34,9 @@ def draw_lengths(pick: random.Random, tokens: int) -> Lengths:
         return (tokens,)
     if kind == "ends" and tokens > 2:
         return (1, tokens - 2, 1)
-    borders = sorted(pick.sample(range(1, tokens), min(tokens - 1, pick.randint(1, 6) if kind == "mixed" else tokens // 2)))
+    borders = sorted(
+        pick.sample(range(1, tokens), min(tokens - 1, pick.randint(1, 6) if kind == "mixed" else tokens // 2))
+    )
     lengths = [b - a for a, b in zip([0, *borders], [*borders, tokens])]
     if pick.random() < 0.2:
         lengths.insert(pick.randint(0, len(lengths)), 0)
@@ -57,7 +59,9 @@ def computed(lengths: Lengths, layout: Layout) -> tuple[dict[tuple[int, int], in
     plans: list[Ring | None] = []
     crossing: list[list[int]] = []
     for context in range(layout.context):
-        rows = torch.cat([cut_rows(lengths, layout, Coords(sequence=s, context=context))[0] for s in range(layout.sequence)]).tolist()
+        rows = torch.cat(
+            [cut_rows(lengths, layout, Coords(sequence=s, context=context))[0] for s in range(layout.sequence)]
+        ).tolist()
         local = cut_rows(lengths, layout, Coords(context=context))[1]
         assert local.shard.tokens == len(rows)
         at = 0
@@ -101,9 +105,15 @@ def test_every_token_and_every_pair_exactly_once(seed):
     seen = []
     for rank in range(layout.world):
         rows, local = cut_rows(lengths, layout, layout.coords(rank))
-        assert local.tokens == len(rows) == tokens // layout.world and local.cu_seqlens[-1] == local.tokens and local.max_seqlen == max(local.lengths)
+        assert (
+            local.tokens == len(rows) == tokens // layout.world
+            and local.cu_seqlens[-1] == local.tokens
+            and local.max_seqlen == max(local.lengths)
+        )
         assert torch.equal(local.indexes(), whole.indexes()[rows])
-        assert [n for n, piece in zip(local.document_lengths, local.lengths) for _ in range(piece)] == [of_document[t] for t in rows.tolist()]
+        assert [n for n, piece in zip(local.document_lengths, local.lengths) for _ in range(piece)] == [
+            of_document[t] for t in rows.tolist()
+        ]
         seen += rows.tolist()
     assert sorted(seen) == list(range(tokens))
     count, _ = computed(lengths, layout)
@@ -141,7 +151,14 @@ def test_wrong_cuts_are_refused():
         ulysses(attention, axis)(q, q, q, local, key_segments=local)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="make sequence a divisor"):
         run_mesh = Layout(3, sequence=3)
-        mesh = type("M", (), {"layout": run_mesh, "axis": lambda self, name: type("A", (), {"size": 3 if name == "sequence" else 1, "backend": ""})()})()
+        mesh = type(
+            "M",
+            (),
+            {
+                "layout": run_mesh,
+                "axis": lambda self, name: type("A", (), {"size": 3 if name == "sequence" else 1, "backend": ""})(),
+            },
+        )()
         sequence_parallel(Transformer(config("llama"), device="meta"), mesh)  # type: ignore[arg-type]
 
 
@@ -150,11 +167,23 @@ def test_wrong_cuts_are_refused():
 
 def config(family: Family, **changes) -> ModelConfig:
     special: dict = {
-        "internlm": dict(num_heads=4, num_kv_heads=4, max_position_embeddings=8),  # biases; dynamic rope, stretched by documents of more than 8 tokens
+        "internlm": dict(
+            num_heads=4, num_kv_heads=4, max_position_embeddings=8
+        ),  # biases; dynamic rope, stretched by documents of more than 8 tokens
         "internlm2": dict(num_heads=4, num_kv_heads=2, norm_head=True, qk_interleaved=True, mlp_ratio=2.0),
         "llama": dict(num_heads=8, num_kv_heads=2),
     }[family]
-    return ModelConfig(**{**family_defaults(family), "vocab_size": 64, "hidden_size": 32, "num_layers": 2, "multiple_of": 8, **special, **changes})  # type: ignore[arg-type]
+    return ModelConfig(
+        **{
+            **family_defaults(family),
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "multiple_of": 8,
+            **special,
+            **changes,
+        }
+    )  # type: ignore[arg-type]
 
 
 def fill(model: torch.nn.Module, placements: dict) -> None:
@@ -183,7 +212,9 @@ def alone(cfg: ModelConfig, lengths: Lengths, dtype: torch.dtype, seed: int):
 
 
 def near(have: Tensor, want: Tensor, tolerance: float, what: object) -> None:
-    torch.testing.assert_close(have, want, rtol=0, atol=tolerance * max(want.abs().max().item(), 1e-30), msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(
+        have, want, rtol=0, atol=tolerance * max(want.abs().max().item(), 1e-30), msg=lambda m: f"{what}: {m}"
+    )
 
 
 def same_computation(cases: list) -> None:
@@ -211,7 +242,9 @@ def same_computation(cases: list) -> None:
         add_up([g for name, g in have.items() if placements[name].partial], mesh.axis("tensor"), "partial gradients")
         recomputed = 0 if policy == "none" else cfg.num_layers
         closed = {
-            "tensor": by_purpose(tensor_traffic(cfg, len(rows), layout.tensor, layout.mode, dtype.itemsize, recomputed)),
+            "tensor": by_purpose(
+                tensor_traffic(cfg, len(rows), layout.tensor, layout.mode, dtype.itemsize, recomputed)
+            ),
             "sequence": by_purpose(sequence_traffic(cfg, sum(lengths), layout, dtype.itemsize, recomputed)),
             "context": by_purpose(context_traffic(cfg, lengths, layout, mesh.coords, dtype.itemsize, recomputed)),
         }
@@ -227,7 +260,12 @@ def same_computation(cases: list) -> None:
             near(comm.all_reduce(have[name], replica, "test"), placements[name].cut(grad), tolerance, (name, what))
         with torch.no_grad():  # evaluation, and positions given as a batch gives them
             indexes = Segments.from_lengths(lengths).indexes()
-            near(model(ids[rows], local, indexes[rows], labels=labels[rows]).token_loss, want.token_loss[rows], tolerance, ("evaluation", what))
+            near(
+                model(ids[rows], local, indexes[rows], labels=labels[rows]).token_loss,
+                want.token_loss[rows],
+                tolerance,
+                ("evaluation", what),
+            )
         mesh.check_waited()
 
 
@@ -263,13 +301,28 @@ def test_any_cut_is_the_same_computation():
 def draw_case(seed: int, world: int):
     pick = random.Random(seed)
     tensor, sequence = pick.choice([(t, s) for t in (1, 2) for s in (1, 2, 4) if world % (t * s) == 0])
-    layout = Layout(world, tensor=tensor, sequence=sequence, context=world // (tensor * sequence), mode=pick.choice(["mtp", "msp", "fsp"]))
+    layout = Layout(
+        world,
+        tensor=tensor,
+        sequence=sequence,
+        context=world // (tensor * sequence),
+        mode=pick.choice(["mtp", "msp", "fsp"]),
+    )
     family = pick.choice(["internlm", "internlm2", "llama"])
-    kv_heads = pick.choice([n for n in (1, 2, 4, 8) if n % tensor == 0 and (n // tensor % sequence == 0 or sequence % (n // tensor) == 0)])
+    kv_heads = pick.choice(
+        [n for n in (1, 2, 4, 8) if n % tensor == 0 and (n // tensor % sequence == 0 or sequence % (n // tensor) == 0)]
+    )
     changes = dict(num_heads=8, num_kv_heads=kv_heads, num_layers=pick.randint(1, 2))
     parts = 2 * layout.context * sequence * tensor
     tokens = parts * pick.randint(1, max(1, 64 // parts))
-    return layout, family, changes, pick.choice(["none", "full", "selective"]), draw_lengths(pick, tokens), pick.choice([F64, F64, F64, F32])
+    return (
+        layout,
+        family,
+        changes,
+        pick.choice(["none", "full", "selective"]),
+        draw_lengths(pick, tokens),
+        pick.choice([F64, F64, F64, F32]),
+    )
 
 
 def test_any_cut_drawn():
@@ -284,8 +337,19 @@ def test_any_cut_sweep(world, first):
 
 def test_draws_reach_everything():
     cases = [draw_case(seed, 8) for seed in range(300, 450)]
-    assert {(c[0].tensor, c[0].sequence, c[0].context) for c in cases} == {(1, 1, 8), (1, 2, 4), (1, 4, 2), (2, 1, 4), (2, 2, 2), (2, 4, 1)}
-    assert any(c[2]["num_kv_heads"] // c[0].tensor < c[0].sequence for c in cases) and any(len(c[4]) == 1 for c in cases) and any(0 in c[4] for c in cases)
+    assert {(c[0].tensor, c[0].sequence, c[0].context) for c in cases} == {
+        (1, 1, 8),
+        (1, 2, 4),
+        (1, 4, 2),
+        (2, 1, 4),
+        (2, 2, 2),
+        (2, 4, 1),
+    }
+    assert (
+        any(c[2]["num_kv_heads"] // c[0].tensor < c[0].sequence for c in cases)
+        and any(len(c[4]) == 1 for c in cases)
+        and any(0 in c[4] for c in cases)
+    )
 
 
 # with the rest of the house
@@ -340,7 +404,12 @@ def test_rope_takes_the_documents_length():
     cfg = config("internlm")
     whole = Segments.from_lengths((30, 2))
     _, local = cut_rows((30, 2), Layout(4, sequence=4), Coords(sequence=3))
-    assert isinstance(local, LocalSegments) and local.lengths == (6, 2) and local.document_lengths == (30, 2) and whole.document_lengths == (30, 2)
+    assert (
+        isinstance(local, LocalSegments)
+        and local.lengths == (6, 2)
+        and local.document_lengths == (30, 2)
+        and whole.document_lengths == (30, 2)
+    )
     ids = torch.zeros(32, dtype=torch.int64)
     full, part = Inputs.of(cfg, ids, whole).positions(cfg), Inputs.of(cfg, ids[24:], local).positions(cfg)
     assert torch.equal(part.cos, full.cos[24:]) and torch.equal(part.sin, full.sin[24:])

@@ -28,12 +28,23 @@ TOKENS = sum(LENGTHS)
 def config(family: Family, **changes) -> ModelConfig:
     "Small sizes, and what makes the family special"
     special: dict = {
-        "internlm": dict(num_heads=4, num_kv_heads=4, max_position_embeddings=8),  # biases; dynamic rope, stretched by the third document
+        "internlm": dict(
+            num_heads=4, num_kv_heads=4, max_position_embeddings=8
+        ),  # biases; dynamic rope, stretched by the third document
         "internlm2": dict(num_heads=8, num_kv_heads=4, norm_head=True, qk_interleaved=True, mlp_ratio=2.0),
         "llama": dict(num_heads=4, num_kv_heads=4),
     }[family]
     return ModelConfig(
-        **{**family_defaults(family), "vocab_size": 64, "hidden_size": 32, "num_layers": 2, "multiple_of": 8, "init_std": 0.1, **special, **changes}
+        **{
+            **family_defaults(family),
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "num_layers": 2,
+            "multiple_of": 8,
+            "init_std": 0.1,
+            **special,
+            **changes,
+        }
     )  # type: ignore[arg-type]
 
 
@@ -80,7 +91,9 @@ def train(
     fill(model, placements)
     recompute(model, 0.0 if policy == "none" else 1.0, "full" if policy == "none" else policy)  # type: ignore[arg-type]
     model.head.label_smoothing, model.head.chunk = smoothing, chunk
-    whole = lambda tensors: {name: placements[name].whole(t, axis, "test") if axis else t for name, t in tensors.items()}  # noqa: E731
+    whole = lambda tensors: {  # noqa: E731
+        name: placements[name].whole(t, axis, "test") if axis else t for name, t in tensors.items()
+    }
     # eps: gradients are scaled to a norm of 1, and one that is rounding noise must not be blown up to a whole step
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, eps=1e-4)
     seen: dict = {}
@@ -95,14 +108,18 @@ def train(
         assert set(grads) == set(placements)
         if axis is not None:
             add_up([g for name, g in grads.items() if placements[name].partial], axis, "partial gradients")
-        squares = torch.stack([g.double().square().sum() for name, g in grads.items() if placements[name].counted]).sum()
+        squares = torch.stack(
+            [g.double().square().sum() for name, g in grads.items() if placements[name].counted]
+        ).sum()
         norm = (comm.all_reduce(squares, axis, "norm") if axis else squares).sqrt()
         if step == 0:
             seen |= {"norm": norm, "grads": {name: g.clone() for name, g in whole(grads).items()}}
         for g in grads.values():
             g.mul_(1.0 / norm)
         optimizer.step()
-    return seen | {"weights": {name: t.clone() for name, t in whole({n: p.detach() for n, p in model.named_parameters()}).items()}}
+    return seen | {
+        "weights": {name: t.clone() for name, t in whole({n: p.detach() for n, p in model.named_parameters()}).items()}
+    }
 
 
 def compare(have: dict, want: dict, dtype: torch.dtype, what: str) -> None:
@@ -123,7 +140,10 @@ def compare(have: dict, want: dict, dtype: torch.dtype, what: str) -> None:
 CASES = [
     # family, changes, mode, recomputation, smoothing
     *[("internlm", {}, mode, policy, 0.1) for mode, policy in (("mtp", "none"), ("msp", "full"), ("fsp", "selective"))],
-    *[("internlm2", {}, mode, policy, 0.0) for mode, policy in (("mtp", "selective"), ("msp", "none"), ("fsp", "full"))],
+    *[
+        ("internlm2", {}, mode, policy, 0.0)
+        for mode, policy in (("mtp", "selective"), ("msp", "none"), ("fsp", "full"))
+    ],
     *[
         ("llama", dict(tie_embeddings=True, embed_grad_scale=0.5), mode, policy, 0.0)
         for mode, policy in (("mtp", "full"), ("msp", "selective"), ("fsp", "none"))
@@ -162,7 +182,9 @@ def counted(recorder: Recorder) -> dict:
     return {purpose: count for (_, purpose, _), count in recorder.counts.items()}
 
 
-def cut_model(cfg: ModelConfig, axis: Axis, mode: str, dtype: torch.dtype = torch.float32) -> tuple[Transformer, dict[str, Placement]]:
+def cut_model(
+    cfg: ModelConfig, axis: Axis, mode: str, dtype: torch.dtype = torch.float32
+) -> tuple[Transformer, dict[str, Placement]]:
     model = Transformer(cfg, device="meta", dtype=dtype)
     placements = tensor_parallel(model, axis, mode)  # type: ignore[arg-type]
     allocate(model, "cpu")
@@ -180,7 +202,11 @@ def sends(mesh: Mesh) -> None:
     axis = mesh.axis("tensor")
     recorder = heard(axis, Recorder())
     for family, mode, policy, smoothing, dtype in [
-        *[("internlm", mode, policy, 0.1, torch.float32) for mode in ("mtp", "msp", "fsp") for policy in ("none", "full", "selective")],
+        *[
+            ("internlm", mode, policy, 0.1, torch.float32)
+            for mode in ("mtp", "msp", "fsp")
+            for policy in ("none", "full", "selective")
+        ],
         *[("internlm2", mode, "none", 0.0, torch.bfloat16) for mode in ("mtp", "msp", "fsp")],
         ("llama", "fsp", "none", 0.0, torch.float64),
     ]:
@@ -191,8 +217,14 @@ def sends(mesh: Mesh) -> None:
         model.head.label_smoothing, model.head.chunk = smoothing, 7
         recorder.reset()
         loss_of(model, *pack(cfg, 0)).loss_sum.backward()
-        add_up([p.grad for name, p in model.named_parameters() if placements[name].partial and p.grad is not None], axis, "partial gradients")
-        closed = by_purpose(tensor_traffic(cfg, TOKENS, axis.size, mode, dtype.itemsize, recomputed, smoothing > 0, chunk=7))  # type: ignore[arg-type]
+        add_up(
+            [p.grad for name, p in model.named_parameters() if placements[name].partial and p.grad is not None],
+            axis,
+            "partial gradients",
+        )
+        closed = by_purpose(
+            tensor_traffic(cfg, TOKENS, axis.size, mode, dtype.itemsize, recomputed, smoothing > 0, chunk=7)
+        )  # type: ignore[arg-type]
         assert counted(recorder) == closed, (family, mode, policy)
     assert not tensor_traffic(config("llama"), TOKENS, 1, "fsp")
 
@@ -290,7 +322,11 @@ def together(mesh: Mesh) -> None:
     init_weights(whole, seed=5)
     model = Transformer(cfg, device="meta")
     placements = tensor_parallel(model, axis, "fsp")
-    assert list(placements) == [name for name, _ in whole.named_parameters()] == [name for name, _ in model.named_parameters()]
+    assert (
+        list(placements)
+        == [name for name, _ in whole.named_parameters()]
+        == [name for name, _ in model.named_parameters()]
+    )
     allocate(model, "cpu")
     recorder.reset()
     init_placed(model, placements, seed=5)
@@ -309,9 +345,19 @@ def together(mesh: Mesh) -> None:
         have = model(ids, offsets())
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-6)
         have.square().sum().backward()
-        torch.testing.assert_close(model.embedding.weight.grad, placements["embedding.weight"].cut(grad), rtol=1e-4, atol=1e-5 * grad.abs().max().item())
+        torch.testing.assert_close(
+            model.embedding.weight.grad,
+            placements["embedding.weight"].cut(grad),
+            rtol=1e-4,
+            atol=1e-5 * grad.abs().max().item(),
+        )
         with torch.no_grad():
-            torch.testing.assert_close(model(ids, offsets(), labels=labels).loss_sum, whole(ids, offsets(), labels=labels).loss_sum, rtol=1e-5, atol=0)
+            torch.testing.assert_close(
+                model(ids, offsets(), labels=labels).loss_sum,
+                whole(ids, offsets(), labels=labels).loss_sum,
+                rtol=1e-5,
+                atol=0,
+            )
         if mode == "mtp":
             texts = generate_ids(model, ids), generate_ids(whole, ids)
             assert texts[0] == texts[1]
@@ -319,7 +365,9 @@ def together(mesh: Mesh) -> None:
             for refused in (dict(cache=KVCache.empty(4)), dict(last_only=True)):
                 with pytest.raises(ValueError, match="generate in mode mtp"):
                     model(ids, offsets(), **refused)
-            with pytest.raises(ValueError, match=f"23 tokens is not divisible by tensor {axis.size}, over which mode {mode} splits it"):
+            with pytest.raises(
+                ValueError, match=f"23 tokens is not divisible by tensor {axis.size}, over which mode {mode} splits it"
+            ):
                 model(ids[:23])
             with pytest.raises(ValueError, match="give one label a token, of the whole pack"):
                 model(ids, offsets(), labels=labels[: TOKENS // axis.size])
@@ -361,14 +409,21 @@ def second_opinion(mesh: Mesh) -> None:
     parallelize_module(block, DeviceMesh.from_group(axis.group, "cpu"), plan)  # type: ignore[arg-type]
     inputs = Inputs.of(cfg, pack(cfg, 0)[0], Segments.from_lengths(LENGTHS))
     positions = inputs.positions(cfg, torch.float64)
-    x0, upstream = (torch.randn(TOKENS, cfg.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    x0, upstream = (
+        torch.randn(TOKENS, cfg.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        for i in (0, 1)
+    )
     x = x0.clone().requires_grad_()
     out = block(x, positions)
     (out * upstream).sum().backward()
     assert x.grad is not None
     for mode in ("mtp", "msp", "fsp"):
         model, placements = cut_model(cfg, axis, mode, torch.float64)
-        rows = slice(None) if mode == "mtp" else slice(axis.coord * TOKENS // axis.size, (axis.coord + 1) * TOKENS // axis.size)
+        rows = (
+            slice(None)
+            if mode == "mtp"
+            else slice(axis.coord * TOKENS // axis.size, (axis.coord + 1) * TOKENS // axis.size)
+        )
         a = x0[rows].clone().requires_grad_()
         mine = model.blocks[0](a, positions)
         (mine * upstream[rows]).sum().backward()
@@ -414,7 +469,9 @@ def test_one_rank_changes_nothing():
     assert [type(m) for m in model.modules()] == kinds
 
 
-@pytest.mark.parametrize("shape, dim", [((8, 6), 0), ((8, 6), 1), ((4, 2, 6), 1), ((4, 2, 6), 2), ((12,), 0), ((5, 3), None)])
+@pytest.mark.parametrize(
+    "shape, dim", [((8, 6), 0), ((8, 6), 1), ((4, 2, 6), 1), ((4, 2, 6), 2), ((12,), 0), ((5, 3), None)]
+)
 def test_parts_tile_the_whole(shape, dim):
     size, whole = 2, torch.arange(torch.Size(shape).numel()).view(shape)
     parts = [Placement(shape, dim, coord, size) for coord in range(size)]

@@ -69,7 +69,9 @@ def test_the_moments_of_a_run(tmp_path):
     trainer(tiny_run(train_steps=2, checkpoint_every=0), tmp_path, callbacks=[notes]).fit()
     assert notes.seen == ["start", "before 0", "after 0", "before 1", "after 1", "saved 2", "close"]
     notes = Notes()  # the last step is one to save, and it is the best, and the run ends there: it is saved once
-    trainer(tiny_run(train_steps=2, checkpoint_every=2, train_valid_every=1), tmp_path / "best", callbacks=[notes]).fit()
+    trainer(
+        tiny_run(train_steps=2, checkpoint_every=2, train_valid_every=1), tmp_path / "best", callbacks=[notes]
+    ).fit()
     assert [what for what in notes.seen if what.startswith("saved")] == ["saved 1", "saved 2"]
 
 
@@ -186,7 +188,9 @@ def test_the_wait_for_data_counts(every, tmp_path):
 def test_figures_that_wait_are_written_when_a_step_fails(tmp_path):
     t = trainer(tiny_run(checkpoint_every=0, log_flush_every=100), tmp_path)
     calls = []
-    t.model.head.weight.register_hook(lambda g: calls.append(1) or (_ for _ in ()).throw(MemoryError("full")) if len(calls) == 7 else calls.append(1))
+    t.model.head.weight.register_hook(
+        lambda g: calls.append(1) or (_ for _ in ()).throw(MemoryError("full")) if len(calls) == 7 else calls.append(1)
+    )
     with pytest.raises(MemoryError):
         t.fit()
     assert len(read_metrics(tmp_path)) == t.state.step > 0
@@ -214,7 +218,9 @@ def _exchanges(mesh, run, folder):
 def test_one_exchange_a_step(tmp_path):
     run = tiny_run(train_steps=4, train_device="cpu", checkpoint_every=0)
     for every, windows in ((1, 4), (3, 2)):
-        got = run_ranks(_exchanges, Layout(2), with_fields(run, log_flush_every=every), tmp_path / str(every), timeout=180)
+        got = run_ranks(
+            _exchanges, Layout(2), with_fields(run, log_flush_every=every), tmp_path / str(every), timeout=180
+        )
         assert got[0] == got[1] and [p for p, _ in got[0]] == ["figures of the step"] * windows
 
 
@@ -237,7 +243,9 @@ def _wrong_on_one(mesh, run, folder):
 def test_a_callback_that_raises_on_one_rank_stops_all(tmp_path):
     run = tiny_run(train_steps=6, train_device="cpu", checkpoint_every=0)
     got = run_ranks(_wrong_on_one, Layout(2), run, tmp_path, timeout=180)
-    assert got[1].startswith("KeyError") and got[0].startswith("RankFailed: rank 1 failed while calling back after step 3: KeyError")
+    assert got[1].startswith("KeyError") and got[0].startswith(
+        "RankFailed: rank 1 failed while calling back after step 3: KeyError"
+    )
     assert [f.step for f in steps(tmp_path / "checkpoints")] == [3]
 
 
@@ -279,7 +287,9 @@ def test_a_streak_of_bad_steps_deletes_nothing(tmp_path):
     with pytest.raises(FloatingPointError, match=r"12 steps in a row.*checkpoint.resume \S+/checkpoints/6\)"):
         t.fit()
     left = [f.step for f in steps(tmp_path / "checkpoints")]
-    assert {4, 6} <= set(left) and all(bool(x.isfinite().all()) for n, x in tensors(tmp_path, 6).items() if n.startswith("model."))
+    assert {4, 6} <= set(left) and all(
+        bool(x.isfinite().all()) for n, x in tensors(tmp_path, 6).items() if n.startswith("model.")
+    )
     with pytest.raises(CheckpointError, match=r"not all finite \(head.weight\).*checkpoint.resume \S+/checkpoints/6"):
         trainer(run, tmp_path)
 
@@ -422,7 +432,9 @@ def test_a_folder_is_held_from_construction_on(tmp_path):
     )
 
     def other():
-        return subprocess.run([sys.executable, "-c", code, str(tmp_path / "checkpoints")], capture_output=True, text=True, timeout=120).stdout
+        return subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "checkpoints")], capture_output=True, text=True, timeout=120
+        ).stdout
 
     assert f"(process {os.getpid()} on" in other()
     del t
@@ -442,7 +454,9 @@ def test_a_restart_by_the_launcher_goes_on(resume, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     said: list[str] = []
     t = trainer(again, tmp_path / "a", said)
-    assert t.state.step == (4 if resume == "none" else 6) and any("started again by the launcher" in line for line in said)
+    assert t.state.step == (4 if resume == "none" else 6) and any(
+        "started again by the launcher" in line for line in said
+    )
     assert not (tmp_path / "a.1").exists() and not (tmp_path / "a" / "checkpoints" / "superseded").exists()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "another")  # a launch of its own begins as it says
     del t
@@ -471,7 +485,9 @@ def test_the_end_of_a_long_file_is_enough(tmp_path):
         head = path.read_bytes()[:200]
         (tmp_path / "metrics.dropped.jsonl").unlink(missing_ok=True)
         assert keep_before(path, cut, tail=100) == 100 - cut + bool(torn)
-        assert [r["step"] for r in read_metrics(path)] == list(range(cut)) and path.read_bytes()[:200] == head[: len(path.read_bytes())]
+        assert [r["step"] for r in read_metrics(path)] == list(range(cut)) and path.read_bytes()[:200] == head[
+            : len(path.read_bytes())
+        ]
         dropped = (tmp_path / "metrics.dropped.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in dropped if line.endswith("}")] == list(range(cut, 100))
     assert [r["step"] for r in sample_metrics(path, most=10, small=10)][-1] == 94

@@ -58,8 +58,12 @@ def place(tmp_path_factory):
     (root / "returns.py").write_text("def run(): return 3")
     (root / "fails.py").write_text("def run(): return {}['a']")
     short = "from mine import run as mine\nfrom dataclasses import replace\ndef run():\n    {}\n"
-    (root / "wrongkey.py").write_text(short.format("return replace(mine(), model=replace(mine().model, hidden_sise=3))"))
-    (root / "wrongvalue.py").write_text(short.format("return replace(mine(), optim=replace(mine().optim, lr=float('nan')))"))
+    (root / "wrongkey.py").write_text(
+        short.format("return replace(mine(), model=replace(mine().model, hidden_sise=3))")
+    )
+    (root / "wrongvalue.py").write_text(
+        short.format("return replace(mine(), optim=replace(mine().optim, lr=float('nan')))")
+    )
     (root / "wrongimport.py").write_text("from internlm_nb.train.config import LogConfg\ndef run(): pass\n")
     (root / "wronghook.py").write_text(short.format("return mine()") + "sinks = 3\n")
     (root / "wrongsinks.py").write_text(short.format("return mine()") + "\n\ndef sinks():\n    return [one]\n")
@@ -192,7 +196,9 @@ def test_wrong_is_named_before_work_starts(line, words, place, monkeypatch):
     missing = [w for w in words.split() if w not in said and w not in said.replace(" ", "")]
     assert not missing, said
     assert "Traceback" not in err or "broken.py" in line or "syntax.py" in line
-    assert sorted(p for p in place.rglob("*") if "__pycache__" not in p.parts) == [p for p in before if "__pycache__" not in p.parts]
+    assert sorted(p for p in place.rglob("*") if "__pycache__" not in p.parts) == [
+        p for p in before if "__pycache__" not in p.parts
+    ]
 
 
 def test_help_lists_every_field(place, monkeypatch):
@@ -202,7 +208,11 @@ def test_help_lists_every_field(place, monkeypatch):
     code, out, _ = call(place, "mine.py --help", monkeypatch)
     from internlm_nb.train.config import flatten
 
-    assert code == 0 and all("--" + name.replace("_", "-") in out for name, _ in flatten(tiny_run())) and "(default: 10)" in out
+    assert (
+        code == 0
+        and all("--" + name.replace("_", "-") in out for name, _ in flatten(tiny_run()))
+        and "(default: 10)" in out
+    )
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -215,7 +225,11 @@ def test_own_file_and_overrides(place, monkeypatch, tmp_path):
     )
     assert code == 0, err
     saved = json.loads((tmp_path / "r" / "config.json").read_text())
-    assert saved["run"]["optim"]["lr"] == 1e-3 and saved["run"]["data"]["train_folder"] == ["good"] and "--data.micro-num 1" in saved["command"]
+    assert (
+        saved["run"]["optim"]["lr"] == 1e-3
+        and saved["run"]["data"]["train_folder"] == ["good"]
+        and "--data.micro-num 1" in saved["command"]
+    )
     assert {"python", "torch", "internlm_nb"} <= saved["versions"].keys()
     assert out.count("tgs (tokens/gpu/second)=") == 3 and len(facts(tmp_path / "r")) == 3
     assert "all steps are made at step 3 of 3" in out
@@ -253,8 +267,12 @@ def test_without_tensorboard(place, monkeypatch, tmp_path):
     import internlm_nb.observe.outputs as module
 
     real = importlib.util.find_spec
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name, *a: None if name == "tensorboard" else real(name, *a))
-    code, out, _ = call(place, f"mine.py --run-dir {tmp_path}/r --train.steps 2 --log.sinks console tensorboard", monkeypatch)
+    monkeypatch.setattr(
+        module.importlib.util, "find_spec", lambda name, *a: None if name == "tensorboard" else real(name, *a)
+    )
+    code, out, _ = call(
+        place, f"mine.py --run-dir {tmp_path}/r --train.steps 2 --log.sinks console tensorboard", monkeypatch
+    )
     assert code == 0 and "no TensorBoard files: pip install" in out and not (tmp_path / "r" / "tensorboard").exists()
 
 
@@ -263,7 +281,11 @@ def test_without_tensorboard(place, monkeypatch, tmp_path):
 
 def start(*args, cwd):
     "A background job of a script ignores SIGINT, and so would the children that it starts: here it does what it does in a terminal"
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    env = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+    }
     return subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / "train.py"), *map(str, args)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -282,7 +304,17 @@ def wait_for(path: Path, lines: int, process) -> None:
 
 def test_script_signals_and_resume(place, tmp_path):
     "SIGTERM, then SIGINT, to scripts/train.py: saved, code 0; the same command goes on; in the end it is the run that was left alone"
-    options = ["mine.py", "--train.steps", "60", "--train.valid-every", "20", "--checkpoint.every", "0", "--data.micro-num", "3"]
+    options = [
+        "mine.py",
+        "--train.steps",
+        "60",
+        "--train.valid-every",
+        "20",
+        "--checkpoint.every",
+        "0",
+        "--data.micro-num",
+        "3",
+    ]
     for i, number in enumerate((signal.SIGTERM, signal.SIGINT)):
         p = start(*options, "--run-dir", tmp_path / "b", cwd=place)
         wait_for(tmp_path / "b" / "metrics.jsonl", 3 + 12 * i, p)
@@ -302,7 +334,18 @@ def test_script_signals_and_resume(place, tmp_path):
 
 def test_script_second_interrupt(place, tmp_path):
     "Two at once: stops at once with code 130 and no traceback, and the earlier checkpoint is whole"
-    p = start("mine.py", "--train.steps", "100000", "--checkpoint.every", "3", "--run-dir", tmp_path / "b", "--model.num-layers", "8", cwd=place)
+    p = start(
+        "mine.py",
+        "--train.steps",
+        "100000",
+        "--checkpoint.every",
+        "3",
+        "--run-dir",
+        tmp_path / "b",
+        "--model.num-layers",
+        "8",
+        cwd=place,
+    )
     wait_for(tmp_path / "b" / "metrics.jsonl", 5, p)
     p.send_signal(signal.SIGSTOP)  # so that both are there when it wakes
     p.send_signal(signal.SIGINT)
@@ -354,7 +397,12 @@ def test_a_run_file_may_have_sinks_and_an_end(place, monkeypatch, tmp_path):
     assert (tmp_path / "heard").read_text().split() == ["0", "1", "2"] and (tmp_path / "finished").read_text() == "3"
     (tmp_path / "bad.py").write_text(HOOKED.replace("Path(", "Pth("))
     code, _, err = call(tmp_path, f"bad.py --run-dir {tmp_path}/s", monkeypatch)
-    assert code == 1 and "the run is complete, but its finish() failed" in err and "bad.py, line 25, in finish()" in err and "Did you mean Path?" in err
+    assert (
+        code == 1
+        and "the run is complete, but its finish() failed" in err
+        and "bad.py, line 25, in finish()" in err
+        and "Did you mean Path?" in err
+    )
     assert [f.step for f in steps(tmp_path / "s" / "checkpoints")] == [3]
 
 

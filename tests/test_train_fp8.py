@@ -10,7 +10,9 @@ from internlm_nb.train.config import RunConfig, TrainConfig
 from internlm_nb.train.fp8 import fp8_linears
 from internlm_nb.train.parallelize import build_model
 
-CFG = ModelConfig("llama", vocab_size=64, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16)
+CFG = ModelConfig(
+    "llama", vocab_size=64, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16
+)
 
 
 def loss_and_gradient(model, device="cpu"):

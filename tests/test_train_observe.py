@@ -22,7 +22,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from internlm_nb.observe import sinks as sinks_module
-from internlm_nb.observe.metrics import LOG_KEYS, StepRecord, Throughput, TypeMeter, datasheet_tflops, flop_rates, log_line, peak_tflops
+from internlm_nb.observe.metrics import (
+    LOG_KEYS,
+    StepRecord,
+    Throughput,
+    TypeMeter,
+    datasheet_tflops,
+    flop_rates,
+    log_line,
+    peak_tflops,
+)
 from internlm_nb.observe.monitor import LivePlot, progress_bar, thin
 from internlm_nb.observe.plots import compare_runs, plot_run, save_plots, series, smooth
 from internlm_nb.observe.profile import StepProfiler, parse_steps
@@ -102,7 +111,9 @@ def test_schedule_equals_torch(kind, warm):
 
 def test_check_values():
     cfg = ScheduleConfig(warmup_ratio=0.01, min_lr=1e-5)
-    assert [lr_at(k, 1e-4, 50_000, cfg) for k in range(6)] == pytest.approx([2e-7 * (k + 1) for k in range(6)], rel=1e-13)
+    assert [lr_at(k, 1e-4, 50_000, cfg) for k in range(6)] == pytest.approx(
+        [2e-7 * (k + 1) for k in range(6)], rel=1e-13
+    )
     assert [beta2_at(t, 0.95, 0.8) for t in (1, 100)] == [0.95, 1 - 100**-0.8]
     assert beta2_at(10**6, 0.95, 0) == 0.95
 
@@ -161,12 +172,20 @@ def test_peaks():
     assert datasheet_tflops("NVIDIA A100-SXM4-80GB", "bfloat16") == 312
     assert datasheet_tflops("NVIDIA H100 80GB HBM3", "float16") == datasheet_tflops("NVIDIA H200", "bfloat16") == 989
     assert datasheet_tflops("NVIDIA H100 NVL", "bfloat16") == 835 and datasheet_tflops("Tesla T4", "bfloat16") is None
-    assert (peak_tflops(torch.device("cpu"), "bfloat16") or 0) > 0 and (peak_tflops(torch.device("cpu"), "tf32") or 0) > 0
+    assert (peak_tflops(torch.device("cpu"), "bfloat16") or 0) > 0 and (
+        peak_tflops(torch.device("cpu"), "tf32") or 0
+    ) > 0
     assert peak_tflops(torch.device("meta"), "float32") is None
 
 
 @PROPERTY
-@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 4), st.integers(0, 60), st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    st.integers(0, 2**31),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(0, 60),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_type_sums_equal_a_naive_loop(seed, types, batches, tokens, dtype):
     g = torch.Generator().manual_seed(seed)
     names = [f"type{i}" for i in range(types)]
@@ -202,16 +221,33 @@ def test_meter_never_waits_for_the_device():
     with FakeTensorMode():
         meter = TypeMeter(["a", "b"])
         for _ in range(2):
-            meter.add(torch.rand(8), torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.long), torch.zeros(8, dtype=torch.long))
+            meter.add(
+                torch.rand(8),
+                torch.zeros(8, dtype=torch.bool),
+                torch.zeros(8, dtype=torch.long),
+                torch.zeros(8, dtype=torch.long),
+            )
 
 
 def test_meter_takes_a_loss_with_a_gradient():
     meter, loss = TypeMeter(["a"]), torch.rand(4, requires_grad=True)
-    meter.add(loss, torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.long))
+    meter.add(
+        loss, torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.int32), torch.zeros(4, dtype=torch.long)
+    )
     assert not meter.sums.requires_grad and meter.read()["accuracy"] == 1
 
 
-RECORD = StepRecord(step=12, loss=2.5, grad_norm=0.75, lr=2e-7, tokens=4096, tgs=1234.5, tflops=0.125, num_consumed_tokens=10**12, extra={"mfu": 0.5})
+RECORD = StepRecord(
+    step=12,
+    loss=2.5,
+    grad_norm=0.75,
+    lr=2e-7,
+    tokens=4096,
+    tgs=1234.5,
+    tflops=0.125,
+    num_consumed_tokens=10**12,
+    extra={"mfu": 0.5},
+)
 
 
 def test_log_line_is_the_contract():
@@ -247,7 +283,9 @@ def test_each_step_stands_once(tmp_path_factory, done, resume, cut, garbage, mor
         again.write({"step": k, "loss": k / 7, "part": 2})
 
     records = read_metrics(run)
-    assert records == [r for r in whole if r["step"] < resume] + [{"step": k, "loss": k / 7, "part": 2} for k in range(resume, resume + more)]
+    assert records == [r for r in whole if r["step"] < resume] + [
+        {"step": k, "loss": k / 7, "part": 2} for k in range(resume, resume + more)
+    ]
     aside = run / "metrics.dropped.jsonl"
     lines = [x for x in raw.split(b"\n") if x]
     kept = sink.path.read_bytes().split(b"\n") + (aside.read_bytes().split(b"\n") if aside.exists() else [])
@@ -268,7 +306,9 @@ def test_a_last_line_without_newline_is_kept(tmp_path):
     assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("line", [b"oops", b"[1]", b"12", b'{"loss": 1}', b'{"step": "3"}', b'{"step": true}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "line", [b"oops", b"[1]", b"12", b'{"loss": 1}', b'{"step": "3"}', b'{"step": true}', b"\xff\xfe"]
+)
 def test_a_broken_line_in_the_middle_is_named(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is no record"):
@@ -355,7 +395,11 @@ def test_a_reader_beside_a_resume_sees_old_or_new(tmp_path):
 
 
 @PROPERTY
-@given(st.dictionaries(st.text(max_size=5), st.one_of(st.floats(), st.integers(), st.text(max_size=9), st.none()), max_size=6))
+@given(
+    st.dictionaries(
+        st.text(max_size=5), st.one_of(st.floats(), st.integers(), st.text(max_size=9), st.none()), max_size=6
+    )
+)
 def test_json_is_strict(record):
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
@@ -382,7 +426,9 @@ def test_tensorboard_file_is_readable(tmp_path):
 
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(k, 3 - k / 4) for k in range(4)] + [(k, 2.0) for k in range(4, 8)]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(k, 3 - k / 4) for k in range(4)] + [
+        (k, 2.0) for k in range(4, 8)
+    ]
     assert sorted(events.Tags()["scalars"]) == ["loss", "loss/en"] and events.Tags()["images"] == ["overview"]
     assert b"lr = 1" in events.Tensors("config/text_summary")[0].tensor_proto.string_val[0]
 
@@ -456,7 +502,18 @@ def test_console_keeps_its_rhythm(capsys):
 
 def records(n: int) -> list[dict]:
     rnd = random.Random(0)
-    out = [dict(step=k, loss=3 - k / n + rnd.random(), lr=1e-4, grad_norm=None if k == 3 else 1.0, tgs=900.0, tgs_10=900.0, tgs_mean=880.0) for k in range(n)]
+    out = [
+        dict(
+            step=k,
+            loss=3 - k / n + rnd.random(),
+            lr=1e-4,
+            grad_norm=None if k == 3 else 1.0,
+            tgs=900.0,
+            tgs_10=900.0,
+            tgs_mean=880.0,
+        )
+        for k in range(n)
+    ]
     out[0] |= {"valid_loss": 3.5, "valid_loss/en": 3.25}
     return out
 
@@ -468,7 +525,11 @@ def test_plots_have_titles_labels_and_lines(tmp_path):
     for ax in fig.axes:
         assert ax.get_title() and ax.get_xlabel() == "step" and ax.get_ylabel() and ax.lines
         assert all(len(np.asarray(line.get_xdata())) for line in ax.lines)
-    assert [line.get_label() for line in fig.axes[0].lines][1:] == ["train, mean of ~20 steps", "validation", "validation, en"]
+    assert [line.get_label() for line in fig.axes[0].lines][1:] == [
+        "train, mean of ~20 steps",
+        "validation",
+        "validation, en",
+    ]
     assert list(np.asarray(fig.axes[2].lines[1].get_xdata())) == [3]
     assert pyplot.get_fignums() == before  # the current figure of others is left alone
     compared = compare_runs({"a": records(30), "b": records(10)}, keys=["loss", "lr", "nothing"])
@@ -482,7 +543,13 @@ def test_plots_of_a_folder(tmp_path):
         sink.write(r)
     first = [p.read_bytes() for p in save_plots(tmp_path)]
     assert [p.read_bytes() for p in save_plots(tmp_path)] == first  # the same numbers, the same bytes
-    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == ["grad_norm.png", "loss.png", "lr.png", "overview.png", "throughput.png"]
+    assert sorted(p.name for p in (tmp_path / "plots").iterdir()) == [
+        "grad_norm.png",
+        "loss.png",
+        "lr.png",
+        "overview.png",
+        "throughput.png",
+    ]
     assert series(records(8), "grad_norm")[0] == [0, 1, 2, 4, 5, 6, 7]
 
 
@@ -497,7 +564,15 @@ def test_smoothing_is_a_weighted_mean(values, span):
 
 def test_live_plot_keeps_its_rhythm_and_its_size():
     clock, drawn = [0.0], []
-    live = LivePlot(total_steps=200, every_s=10, every_steps=3, show=lambda p, line: drawn.append(line), most=50, clock=lambda: clock[0], records=records(5))
+    live = LivePlot(
+        total_steps=200,
+        every_s=10,
+        every_steps=3,
+        show=lambda p, line: drawn.append(line),
+        most=50,
+        clock=lambda: clock[0],
+        records=records(5),
+    )
     for k in range(5, 205):
         clock[0] += 1.0
         live.write({"step": k, "loss": 1.0})
@@ -525,7 +600,9 @@ def test_live_plot_in_a_kernel_draws_anew_after_closing(monkeypatch):
             shown.append("update")
 
     monkeypatch.setattr("internlm_nb.observe.monitor.in_notebook", lambda: True)
-    monkeypatch.setattr(IPython.display, "display", lambda part, display_id: shown.append(type(part).__name__) or Handle())
+    monkeypatch.setattr(
+        IPython.display, "display", lambda part, display_id: shown.append(type(part).__name__) or Handle()
+    )
     live = LivePlot(every_s=0)
     live.write({"step": 0, "loss": 1.0})
     live.write({"step": 1, "loss": 1.0})
@@ -578,7 +655,12 @@ def test_profiler_records_its_steps_alone(tmp_path, caplog):
                     raise RuntimeError("a step that fails")
     p.close()
     names = sorted(f.name for f in (tmp_path / "profile").iterdir())
-    assert names == ["steps_1-2_rank3.trace.json", "steps_1-2_rank3.txt", "steps_5-5_rank3.trace.json", "steps_5-5_rank3.txt"]
+    assert names == [
+        "steps_1-2_rank3.trace.json",
+        "steps_1-2_rank3.txt",
+        "steps_5-5_rank3.trace.json",
+        "steps_5-5_rank3.txt",
+    ]
     for name, calls in (("steps_1-2", 2), ("steps_5-5", 1)):
         trace = json.loads((tmp_path / f"profile/{name}_rank3.trace.json").read_text())
         assert sum(e.get("name") == "aten::mm" for e in trace["traceEvents"]) == calls

@@ -24,7 +24,16 @@ from internlm_nb.train.schedules import ScheduleConfig, lr_at
 from internlm_nb.train.step import evaluate, train_step
 
 pytestmark = pytest.mark.usefixtures("no_plots")
-LLAMA = ModelConfig(family="llama", vocab_size=97, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16)
+LLAMA = ModelConfig(
+    family="llama",
+    vocab_size=97,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_ratio=2.0,
+    multiple_of=16,
+)
 
 
 # a second opinion: transformers' Llama, torch's AdamW, torch's clipping, and the formula of the learning rate
@@ -45,9 +54,15 @@ def to_llama(model, read):
         fused = read(block.attention.wqkv.weight).unflatten(0, (cfg.num_kv_heads, group + 2, cfg.head_dim))
         q, k, v = fused[:, :group].flatten(0, 1), fused[:, group], fused[:, group + 1]
         out |= {f"{at}.self_attn.{n}_proj.weight": t.flatten(0, 1) for n, t in (("q", q), ("k", k), ("v", v))}
-        out |= {f"{at}.self_attn.o_proj.weight": read(block.attention.wo.weight), f"{at}.input_layernorm.weight": read(block.attention_norm.weight)}
+        out |= {
+            f"{at}.self_attn.o_proj.weight": read(block.attention.wo.weight),
+            f"{at}.input_layernorm.weight": read(block.attention_norm.weight),
+        }
         out[f"{at}.post_attention_layernorm.weight"] = read(block.ffn_norm.weight)
-        out |= {f"{at}.mlp.{n}_proj.weight": read(getattr(block.feed_forward, w).weight) for n, w in (("gate", "w1"), ("down", "w2"), ("up", "w3"))}
+        out |= {
+            f"{at}.mlp.{n}_proj.weight": read(getattr(block.feed_forward, w).weight)
+            for n, w in (("gate", "w1"), ("down", "w2"), ("up", "w3"))
+        }
     return out
 
 
@@ -55,7 +70,9 @@ def in_float64(hf):
     "transformers computes norms and rotary angles in float32 whatever the weights are: here they are done in float64, by torch's own rms_norm and the definition"
     for module in hf.modules():
         if type(module).__name__ == "LlamaRMSNorm":
-            module.forward = lambda x, m=module: torch.nn.functional.rms_norm(x, m.weight.shape, m.weight, m.variance_epsilon)
+            module.forward = lambda x, m=module: torch.nn.functional.rms_norm(
+                x, m.weight.shape, m.weight, m.variance_epsilon
+            )
     c = hf.config
     half = c.hidden_size // c.num_attention_heads // 2
     inverse = c.rope_parameters["rope_theta"] ** (-torch.arange(half, dtype=torch.float64) / half)
@@ -80,7 +97,15 @@ def plain_loop(model, run, steps):
     hf.load_state_dict({n: t.clone() for n, t in to_llama(model, lambda p: p.detach()).items()})
     if model.embedding.weight.dtype == torch.float64:
         in_float64(hf)
-    adam = torch.optim.AdamW(hf.parameters(), lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, foreach=False, fused=False)
+    adam = torch.optim.AdamW(
+        hf.parameters(),
+        lr=o.lr,
+        betas=(o.beta1, o.beta2),
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        foreach=False,
+        fused=False,
+    )
     loader, out = Loader(run.data, run.train.seed, c.vocab_size), []
     total, warm, init = run.train.steps, int(run.train.steps * o.schedule.warmup_ratio), o.schedule.init_steps
     for e in range(steps):
@@ -89,7 +114,10 @@ def plain_loop(model, run, steps):
         elif e < init + warm:
             lr = o.lr * (e - init + 1) / warm
         else:
-            lr = o.schedule.min_lr + (o.lr - o.schedule.min_lr) * (1 + math.cos(math.pi * (e - init - warm) / (total - init - warm))) / 2
+            lr = (
+                o.schedule.min_lr
+                + (o.lr - o.schedule.min_lr) * (1 + math.cos(math.pi * (e - init - warm) / (total - init - warm))) / 2
+            )
         adam.param_groups[0]["lr"] = lr
         adam.zero_grad()
         loss_sum, targets = 0.0, 0
@@ -97,7 +125,9 @@ def plain_loop(model, run, steps):
             for ids, labels in zip(p.input_ids.split(p.lengths), p.labels.split(p.lengths)):
                 if (labels != -100).any():
                     logits = hf(input_ids=ids[None], use_cache=False).logits[0]
-                    loss_sum = loss_sum + torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+                    loss_sum = loss_sum + torch.nn.functional.cross_entropy(
+                        logits, labels, ignore_index=-100, reduction="sum"
+                    )
                     targets += int((labels != -100).sum())
         (loss_sum / targets).backward()
         norm = torch.nn.utils.clip_grad_norm_(hf.parameters(), o.clip)
@@ -120,7 +150,11 @@ def test_second_opinion(precision, tmp_path):
     # float64: rounding alone. float32: the laws' bounds (Adam divides rounding noise by tiny gradients)
     rel, close = (1e-10, 1e-10) if precision == "float64" else (1e-5, 1e-5)
     for r, (loss, norm, lr) in zip(got, want, strict=True):
-        assert r["loss"] == pytest.approx(loss, rel=rel) and r["grad_norm"] == pytest.approx(norm, rel=rel) and r["lr"] == pytest.approx(lr, rel=1e-12, abs=0)
+        assert (
+            r["loss"] == pytest.approx(loss, rel=rel)
+            and r["grad_norm"] == pytest.approx(norm, rel=rel)
+            and r["lr"] == pytest.approx(lr, rel=1e-12, abs=0)
+        )
     assert max(r["grad_norm"] for r in got) > 0.5  # the clip was at work
     for name, tensor in to_llama(t.model, lambda p: p.detach()).items():
         assert (tensor - weights[name]).abs().max() <= close, name
@@ -133,7 +167,8 @@ def test_any_cut_into_micro_batches_is_one_step(data):
     "The same documents, however they are cut into packs, give the same loss, norm and weights (law 3): float64, rounding alone"
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     docs = [
-        torch.randint(1, 97, (n,), generator=g) * (1 if i % 3 else -1) for i, n in enumerate(data.draw(st.lists(st.integers(2, 12), min_size=4, max_size=9)))
+        torch.randint(1, 97, (n,), generator=g) * (1 if i % 3 else -1)
+        for i, n in enumerate(data.draw(st.lists(st.integers(2, 12), min_size=4, max_size=9)))
     ]
     docs.append(torch.arange(1, 9))  # one that surely has targets
     borders = sorted(data.draw(st.sets(st.integers(1, len(docs) - 1), max_size=4)))
@@ -214,7 +249,9 @@ def states(t) -> dict[str, torch.Tensor]:
 def test_overflow_skips_the_step_and_only_that(tmp_path):
     "A scale that overflows: nothing changes but the step number and the scale; the schedule goes on, tokens are not counted; then it trains"
     scale = LossScaleConfig(init=2.0**24, max=2.0**24, growth_interval=4, hysteresis=2)
-    run = tiny_run(train_precision="float16", train_steps=14, train_loss_scale=scale, checkpoint_every=1, checkpoint_keep_last=0)
+    run = tiny_run(
+        train_precision="float16", train_steps=14, train_loss_scale=scale, checkpoint_every=1, checkpoint_keep_last=0
+    )
     t = trainer(run, tmp_path / "a")
     t.model.head.weight.data *= 30  # larger gradients: 2^24 is surely too much
     before = {n: x.clone() for n, x in states(t).items()}
@@ -246,7 +283,9 @@ def test_one_bad_gradient_costs_one_step(precision, tmp_path):
     t.fit()
     records = facts(tmp_path / "a")
     assert records[1]["grad_norm"] is None and records[-1]["inf_nan_skip_batches"] == 1  # null: JSON has no NaN
-    assert t.state == TrainState(4, sum(r["tokens"] for i, r in enumerate(records) if i != 1), t.state.num_consumed_samples, 1, 0)
+    assert t.state == TrainState(
+        4, sum(r["tokens"] for i, r in enumerate(records) if i != 1), t.state.num_consumed_samples, 1, 0
+    )
     assert states(t)["adam_step.head.weight"] == 3
 
 
@@ -257,7 +296,9 @@ def test_one_bad_gradient_costs_one_step(precision, tmp_path):
 def test_recomputation_changes_no_bit(precision, tmp_path):
     base = tiny_run(train_steps=3, checkpoint_every=0, train_precision=precision)
     trainer(base, tmp_path / "none").fit()
-    for i, (share, policy) in enumerate([(1.0, "full"), (0.5, "full"), (1.0, "selective"), (0.7, "selective")][: 4 if precision == "bfloat16" else 2]):
+    for i, (share, policy) in enumerate(
+        [(1.0, "full"), (0.5, "full"), (1.0, "selective"), (0.7, "selective")][: 4 if precision == "bfloat16" else 2]
+    ):
         trainer(with_fields(base, train_recompute=share, train_recompute_policy=policy), tmp_path / str(i)).fit()
         assert facts(tmp_path / "none") == facts(tmp_path / str(i))
         a, b = tensors(tmp_path / "none", 3), tensors(tmp_path / str(i), 3)
@@ -307,7 +348,9 @@ def test_label_smoothing_trains_but_does_not_measure(tmp_path):
     trainer(run, tmp_path / "smooth").fit()
     trainer(with_fields(run, train_label_smoothing=0.0), tmp_path / "plain").fit()
     smooth, plain = facts(tmp_path / "smooth")[0], facts(tmp_path / "plain")[0]
-    assert smooth["loss"] != plain["loss"] and smooth["loss/synthetic"] == pytest.approx(plain["loss/synthetic"], rel=1e-6)
+    assert smooth["loss"] != plain["loss"] and smooth["loss/synthetic"] == pytest.approx(
+        plain["loss/synthetic"], rel=1e-6
+    )
     assert facts(tmp_path / "smooth", "validation.jsonl")[0] == facts(tmp_path / "plain", "validation.jsonl")[0]
 
 
@@ -328,7 +371,10 @@ def test_compiled_run_is_close_to_the_plain_one(backend, tmp_path, monkeypatch):
     real = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: real(self, backend=backend, **kw))
     for compiled in (False, True):
-        trainer(tiny_run(train_steps=3, train_compile=compiled, train_valid_every=2, optim_lr=3e-4), tmp_path / str(compiled)).fit()
+        trainer(
+            tiny_run(train_steps=3, train_compile=compiled, train_valid_every=2, optim_lr=3e-4),
+            tmp_path / str(compiled),
+        ).fit()
     for name in ("metrics.jsonl", "validation.jsonl"):
         for a, b in zip(facts(tmp_path / "False", name), facts(tmp_path / "True", name), strict=True):
             key = "loss" if "loss" in a else "valid_loss"
@@ -343,14 +389,32 @@ def test_record_and_line_have_the_keys(tmp_path):
     from internlm_nb.observe.sinks import read_metrics
 
     for i, r in enumerate(read_metrics(tmp_path / "a")):
-        assert {"step", "loss", "grad_norm", "lr", "tokens", "tgs", "tflops", "mfu", "mfu_causal", "hfu", "tgs_10", "tgs_50", "tgs_mean"} <= r.keys()
+        assert {
+            "step",
+            "loss",
+            "grad_norm",
+            "lr",
+            "tokens",
+            "tgs",
+            "tflops",
+            "mfu",
+            "mfu_causal",
+            "hfu",
+            "tgs_10",
+            "tgs_50",
+            "tgs_mean",
+        } <= r.keys()
         assert r["step"] == i and r["tgs"] > 0 and r["tflops"] > 0 and r["fwd_bwd_time"] > 0
         assert {f"{k}/{t}" for k in ("loss", "accuracy", "perplexity", "tokens") for t in ("en", "cn")} <= r.keys()
         line = log_line(r)
-        assert [w.split("=")[0] for w in line.replace(" (tokens/gpu/second)", "").split()][: len(LOG_KEYS)] == [k.split(" ")[0] for k in LOG_KEYS]
+        assert [w.split("=")[0] for w in line.replace(" (tokens/gpu/second)", "").split()][: len(LOG_KEYS)] == [
+            k.split(" ")[0] for k in LOG_KEYS
+        ]
         # the mean over all targets is the token-weighted mean of the types
         weights = {t: r.get(f"tokens/{t}", 0) for t in ("en", "cn")}
-        assert r["loss"] == pytest.approx(sum(r[f"loss/{t}"] * w for t, w in weights.items()) / sum(weights.values()), rel=1e-6)
+        assert r["loss"] == pytest.approx(
+            sum(r[f"loss/{t}"] * w for t, w in weights.items()) / sum(weights.values()), rel=1e-6
+        )
     assert records[-1]["num_consumed_tokens"] == sum(r["tokens"] for r in records)
 
 
@@ -358,7 +422,11 @@ def test_record_and_line_have_the_keys(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "precision, policy", [*(("bfloat16", p) for p in ("none", "full", "selective")), *((p, "none") for p in ("float16", "float32", "float64"))]
+    "precision, policy",
+    [
+        *(("bfloat16", p) for p in ("none", "full", "selective")),
+        *((p, "none") for p in ("float16", "float32", "float64")),
+    ],
 )
 def test_the_step_runs_without_values(precision, policy):
     "Under fake tensors every .item() would raise: forward, recomputation, loss, meter, clip, update, loss scale and schedule ask the host for nothing"
@@ -368,12 +436,25 @@ def test_the_step_runs_without_values(precision, policy):
         model = Transformer(TINY, dtype=p.param)
         if policy != "none":
             recompute(model, 1.0, policy)
-        opt = make_optimizer(model, OptimConfig(beta2_c=0.8, own_lr=("head.*=1e-5",)), p, loss_scale=LossScale(LossScaleConfig(), enabled=p.loss_scale))
+        opt = make_optimizer(
+            model,
+            OptimConfig(beta2_c=0.8, own_lr=("head.*=1e-5",)),
+            p,
+            loss_scale=LossScale(LossScaleConfig(), enabled=p.loss_scale),
+        )
         meter = TypeMeter(["a", "b"])
         for step in range(2):
             batches = []
             for k in packs:
-                b = Batch.of(replace(k, **{n: mode.from_tensor(getattr(k, n)) for n in ("input_ids", "labels", "cu_seqlens", "indexes", "type_ids")}))
+                b = Batch.of(
+                    replace(
+                        k,
+                        **{
+                            n: mode.from_tensor(getattr(k, n))
+                            for n in ("input_ids", "labels", "cu_seqlens", "indexes", "type_ids")
+                        },
+                    )
+                )
                 batches.append(b)
             opt.set_schedule(step, 10)
             out = train_step(model, opt, batches, sum(k.num_targets for k in packs), meter)
@@ -392,7 +473,9 @@ def test_the_step_never_waits_for_the_gpu(precision, policy):
     model = Transformer(TINY, device=device, dtype=p.param)
     if policy != "none":
         recompute(model, 1.0, policy)
-    opt = make_optimizer(model, OptimConfig(beta2_c=0.8), p, loss_scale=LossScale(LossScaleConfig(), device, enabled=p.loss_scale))
+    opt = make_optimizer(
+        model, OptimConfig(beta2_c=0.8), p, loss_scale=LossScale(LossScaleConfig(), device, enabled=p.loss_scale)
+    )
     meter = TypeMeter(["a", "b"], device)
     for step in range(3):
         batches = [Batch.of(k, device) for k in packs]

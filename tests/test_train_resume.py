@@ -138,7 +138,11 @@ def test_killed_again_and_again(tmp_path):
         trainer(everything(tmp_path, precision, write=precision == "float32"), tmp_path / f"straight-{precision}").fit()
     here = str(Path(__file__).parent)
     said = subprocess.run(
-        [sys.executable, "-c", KILLED, here, str(tmp_path)], capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [sys.executable, "-c", KILLED, here, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert said.returncode == 0 and "exit 1" not in said.stdout, said.stderr[-3000:]
     for precision in ("float32", "bfloat16", "float16"):
@@ -178,7 +182,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path):
     assert again.state.step == 4 and any("6 skipped" in line for line in said)
     again.fit()
     same(tmp_path / "a", tmp_path / "b", 10)
-    assert (tmp_path / "b" / "checkpoints" / "superseded" / "6").exists() or (tmp_path / "b" / "checkpoints" / "6").exists()
+    assert (tmp_path / "b" / "checkpoints" / "superseded" / "6").exists() or (
+        tmp_path / "b" / "checkpoints" / "6"
+    ).exists()
 
 
 def test_disk_full_at_a_save_costs_no_checkpoint(tmp_path, monkeypatch):
@@ -308,7 +314,9 @@ def test_stop_file(tmp_path):
     same(tmp_path / "a", tmp_path / "b", 10)
     said: list[str] = []
     (tmp_path / "elsewhere").write_text("soon")
-    trainer(with_fields(run, checkpoint_stop_file=str(tmp_path / "elsewhere"), train_steps=1), tmp_path / "c", said).fit()
+    trainer(
+        with_fields(run, checkpoint_stop_file=str(tmp_path / "elsewhere"), train_steps=1), tmp_path / "c", said
+    ).fit()
     assert any("write one integer" in line for line in said)
 
 
@@ -336,7 +344,14 @@ def test_two_processes_in_one_folder(tmp_path):
 
 
 def test_retention_best_and_snapshots(tmp_path):
-    run = tiny_run(train_steps=12, checkpoint_every=1, checkpoint_keep_last=2, checkpoint_keep_every=5, train_valid_every=4, optim_lr=1e-4)
+    run = tiny_run(
+        train_steps=12,
+        checkpoint_every=1,
+        checkpoint_keep_last=2,
+        checkpoint_keep_every=5,
+        train_valid_every=4,
+        optim_lr=1e-4,
+    )
     trainer(run, tmp_path / "a").fit()
     best = read_best(tmp_path / "a" / "checkpoints")["step"]
     validated = {r["step"]: r["valid_loss"] for r in facts(tmp_path / "a", "validation.jsonl")}
@@ -391,10 +406,14 @@ def test_resume_and_init(tmp_path):
     back.fit()
     assert facts(tmp_path / "a") == straight and len(facts(tmp_path / "a", "metrics.dropped.jsonl")) == 4
 
-    other = trainer(with_fields(run, checkpoint_resume=str(folder / "4")), tmp_path / "b")  # another run's checkpoint, into a folder of its own
+    other = trainer(
+        with_fields(run, checkpoint_resume=str(folder / "4")), tmp_path / "b"
+    )  # another run's checkpoint, into a folder of its own
     other.fit()
     assert [r["step"] for r in facts(tmp_path / "b")] == [4, 5] and facts(tmp_path / "b") == straight[4:]
-    assert all(torch.equal(x, y) for x, y in zip(tensors(tmp_path / "a", 6).values(), tensors(tmp_path / "b", 6).values()))
+    assert all(
+        torch.equal(x, y) for x, y in zip(tensors(tmp_path / "a", 6).values(), tensors(tmp_path / "b", 6).values())
+    )
 
     longer = with_fields(
         run,
@@ -408,12 +427,25 @@ def test_resume_and_init(tmp_path):
     (tmp_path / "a" / "my notes.txt").write_text("keep me")
     said: list[str] = []
     fresh = trainer(longer, tmp_path / "a", said)  # its own folder's checkpoint, which is put aside
-    assert fresh.state.step == 0 and fresh.state.num_consumed_tokens == 0 and not fresh.optimizer.named_parts()["exp_avg.head.weight"].tensor.any()
-    assert torch.equal(fresh.optimizer.named_parts()["master.head.weight"].tensor, tensors(tmp_path / "a.1", 6)["model.head.weight"].flatten())
-    assert (tmp_path / "a" / "my notes.txt").exists() and facts(tmp_path / "a.1") == straight and any("a.1" in line for line in said)
+    assert (
+        fresh.state.step == 0
+        and fresh.state.num_consumed_tokens == 0
+        and not fresh.optimizer.named_parts()["exp_avg.head.weight"].tensor.any()
+    )
+    assert torch.equal(
+        fresh.optimizer.named_parts()["master.head.weight"].tensor,
+        tensors(tmp_path / "a.1", 6)["model.head.weight"].flatten(),
+    )
+    assert (
+        (tmp_path / "a" / "my notes.txt").exists()
+        and facts(tmp_path / "a.1") == straight
+        and any("a.1" in line for line in said)
+    )
     fresh.fit()
 
-    again = trainer(replace(longer, checkpoint=replace(longer.checkpoint, resume="auto")), tmp_path / "a", said)  # init is not taken twice
+    again = trainer(
+        replace(longer, checkpoint=replace(longer.checkpoint, resume="auto")), tmp_path / "a", said
+    )  # init is not taken twice
     assert again.state.step == 6 and any("--checkpoint.init is not used" in line for line in said)
 
 
@@ -440,7 +472,11 @@ def test_a_harmless_change_is_said(tmp_path):
         said: list[str] = []
         shutil.rmtree(tmp_path / "b", ignore_errors=True)
         shutil.copytree(tmp_path / "a", tmp_path / "b")
-        t = trainer(with_fields(run, train_steps=8, optim_lr=1e-3, data_skip_batches="4-5", train_precision=precision), tmp_path / "b", said)
+        t = trainer(
+            with_fields(run, train_steps=8, optim_lr=1e-3, data_skip_batches="4-5", train_precision=precision),
+            tmp_path / "b",
+            said,
+        )
         assert {"--train.steps: 6 -> 8", "--optim.lr: 0.003 -> 0.001", "--data.skip-batches: '' -> '4-5'"} <= {
             line.removeprefix("changed since the checkpoint: ") for line in said
         }
@@ -542,7 +578,11 @@ def test_hopeless_gradients_give_up(tmp_path):
 def test_another_validation_set_starts_a_new_best(tmp_path):
     run = tiny_run(train_steps=4, train_valid_every=2)
     trainer(run, tmp_path / "a").fit(2)
-    t = trainer(with_fields(run, data_valid_packs=1), tmp_path / "a") if (tmp_path / "a" / "checkpoints" / "2").exists() else pytest.fail("no checkpoint")
+    t = (
+        trainer(with_fields(run, data_valid_packs=1), tmp_path / "a")
+        if (tmp_path / "a" / "checkpoints" / "2").exists()
+        else pytest.fail("no checkpoint")
+    )
     assert t.state.best_loss is None
     t.fit()
     assert t.state.best_step == 4

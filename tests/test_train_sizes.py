@@ -6,7 +6,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from internlm_nb import Layout, ModelConfig, OptimConfig, ParallelConfig, RunConfig, TrainConfig, Transformer, ZeroConfig, preset
+from internlm_nb import (
+    Layout,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    Transformer,
+    ZeroConfig,
+    preset,
+)
 from internlm_nb.data.config import DataConfig
 from internlm_nb.model.params import parameter_shapes
 from internlm_nb.parallel.layout import Coords
@@ -30,7 +40,13 @@ AXES = [
     dict(expert=2, tensor=2, mode="msp"),
     dict(expert=4, pipeline=2),
 ]
-FROZEN = [(), ("embedding.*",), ("blocks.0.*", "blocks.1.ffn_norm.*"), ("*.experts.*", "head.norm.*"), ("*norm.weight",)]
+FROZEN = [
+    (),
+    ("embedding.*",),
+    ("blocks.0.*", "blocks.1.ffn_norm.*"),
+    ("*.experts.*", "head.norm.*"),
+    ("*norm.weight",),
+]
 
 
 @pytest.mark.parametrize("family", ["internlm", "internlm2", "llama"])
@@ -56,7 +72,9 @@ def drawn(draw) -> tuple[RunConfig, int, int]:
         grad_dtype=draw(st.sampled_from(["master", "param"])),
     )
     tied = draw(st.booleans())
-    model = ModelConfig("internlm2", **{**DENSE, **(MIXTURE if parallel.expert > 1 or draw(st.booleans()) else {})}, tie_embeddings=tied)
+    model = ModelConfig(
+        "internlm2", **{**DENSE, **(MIXTURE if parallel.expert > 1 or draw(st.booleans()) else {})}, tie_embeddings=tied
+    )
     frozen = draw(st.sampled_from(FROZEN if model.num_experts else [f for f in FROZEN if "*.experts.*" not in f]))
     if tied and frozen and frozen[0] in ("embedding.*",):
         frozen = ()

@@ -37,7 +37,10 @@ def says(error: BaseException, name: str) -> bool:
 
 
 @settings(max_examples=1500, deadline=None, derandomize=True)
-@given(name=st.sampled_from(NAMES), value=st.sampled_from(range(len(BAD))) | st.floats() | st.integers() | st.text(max_size=5))
+@given(
+    name=st.sampled_from(NAMES),
+    value=st.sampled_from(range(len(BAD))) | st.floats() | st.integers() | st.text(max_size=5),
+)
 def test_a_field_refuses_or_keeps(name, value):
     refuses_or_keeps(name, BAD[value] if isinstance(value, int) and 0 <= value < len(BAD) else value)
 
@@ -73,7 +76,10 @@ def test_what_trains_badly_is_refused():
         (lambda: OptimConfig(eps=0.0), "--optim.eps is 0.0"),
         (lambda: OptimConfig(eps=1e-60), "--optim.eps is 1e-60"),
         (lambda: LossScaleConfig(max=1e39), "--train.loss-scale.max"),
-        (lambda: TrainConfig(max_minutes=float("inf")), r"--train.max-minutes is inf: a finite number is needed \(0 means no limit\)"),
+        (
+            lambda: TrainConfig(max_minutes=float("inf")),
+            r"--train.max-minutes is inf: a finite number is needed \(0 means no limit\)",
+        ),
         (lambda: ParallelConfig(timeout=1e12), "--parallel.timeout"),
         (lambda: ParallelConfig(bucket_mb=1e300), "--parallel.bucket-mb"),
         (lambda: replace(TINY, mlp_ratio=1e300), "mlp_ratio"),
@@ -87,7 +93,9 @@ def test_what_trains_badly_is_refused():
 
 
 def test_the_check_sees_types_inside_of_types():
-    assert fault(tuple[typing.Literal["a", "b"], ...], ("a", "c")) and not fault(tuple[typing.Literal["a", "b"], ...], ("a", "b"))
+    assert fault(tuple[typing.Literal["a", "b"], ...], ("a", "c")) and not fault(
+        tuple[typing.Literal["a", "b"], ...], ("a", "b")
+    )
     assert fault(int | None, "x") and fault(int | None, 1.0) and not fault(int | None, None) and fault(int, None)
     assert fault(bool, 1) and fault(typing.Literal[1], True) and not fault(float, 3)
 

@@ -26,7 +26,10 @@ from internlm_nb.zero.sharding import Sharding, shardings
 
 def batches_of(mesh: Mesh, run: RunConfig, step: int) -> list[Batch]:
     data = mesh.axis("data")
-    return [Batch.of(p, mesh=mesh) for p in Loader(run.data, run.train.seed, run.model.vocab_size).batch(step, data.coord, data.size)]
+    return [
+        Batch.of(p, mesh=mesh)
+        for p in Loader(run.data, run.train.seed, run.model.vocab_size).batch(step, data.coord, data.size)
+    ]
 
 
 def go(mesh: Mesh, run: RunConfig, model, opt, steps: range):
@@ -106,7 +109,11 @@ def heard_of_memory(mesh: Mesh, which: list[tuple[tuple[int, int, int], dict]]) 
         look()
         recorder = mesh.recorder
         assert recorder is not None and len(looks) > 20
-        moments = [m for shard in engine.shards for m in (opt.inner.state[shard.master]["exp_avg"], opt.inner.state[shard.master]["exp_avg_sq"])]
+        moments = [
+            m
+            for shard in engine.shards
+            for m in (opt.inner.state[shard.master]["exp_avg"], opt.inner.state[shard.master]["exp_avg_sq"])
+        ]
         assert recorder.held["moments"] == sum(m.numel() * m.element_size() for m in moments)
         for owner, now in recorder.held.items():
             changes = [change.bytes for change in recorder.changes if change.owner == owner]
@@ -148,18 +155,31 @@ def updated_parameters_come_just_in_time(line, marks):
     "ZeRO-1: the gather of an update is launched in the next step, one unit ahead of its use"
     at = {what: n for n, what in marks}
     for axis in ("optim", "grad"):
-        launched = [i for i, (kind, a, purpose, _) in enumerate(line) if (kind, a, purpose) == ("launch", axis, "updated parameters")]
+        launched = [
+            i
+            for i, (kind, a, purpose, _) in enumerate(line)
+            if (kind, a, purpose) == ("launch", axis, "updated parameters")
+        ]
         assert len(launched) == 5 and all(
-            i < line.index(("launch", "copies", "summed gradients", 0)) if ("launch", "copies", "summed gradients", 0) in line else True for i in launched
+            i < line.index(("launch", "copies", "summed gradients", 0))
+            if ("launch", "copies", "summed gradients", 0) in line
+            else True
+            for i in launched
         )
         assert launched[3] > at["forward 0"] - 3 and launched[4] > at["forward 0"]  # not all at the beginning
-    done = [i for i, (kind, a, purpose, _) in enumerate(line) if (kind, a, purpose) == ("wait", "grad", "updated parameters")]
+    done = [
+        i
+        for i, (kind, a, purpose, _) in enumerate(line)
+        if (kind, a, purpose) == ("wait", "grad", "updated parameters")
+    ]
     assert [sum(i < at[f"forward {n}"] for i in done) for n in range(3)] == [2, 3, 4]
 
 
 def test_order_of_events():
     "The next unit's gather is under way before this unit computes, in forward and in backward; a reduction is waited for after another unit's backward began"
-    (line, marks), (line1, _), late = run_ranks(stories, 4, ((4, 4, 4), True, "forward"), ((4, 4, 4), False, "forward"), ((1, 2, 4), True, "forward"))[0]
+    (line, marks), (line1, _), late = run_ranks(
+        stories, 4, ((4, 4, 4), True, "forward"), ((4, 4, 4), False, "forward"), ((1, 2, 4), True, "forward")
+    )[0]
     updated_parameters_come_just_in_time(*late)
     at = {what: n for n, what in marks}
     gathers = [i for i, (kind, axis, purpose, _) in enumerate(line) if kind == "launch" and purpose == "parameters"]
@@ -169,11 +189,15 @@ def test_order_of_events():
         assert gathers[i + 2] < at[f"forward {i}"] + 1, "the next unit's gather was launched before this one computed"
         waited = [j for j, (kind, _, purpose, _) in enumerate(line) if kind == "wait" and purpose == "parameters"]
         assert sum(j < at[f"forward {i}"] for j in waited) == i + 2  # its own and earlier ones only
-    assert gathers[6] < at["backward 2"] and gathers[7] < at["backward 1"]  # block 1's before block 2 computes, block 0's before block 1
+    assert (
+        gathers[6] < at["backward 2"] and gathers[7] < at["backward 1"]
+    )  # block 1's before block 2 computes, block 0's before block 1
     sent = [i for i, (kind, _, purpose, _) in enumerate(line) if kind == "launch" and purpose == "gradients"]
     waits = [i for i, (kind, _, purpose, _) in enumerate(line) if kind == "wait" and purpose == "gradients"]
     assert len(sent) == len(waits) == 5  # head, block 2, 1, 0, embedding
-    assert waits[0] >= at["backward 2"] and waits[1] >= at["backward 1"] and waits[2] >= at["backward 0"]  # one unit later
+    assert (
+        waits[0] >= at["backward 2"] and waits[1] >= at["backward 1"] and waits[2] >= at["backward 0"]
+    )  # one unit later
     assert sent[0] < at["backward 2"]
     pending = 0
     for kind, *_ in line1:  # without overlap nothing is under way while anything else is
@@ -219,14 +243,24 @@ def test_any_sharding_loads_what_any_saved(tmp_path, precision, options):
     assert sorted(names) == sorted(Checkpoint(tmp_path / "1").names)
     for folder, world in (("4", 2), ("1", 4)):
         for results in run_ranks(
-            load_and_go, layout_of(run, world), run, [Sharding(1, world, world), None] if world == 2 else [Sharding(2, 2, 4)], str(tmp_path / folder)
+            load_and_go,
+            layout_of(run, world),
+            run,
+            [Sharding(1, world, world), None] if world == 2 else [Sharding(2, 2, 4)],
+            str(tmp_path / folder),
         ):
             for got in results:
                 for (loss, norm), (loss1, norm1), (loss2, _) in zip(want, got, alone):
-                    assert abs(loss1 - loss) <= tolerance * loss and abs(norm1 - norm) <= 10 * tolerance * norm and abs(loss2 - loss) <= tolerance * loss
+                    assert (
+                        abs(loss1 - loss) <= tolerance * loss
+                        and abs(norm1 - norm) <= 10 * tolerance * norm
+                        and abs(loss2 - loss) <= tolerance * loss
+                    )
     if precision == "float64":
         for n in names:  # element by element what one process saves
-            assert (Checkpoint(tmp_path / "4").read(n).double() - Checkpoint(tmp_path / "1").read(n).double()).abs().max() <= 1e-10, n
+            assert (
+                Checkpoint(tmp_path / "4").read(n).double() - Checkpoint(tmp_path / "1").read(n).double()
+            ).abs().max() <= 1e-10, n
 
 
 def test_weights_alone_and_other_layouts(tmp_path):
@@ -273,10 +307,24 @@ def planted(run: RunConfig):
 
     enter, close, said = Gathers._enter, Accumulator._close, {}
     faults: dict[str, tuple[type, str, Any]] = {
-        "no publish": (FlatUnit, "_steps", lambda self: [lambda: self._launch("unsharded", "param_shard", self._gather)] if not self.is_unsharded else []),
-        "freed too early": (Gathers, "_enter", lambda self, stop, following: (enter(self, stop, following), stop.reshard())[0]),
+        "no publish": (
+            FlatUnit,
+            "_steps",
+            lambda self: (
+                [lambda: self._launch("unsharded", "param_shard", self._gather)] if not self.is_unsharded else []
+            ),
+        ),
+        "freed too early": (
+            Gathers,
+            "_enter",
+            lambda self, stop, following: (enter(self, stop, following), stop.reshard())[0],
+        ),
         "no gather in backward": (Gathers, "_back", lambda self, stop, before, told, grad: None),
-        "round lost": (Accumulator, "_close", lambda self: (close(self), iter(()))[1] if self.name == "blocks.1" else close(self)),
+        "round lost": (
+            Accumulator,
+            "_close",
+            lambda self: (close(self), iter(()))[1] if self.name == "blocks.1" else close(self),
+        ),
         "update unsaid": (FlatUnit, "master_updated", lambda self: None),
     }
     for fault, (owner, method, wrong) in faults.items():

@@ -21,7 +21,10 @@ def test_slices(seed):
     align = pick.choice([1, 2, 16])
     layout = lay_out(shapes, sharding.factors, align)
     p, g, o = sharding.factors
-    assert layout.size % (o * align) == 0 and layout.size < sum(-(-prod(s) // align) * align for s in shapes.values()) + o * align
+    assert (
+        layout.size % (o * align) == 0
+        and layout.size < sum(-(-prod(s) // align) * align for s in shapes.values()) + o * align
+    )
     assert list(layout.names) == list(shapes) and all(start % align == 0 for start in layout.starts)
     owned: dict[str, list[tuple[int, int]]] = {n: [] for n in shapes}
     covered = []

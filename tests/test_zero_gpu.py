@@ -21,7 +21,14 @@ CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 def figures(zero: ZeroConfig, device: str) -> tuple[list[float], dict[str, torch.Tensor]]:
     model = ModelConfig("internlm2", 96, 64, 2, 4, 2, 2.0, multiple_of=16)
-    run = RunConfig("x", model, DataConfig(seq_len=32, micro_num=2, prefetch=0), OptimConfig(lr=1e-3), TrainConfig(steps=4, precision="bfloat16"), zero=zero)
+    run = RunConfig(
+        "x",
+        model,
+        DataConfig(seq_len=32, micro_num=2, prefetch=0),
+        OptimConfig(lr=1e-3),
+        TrainConfig(steps=4, precision="bfloat16"),
+        zero=zero,
+    )
     mesh = single(device)
     made, _, _, opt = build(run, mesh)
     loader, out = Loader(run.data, 1, 96), []
@@ -30,7 +37,9 @@ def figures(zero: ZeroConfig, device: str) -> tuple[list[float], dict[str, torch
         batches = [Batch.of(p, device) for p in loader.batch(step, 0, 1)]
         out.append(train_step(made, opt, batches, sum(b.num_targets for b in batches)).loss.item())
     if zero.offload:
-        assert all(t.device.type == "cpu" for m, s in opt.inner.state.items() for t in (m, s["exp_avg"], s["exp_avg_sq"]))
+        assert all(
+            t.device.type == "cpu" for m, s in opt.inner.state.items() for t in (m, s["exp_avg"], s["exp_avg_sq"])
+        )
     return out, {n: p.detach().clone() for n, p in made.named_parameters()}
 
 
@@ -40,7 +49,9 @@ def test_states_with_the_host_are_the_same_training(device):
     losses, weights = figures(ZeroConfig(), device)
     losses1, weights1 = figures(ZeroConfig(offload=True), device)
     assert losses[-1] < losses[0] and max(abs(a - b) for a, b in zip(losses, losses1)) < 1e-3
-    assert max((weights[n].float() - weights1[n].float()).abs().max().item() for n in weights) < 2e-3  # a rounding of bfloat16 at most
+    assert (
+        max((weights[n].float() - weights1[n].float()).abs().max().item() for n in weights) < 2e-3
+    )  # a rounding of bfloat16 at most
 
 
 @pytest.mark.gpu

@@ -40,10 +40,24 @@ def run_of(
     "A tiny run with odd sizes, so that slices end inside of parameters"
     cfg = ModelConfig(
         family="internlm2",
-        **{**dict(vocab_size=56, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=4, mlp_ratio=2.0, multiple_of=8, max_position_embeddings=16), **model},
+        **{
+            **dict(
+                vocab_size=56,
+                hidden_size=32,
+                num_layers=3,
+                num_heads=4,
+                num_kv_heads=4,
+                mlp_ratio=2.0,
+                multiple_of=8,
+                max_position_embeddings=16,
+            ),
+            **model,
+        },
     )
     data = DataConfig(seq_len=16, micro_bsz=1, micro_num=micro_num, synthetic_shortest=2, prefetch=0)
-    training = TrainConfig(steps=STEPS, precision=precision, seed=1, device="cpu", recompute=recompute[0], recompute_policy=recompute[1])  # type: ignore[arg-type]
+    training = TrainConfig(
+        steps=STEPS, precision=precision, seed=1, device="cpu", recompute=recompute[0], recompute_policy=recompute[1]
+    )  # type: ignore[arg-type]
     rates = OptimConfig(
         **{
             **dict(
@@ -59,13 +73,22 @@ def run_of(
     return RunConfig("zero", cfg, data, rates, training, parallel=parallel or ParallelConfig())
 
 
-def make(mesh: Mesh, run: RunConfig, sharding: Sharding | None = None, overlap: bool = True, bucket_mb: float = 0.0, **options: Any):
+def make(
+    mesh: Mesh,
+    run: RunConfig,
+    sharding: Sharding | None = None,
+    overlap: bool = True,
+    bucket_mb: float = 0.0,
+    **options: Any,
+):
     "Model, optimizer and placements; each module a unit of its own, unless `bucket_mb` joins them"
     precision = PRECISIONS[run.train.precision]
     model, placements = build_model(run, mesh)
     scale = LossScale(run.train.loss_scale, mesh.device, enabled=precision.loss_scale)
     zero = ZeroConfig(*(sharding or Sharding()).factors, **options)
-    opt = make_optimizer(model, run.optim, precision, mesh, zero, placements, scale, parameter_names(run.model), bucket_mb, overlap)
+    opt = make_optimizer(
+        model, run.optim, precision, mesh, zero, placements, scale, parameter_names(run.model), bucket_mb, overlap
+    )
     return model, opt, placements
 
 
@@ -100,7 +123,9 @@ def same(alone, got, tolerance: float = 1e-10) -> None:
         assert (got[1][name] - place.cut(alone[1][name])).abs().max() <= tolerance, name
 
 
-def hold(run: RunConfig, world: int, which: list[Sharding], options: list[dict[str, Any]], timeout: float = 120) -> None:
+def hold(
+    run: RunConfig, world: int, which: list[Sharding], options: list[dict[str, Any]], timeout: float = 120
+) -> None:
     "The law, for some shardings of one run"
     alone = train(single(), replace(run, parallel=ParallelConfig()))
     ranks = run_ranks(cases, layout_of(run, world), run, which, options, timeout=timeout)
@@ -121,7 +146,9 @@ def test_all_factors_on_two_ranks(micro, options):
     hold(run_of(2 * micro), 2, shardings(2), options)
 
 
-@pytest.mark.parametrize("micro,options", [(2, [AHEAD]), *(pytest.param(m, [AHEAD, AT_ONCE], marks=pytest.mark.slow) for m in (1, 3))])
+@pytest.mark.parametrize(
+    "micro,options", [(2, [AHEAD]), *(pytest.param(m, [AHEAD, AT_ONCE], marks=pytest.mark.slow) for m in (1, 3))]
+)
 def test_all_factors_on_four_ranks(micro, options):
     hold(run_of(4 * micro), 4, shardings(4), options)
 
@@ -132,7 +159,9 @@ def test_all_factors_on_eight_ranks(micro):
     hold(run_of(8 * micro), 8, shardings(8), [AHEAD, AT_ONCE], timeout=580)
 
 
-MOE: dict[str, Any] = dict(num_experts=4, experts_per_token=2, num_shared_experts=1, capacity_factor=1.0, aux_loss_coef=0.05, z_loss_coef=0.01)
+MOE: dict[str, Any] = dict(
+    num_experts=4, experts_per_token=2, num_shared_experts=1, capacity_factor=1.0, aux_loss_coef=0.05, z_loss_coef=0.01
+)
 COMPOSED: dict[str, tuple[RunConfig, int]] = {  # a run, and Z of its weights
     "msp": (run_of(4, parallel=ParallelConfig(tensor=2, mode="msp"), recompute=(1.0, "full")), 2),
     "mtp": (run_of(4, parallel=ParallelConfig(tensor=2, mode="mtp"), tie_embeddings=True), 2),
@@ -140,21 +169,51 @@ COMPOSED: dict[str, tuple[RunConfig, int]] = {  # a run, and Z of its weights
     "sequence": (run_of(4, parallel=ParallelConfig(sequence=2), recompute=(1.0, "selective")), 4),
     "context": (run_of(4, parallel=ParallelConfig(context=2), tie_embeddings=True, recompute=(1.0, "full")), 4),
     "1f1b": (run_of(6, parallel=ParallelConfig(pipeline=2), tie_embeddings=True, num_layers=4), 2),
-    "interleaved": (run_of(8, parallel=ParallelConfig(pipeline=2, schedule="interleaved", chunks=2), num_layers=4, recompute=(1.0, "full")), 2),
+    "interleaved": (
+        run_of(
+            8,
+            parallel=ParallelConfig(pipeline=2, schedule="interleaved", chunks=2),
+            num_layers=4,
+            recompute=(1.0, "full"),
+        ),
+        2,
+    ),
     "zbh1": (run_of(6, parallel=ParallelConfig(pipeline=2, schedule="zbh1"), num_layers=4, recompute=(0.5, "full")), 2),
-    "zbv": (run_of(10, parallel=ParallelConfig(pipeline=2, schedule="zbv", chunks=2), tie_embeddings=True, num_layers=4), 2),
-    "zbv-msp": (run_of(4, parallel=ParallelConfig(tensor=2, mode="msp", pipeline=2, schedule="zbv", chunks=2), num_layers=4), 1),
+    "zbv": (
+        run_of(10, parallel=ParallelConfig(pipeline=2, schedule="zbv", chunks=2), tie_embeddings=True, num_layers=4),
+        2,
+    ),
+    "zbv-msp": (
+        run_of(4, parallel=ParallelConfig(tensor=2, mode="msp", pipeline=2, schedule="zbv", chunks=2), num_layers=4),
+        1,
+    ),
     "expert": (run_of(8, parallel=ParallelConfig(expert=2), recompute=(0.7, "full"), **MOE), 4),
-    "expert-pipeline": (run_of(8, parallel=ParallelConfig(expert=2, pipeline=2, schedule="zbh1"), num_layers=4, **MOE), 2),
+    "expert-pipeline": (
+        run_of(8, parallel=ParallelConfig(expert=2, pipeline=2, schedule="zbh1"), num_layers=4, **MOE),
+        2,
+    ),
     "expert-msp": (run_of(4, parallel=ParallelConfig(expert=2, tensor=2, mode="msp"), **MOE), 2),
-    "frozen": (run_of(4, optim=dict(frozen=("embedding.*", "blocks.0.*", "blocks.1.ffn_norm.weight")), recompute=(1.0, "full")), 4),
+    "frozen": (
+        run_of(
+            4, optim=dict(frozen=("embedding.*", "blocks.0.*", "blocks.1.ffn_norm.weight")), recompute=(1.0, "full")
+        ),
+        4,
+    ),
 }
-RESHARD: list[dict[str, Any]] = [dict(check=True), dict(reshard="step", overlap=False), dict(reshard="never"), dict(reshard="backward", check=True)]
+RESHARD: list[dict[str, Any]] = [
+    dict(check=True),
+    dict(reshard="step", overlap=False),
+    dict(reshard="never"),
+    dict(reshard="backward", check=True),
+]
 
 
 def composed(which: list[tuple[str, Sharding, dict[str, Any]]]):
     "Several layouts by one group of processes"
-    return [train(make_mesh(layout_of(COMPOSED[name][0], 4)), COMPOSED[name][0], sharding, **options) for name, sharding, options in which]
+    return [
+        train(make_mesh(layout_of(COMPOSED[name][0], 4)), COMPOSED[name][0], sharding, **options)
+        for name, sharding, options in which
+    ]
 
 
 @pytest.mark.parametrize("half", [0, 1])
@@ -184,11 +243,21 @@ def drawn(seed: int, most: int) -> tuple[RunConfig, int, Sharding, dict[str, Any
     run, world = draw(seed, "float64", most)
     pick = random.Random(seed)
     sharding = pick.choice(shardings(layout_of(run, world).replica))
-    options = dict(reshard=pick.choice(["forward", "forward", "backward", "step", "never"]), overlap=pick.random() < 0.7, check=pick.random() < 0.7)
+    options = dict(
+        reshard=pick.choice(["forward", "forward", "backward", "step", "never"]),
+        overlap=pick.random() < 0.7,
+        check=pick.random() < 0.7,
+    )
     options |= dict(bucket_mb=pick.choice([0.0, 0.02, 32.0]), offload=pick.random() < 0.2)
     if pick.random() < 0.3:
         run = replace(
-            run, optim=replace(run.optim, frozen=pick.choice([("embedding.*",), ("*ffn_norm.weight",), ("head.norm.weight", "blocks.0.attention.*")]))
+            run,
+            optim=replace(
+                run.optim,
+                frozen=pick.choice(
+                    [("embedding.*",), ("*ffn_norm.weight",), ("head.norm.weight", "blocks.0.attention.*")]
+                ),
+            ),
         )
     return run, world, sharding, options
 
@@ -207,6 +276,13 @@ def test_draws_reach_everything():
         (a, b, c) for a in (False, True) for b in (False, True) for c in (False, True) if not (a and b and c)
     }
     assert {o["reshard"] for *_, o in draws} == {"forward", "backward", "step", "never"}
-    assert {r.parallel.schedule for r, world, s, _ in draws if r.parallel.pipeline > 1 and s.optim > 1} == {"1f1b", "interleaved", "zbh1", "zbv"}
-    assert {(r.parallel.expert > 1, s.param > 1) for r, _, s, _ in draws} == {(a, b) for a in (False, True) for b in (False, True)}
+    assert {r.parallel.schedule for r, world, s, _ in draws if r.parallel.pipeline > 1 and s.optim > 1} == {
+        "1f1b",
+        "interleaved",
+        "zbh1",
+        "zbv",
+    }
+    assert {(r.parallel.expert > 1, s.param > 1) for r, _, s, _ in draws} == {
+        (a, b) for a in (False, True) for b in (False, True)
+    }
     assert {bool(r.optim.frozen) for r, *_ in draws} == {True, False}

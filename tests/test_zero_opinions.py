@@ -31,7 +31,11 @@ def peer(mesh: Mesh, run: RunConfig, kind: str):
     if kind == "ddp":
         wrapped = DistributedDataParallel(model)
     else:
-        device = init_device_mesh("cpu", (z,)) if kind == "fsdp" else init_device_mesh("cpu", (2, z // 2), mesh_dim_names=("copies", "shards"))
+        device = (
+            init_device_mesh("cpu", (z,))
+            if kind == "fsdp"
+            else init_device_mesh("cpu", (2, z // 2), mesh_dim_names=("copies", "shards"))
+        )
         for block in model.blocks:
             fully_shard(block, mesh=device)
         wrapped = fully_shard(model, mesh=device)
@@ -71,7 +75,9 @@ def both(mesh: Mesh, run: RunConfig):
 def test_fsdp2_hsdp_and_ddp_agree():
     "In float64 sums in another order differ by some 1e-16 of the largest; Adam makes that up to 1e-12 of the weights after three steps"
     run = run_of(8)
-    for kind, (figures, weights), (figures1, weights1) in (r for rank in run_ranks(both, layout_of(run, 4), run, timeout=100) for r in rank):
+    for kind, (figures, weights), (figures1, weights1) in (
+        r for rank in run_ranks(both, layout_of(run, 4), run, timeout=100) for r in rank
+    ):
         for (loss, norm), (loss1, norm1) in zip(figures, figures1):
             assert abs(loss - loss1) <= 1e-12 * loss and abs(norm - norm1) <= 1e-12 * norm, kind
         for n, w in weights.items():

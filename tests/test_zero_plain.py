@@ -28,13 +28,24 @@ from internlm_nb.zero.sharding import Sharding, shardings
 from internlm_nb.zero.unit import ZeroError
 from internlm_nb.zero.units import UnitSpec
 
-CFG = ModelConfig(family="internlm2", vocab_size=97, hidden_size=32, num_layers=4, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16)
+CFG = ModelConfig(
+    family="internlm2",
+    vocab_size=97,
+    hidden_size=32,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_ratio=2.0,
+    multiple_of=16,
+)
 
 
 def batches(count: int, seed: int = 0) -> list[Batch]:
     "Packs of documents of mixed lengths"
     g = torch.Generator().manual_seed(seed)
-    docs = [torch.randint(0, 97, (int(n),), generator=g).tolist() for n in torch.randint(2, 16, (8 * count,), generator=g)]
+    docs = [
+        torch.randint(0, 97, (int(n),), generator=g).tolist() for n in torch.randint(2, 16, (8 * count,), generator=g)
+    ]
     packs = list(pack(docs, seq_len=16, micro_bsz=2))
     assert len(packs) >= count
     return [Batch.of(p) for p in packs[:count]]
@@ -49,7 +60,9 @@ def model_of(dtype: torch.dtype = torch.float32) -> Transformer:
 def step(mesh, precision: str, count: int, bucket_bytes: int):
     "One step's gradients, norm and weights, and what the recorder saw"
     model = model_of(PRECISIONS[precision].param)
-    opt = make_optimizer(model, OptimConfig(lr=1e-3, clip=0.1), PRECISIONS[precision], mesh, bucket_mb=bucket_bytes / 2**20)
+    opt = make_optimizer(
+        model, OptimConfig(lr=1e-3, clip=0.1), PRECISIONS[precision], mesh, bucket_mb=bucket_bytes / 2**20
+    )
     opt.set_schedule(50, 100)
     data = mesh.axis("data")
     mine = batches(count)[data.coord :: data.size]
@@ -93,7 +106,9 @@ def test_ranks_are_one_process(precision, tolerance):
         for n, g in alone["grads"].items():
             assert got["grads"][n].dtype == PRECISIONS[precision].master
             assert (got["grads"][n] - g).abs().max() <= tolerance * g.abs().max(), n
-            assert torch.equal(got["weights"][n], ranks[0]["weights"][n]), n  # ranks stay equal to the bit, or they would drift apart
+            assert torch.equal(got["weights"][n], ranks[0]["weights"][n]), (
+                n
+            )  # ranks stay equal to the bit, or they would drift apart
 
 
 def test_bytes_order_and_overlap():
@@ -102,14 +117,22 @@ def test_bytes_order_and_overlap():
     for out in got:
         count = out["recorder"].total("copies", "summed gradients", "all_reduce")
         assert count.calls == len(out["units"]) > 3
-        assert count.payload_bytes == 4 * out["padded"] and count.sent_bytes == sent_bytes("all_reduce", 4 * out["padded"], 2)
+        assert count.payload_bytes == 4 * out["padded"] and count.sent_bytes == sent_bytes(
+            "all_reduce", 4 * out["padded"], 2
+        )
         events = [e for e in out["recorder"].events if e.call.purpose == "summed gradients"]
         launches = [e.call.payload_bytes for e in events if e.kind == "launch"]
-        assert launches == [e.call.payload_bytes for e in got[0]["recorder"].events if e.kind == "launch" and e.call.purpose == "summed gradients"]
+        assert launches == [
+            e.call.payload_bytes
+            for e in got[0]["recorder"].events
+            if e.kind == "launch" and e.call.purpose == "summed gradients"
+        ]
         names = len(list(model_of().parameters()))
         before = [at for _, at in out["seen"]]
         first = next(i for i, e in enumerate(out["recorder"].events) if e.call.purpose == "summed gradients")
-        assert all(at <= first for at in before[: 2 * names])  # three micro-batches: nothing is sent during the first two
+        assert all(
+            at <= first for at in before[: 2 * names]
+        )  # three micro-batches: nothing is sent during the first two
         assert before[-1] > first
 
 
@@ -130,7 +153,9 @@ def buckets(sizes: list[int], limit: int) -> int:
 def test_joins_are_never_more_than_buckets(seed):
     "However parameters lie in units: each join but the last holds `limit` elements or more, so there are not more joins than buckets filled parameter by parameter"
     pick = random.Random(seed)
-    units = [[pick.choice([1, 7, 50, 400, 3000]) for _ in range(pick.randint(1, 6))] for _ in range(pick.randint(1, 20))]
+    units = [
+        [pick.choice([1, 7, 50, 400, 3000]) for _ in range(pick.randint(1, 6))] for _ in range(pick.randint(1, 20))
+    ]
     limit = pick.choice([1, 10, 100, 1000, 10_000])
     groups = join([sum(u) for u in units], limit)
     assert [i for group in groups for i in group] == list(range(len(units)))
@@ -139,7 +164,9 @@ def test_joins_are_never_more_than_buckets(seed):
 
 
 def test_one_exchange_for_a_small_model():
-    assert len(step(single(), "float32", 2, 1 << 20)["units"]) == CFG.num_layers + 2  # alone there is nothing to join for
+    assert (
+        len(step(single(), "float32", 2, 1 << 20)["units"]) == CFG.num_layers + 2
+    )  # alone there is nothing to join for
     for out in on_ranks(2, "float32", 2, 1 << 20):
         assert out["recorder"].total("copies", "summed gradients", "all_reduce").calls == 1
 
@@ -248,7 +275,9 @@ def test_a_step_begins_with_zero_grad():
         if opt.grads is None:
             out.loss_sum.backward()
             opt.update()
-    with pytest.raises(RuntimeError, match=r"does each step begin with zero_grad|got more gradients than start was told to expect"):
+    with pytest.raises(
+        RuntimeError, match=r"does each step begin with zero_grad|got more gradients than start was told to expect"
+    ):
         out.loss_sum.backward()
 
 
@@ -293,7 +322,10 @@ def train_toy(mesh, kind: str, zero: ZeroConfig):
 
 def toys(mesh):
     cases = [
-        (kind, ZeroConfig(*s.factors, reshard=reshard, check=True)) for kind in ("sequential", "dict") for s in shardings(2) for reshard in ("forward", "step")
+        (kind, ZeroConfig(*s.factors, reshard=reshard, check=True))
+        for kind in ("sequential", "dict")
+        for s in shardings(2)
+        for reshard in ("forward", "step")
     ]
     return [(kind, train_toy(mesh, kind, zero)) for kind, zero in cases]
 

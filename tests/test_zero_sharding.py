@@ -24,7 +24,9 @@ NUMBER = st.sampled_from([-1, 1, 2, 3, 4, 6, 8, 12, 16])
 def placed(draw, expert=False):
     "A layout and a chain that fits it"
     sizes = [1] * 9
-    for where, factor in draw(st.lists(st.tuples(st.integers(0, 8), st.sampled_from([2, 3])), max_size=6)):  # up to 729 ranks
+    for where, factor in draw(
+        st.lists(st.tuples(st.integers(0, 8), st.sampled_from([2, 3])), max_size=6)
+    ):  # up to 729 ranks
         sizes[where] *= factor
     t, s, c, n, e = sizes[:5]
     layout = Layout(math.prod(sizes), t, s, c, n, e if expert else 1)
@@ -89,7 +91,9 @@ def test_names_of_the_spec():
     assert Sharding.named("hsdp", z, node=4) == Sharding(4, 4, 4)
     assert Sharding.named("hsdp", 4) == Sharding(4, 4, 4)  # a world smaller than a node
     assert Sharding(-1, -1, -1).name(z) == "zero3" and Sharding(2, 4, 8).name(z) is None
-    assert "hybrid: parameters over 8" in Sharding(8, 8, -1).describe(z) and Sharding(2, 4, 8).describe(z).startswith("parameters over 2")
+    assert "hybrid: parameters over 8" in Sharding(8, 8, -1).describe(z) and Sharding(2, 4, 8).describe(z).startswith(
+        "parameters over 2"
+    )
     with pytest.raises(ValueError, match="did you mean hsdp"):
         Sharding.named("hsdpp", z)
     with pytest.raises(ValueError, match="optim 8 does not divide 12"):
@@ -99,7 +103,11 @@ def test_names_of_the_spec():
 @pytest.mark.parametrize("z", [1, 2, 6, 12, 36, 64])
 def test_every_chain_is_there_once(z):
     found = [tuple(s.factors) for s in shardings(z)]
-    assert found == [x for x in itertools.product(range(1, z + 1), repeat=3) if x[1] % x[0] == 0 and x[2] % x[1] == 0 and z % x[2] == 0]
+    assert found == [
+        x
+        for x in itertools.product(range(1, z + 1), repeat=3)
+        if x[1] % x[0] == 0 and x[2] % x[1] == 0 and z % x[2] == 0
+    ]
 
 
 def sets(text):
@@ -149,8 +157,12 @@ def test_slices_are_what_the_nested_groups_exchange(case):
         levels.append(held)
     flat = lay_out({"w": (size,)}, s.factors, align=1)
     for rank in range(layout.world):
-        spot = ShardCoord(*(next(g for g in nested[axis] if rank in g).index(rank) for axis in ("param", "grad", "optim")))
-        assert [range(*flat.slice_of(spot, level)) for level in ("param", "grad", "optim")] == [level[rank] for level in levels]
+        spot = ShardCoord(
+            *(next(g for g in nested[axis] if rank in g).index(rank) for axis in ("param", "grad", "optim"))
+        )
+        assert [range(*flat.slice_of(spot, level)) for level in ("param", "grad", "optim")] == [
+            level[rank] for level in levels
+        ]
 
 
 @LAW
@@ -171,7 +183,12 @@ def by_hand(params, s, layout, micro_num, gathers, node):
     groups = layout.nested(*s.factors)
     p, g, o = s.factors
     steps = [("param", 1, 2 * params, gathers)]  # axis, turns of the ring, bytes, times
-    steps += [("param", 1, 4 * params, micro_num), ("grad", 1, 4 * params // p, micro_num), ("optim", 1, 4 * params // g, 1), ("copies", 2, 4 * params // o, 1)]
+    steps += [
+        ("param", 1, 4 * params, micro_num),
+        ("grad", 1, 4 * params // p, micro_num),
+        ("optim", 1, 4 * params // g, 1),
+        ("copies", 2, 4 * params // o, 1),
+    ]
     steps += [("optim", 1, 2 * params // g, 1), ("grad", 1, 2 * params // p, 1)]
     out = [0.0, 0.0]
     for axis, turns, size, times in steps:
@@ -183,7 +200,12 @@ def by_hand(params, s, layout, micro_num, gathers, node):
 
 
 @LAW
-@given(placed(), st.integers(1, 3), st.sampled_from([("forward", 2), ("backward", 1), ("step", 0), ("never", 0)]), st.sampled_from([2, 4, 8]))
+@given(
+    placed(),
+    st.integers(1, 3),
+    st.sampled_from([("forward", 2), ("backward", 1), ("step", 0), ("never", 0)]),
+    st.sampled_from([2, 4, 8]),
+)
 def test_bytes_by_link_are_those_of_the_rings(case, micro_num, reshard, node):
     layout, s = case
     params = 5 * layout.replica
@@ -238,13 +260,19 @@ def test_amsp_formula_term_by_term():
     phi, layers, z, m, u = 10**9, 10, 64, 3, 10**7
     t = amsp_time(phi, layers, Sharding(2, 8, 32), z, m, u, links)
     layer, buckets = 2 * phi / layers, 2 * phi / (u * 2)
-    assert t.parameters == pytest.approx(m * layers * (2 * ring_s("all_gather", layer, 2, 1) + ring_s("reduce_scatter", layer, 2, 1)), rel=1e-12)
+    assert t.parameters == pytest.approx(
+        m * layers * (2 * ring_s("all_gather", layer, 2, 1) + ring_s("reduce_scatter", layer, 2, 1)), rel=1e-12
+    )
     assert t.gradients == pytest.approx((m - 1) * buckets * ring_s("all_reduce", u, 4, 2), rel=1e-12)
     assert t.all_reduce == pytest.approx(buckets * ring_s("all_reduce", u, 32, 2), rel=1e-12)
     assert t.broadcasts == pytest.approx(16 * ring_s("broadcast", 2 * phi / 32, 16, 2), rel=1e-12)
 
 
-LLAMA = {"7B": (6_738_415_616, 32, (1, 1, 8)), "13B": (13_015_864_320, 40, (4, 4, 8)), "30B": (32_528_943_616, 60, (8, 8, 32))}
+LLAMA = {
+    "7B": (6_738_415_616, 32, (1, 1, 8)),
+    "13B": (13_015_864_320, 40, (4, 4, 8)),
+    "30B": (32_528_943_616, 60, (8, 8, 32)),
+}
 
 
 def test_what_the_model_says_of_the_published_choices():

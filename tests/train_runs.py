@@ -20,9 +20,36 @@ from internlm_nb.train.config import CheckpointConfig, LogConfig, RunConfig, Tra
 from internlm_nb.train.optim import OptimConfig
 from internlm_nb.train.schedules import ScheduleConfig
 
-TINY = ModelConfig(family="internlm2", vocab_size=97, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_ratio=2.0, multiple_of=16)
-TIMES = {"data_wait_s", "memory_bytes", "tgs", "tgs_10", "tgs_50", "tgs_mean", "tflops", "mfu", "mfu_causal", "hfu", "fwd_bwd_time"}
-SECTIONS = {"data": DataConfig, "optim": OptimConfig, "train": TrainConfig, "checkpoint": CheckpointConfig, "log": LogConfig}
+TINY = ModelConfig(
+    family="internlm2",
+    vocab_size=97,
+    hidden_size=32,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_ratio=2.0,
+    multiple_of=16,
+)
+TIMES = {
+    "data_wait_s",
+    "memory_bytes",
+    "tgs",
+    "tgs_10",
+    "tgs_50",
+    "tgs_mean",
+    "tflops",
+    "mfu",
+    "mfu_causal",
+    "hfu",
+    "fwd_bwd_time",
+}
+SECTIONS = {
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "train": TrainConfig,
+    "checkpoint": CheckpointConfig,
+    "log": LogConfig,
+}
 
 
 def tiny_run(model: ModelConfig = TINY, name: str = "tiny", **fields: Any) -> RunConfig:
@@ -78,7 +105,9 @@ def same(a: Path, b: Path, step: int) -> None:
     assert facts(a, "validation.jsonl") == facts(b, "validation.jsonl")
 
 
-def write_folder(root: Path, kinds: tuple[str, ...] = ("en", "cn"), count: int = 60, top: int = 97, seed: int = 0) -> Path:
+def write_folder(
+    root: Path, kinds: tuple[str, ...] = ("en", "cn"), count: int = 60, top: int = 97, seed: int = 0
+) -> Path:
     "A folder of token files with documents of mixed lengths, some tokens negative (no targets)"
     rng = np.random.default_rng(seed)
     for kind in kinds:

@@ -79,7 +79,12 @@ class Chatter:
         stop_ids: Sequence[int] = (),  # that end an answer besides those of the format
     ):
         vocab = model.cfg.vocab_size
-        self.model, self.tokenizer, self.sampling, self.max_new_tokens = model, tokenizer.for_model(vocab), sampling, max_new_tokens
+        self.model, self.tokenizer, self.sampling, self.max_new_tokens = (
+            model,
+            tokenizer.for_model(vocab),
+            sampling,
+            max_new_tokens,
+        )
         self.suppress_ids = tokenizer.missing_ids(vocab)  # of a vocabulary that was rounded up
         self.style = guess_style(tokenizer) or "none" if style == "auto" else style
         if system and self.style == "none":
@@ -89,7 +94,8 @@ class Chatter:
         own = self.talk.stop_ids if self.talk is not None else [i for i in [tokenizer.eos_id] if i >= 0]
         if lost := [tokenizer.id_to_piece(i) for i in own if i >= vocab]:
             raise ValueError(
-                f"{tokenizer.path}: {', '.join(lost)} is beyond the {vocab} ids of the model, which cannot write it: choose another template (none: go on with a text)"
+                f"{tokenizer.path}: {', '.join(lost)} is beyond the {vocab} ids of the model, which cannot write it:"
+                " choose another template (none: go on with a text)"
             )
         self.stop_ids = [*own, *(i for i in stop_ids if i not in own)]
 
@@ -165,7 +171,7 @@ def converse(
         elif command:
             answer(chatter, line if chatter.talk is None else command, write)
 
-
+# %% ../../nbs/apps/05_chat.ipynb #9be4bcfc
 def answer(
     chatter: Chatter,  # who answers
     words: str,  # what is said
@@ -192,24 +198,73 @@ def answer(
 def parser() -> argparse.ArgumentParser:
     "The command line of internlm-chat"
     about = f"Talk to a model. {HELP}."
-    p = argparse.ArgumentParser(prog=program("chat.py", "internlm-chat"), description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("folder", metavar="MODEL_FOLDER", help="a run, one of its checkpoints, a Hugging Face folder, or a step of the older system")
+    p = argparse.ArgumentParser(
+        prog=program("chat.py", "internlm-chat"),
+        description=about,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.add_argument(
+        "folder",
+        metavar="MODEL_FOLDER",
+        help="a run, one of its checkpoints, a Hugging Face folder, or a step of the older system",
+    )
     p.add_argument("--prompt", metavar="TEXT", help="answer this one text and leave (default: a conversation)")
-    p.add_argument("--template", choices=("auto", "v1", "v2", "none"), default="auto", help="chat format; v2 is ChatML; none: go on with the text, for base models; auto: what the tokenizer has signs for")
-    p.add_argument("--system", metavar="TEXT", help="said to the model before the conversation (v2); an empty text: nothing (default: what the model's own template says)")
+    p.add_argument(
+        "--template",
+        choices=("auto", "v1", "v2", "none"),
+        default="auto",
+        help=(
+            "chat format; v2 is ChatML; none: go on with the text, for base models; auto: what the tokenizer has"
+            " signs for"
+        ),
+    )
+    p.add_argument(
+        "--system",
+        metavar="TEXT",
+        help=(
+            "said to the model before the conversation (v2); an empty text: nothing (default: what the model's own"
+            " template says)"
+        ),
+    )
     p.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="length of an answer at most")
     p.add_argument("--greedy", action="store_true", help="always the likeliest token, instead of sampling")
-    p.add_argument("--temperature", type=float, default=0.8, metavar="X", help="below 1 sharpens the distribution, above 1 flattens it; 0 is greedy")
+    p.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="below 1 sharpens the distribution, above 1 flattens it; 0 is greedy",
+    )
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K likeliest tokens; 0: all")
-    p.add_argument("--top-p", type=float, default=0.8, metavar="P", help="sample among the likeliest tokens that together have probability P")
-    p.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: what was said becomes less likely")
+    p.add_argument(
+        "--top-p",
+        type=float,
+        default=0.8,
+        metavar="P",
+        help="sample among the likeliest tokens that together have probability P",
+    )
+    p.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: what was said becomes less likely"
+    )
     p.add_argument("--seed", type=int, metavar="N", help="of the sampling (default: another one each time)")
-    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model, tokenizer.json, or a folder with one of them (default: the one that belongs to the model)")
+    p.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help=(
+            "SentencePiece .model, tokenizer.json, or a folder with one of them (default: the one that belongs to the"
+            " model)"
+        ),
+    )
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs")
-    p.add_argument("--precision", choices=("auto", "float32", "bfloat16", "float16", "float64"), default="auto", help="of the weights; auto: as saved, on a CPU without bfloat16 arithmetic float32")
+    p.add_argument(
+        "--precision",
+        choices=("auto", "float32", "bfloat16", "float16", "float64"),
+        default="auto",
+        help="of the weights; auto: as saved, on a CPU without bfloat16 arithmetic float32",
+    )
     return p
 
-
+# %% ../../nbs/apps/05_chat.ipynb #830e07bc
 def open_chat(
     args: argparse.Namespace,  # of `parser`
 ) -> Chatter:
@@ -222,11 +277,13 @@ def open_chat(
         raise ValueError(f"--max-new-tokens is {args.max_new_tokens}: it must be at least 1")
     seed = secrets.randbits(31) if args.seed is None else args.seed
     sampling = Sampling(0.0 if args.greedy else args.temperature, args.top_k, args.top_p, args.repetition_penalty, seed)
-    loaded = load_model(args.folder, args.device, None if args.precision == "auto" else getattr(torch, args.precision), args.tokenizer)
+    loaded = load_model(
+        args.folder, args.device, None if args.precision == "auto" else getattr(torch, args.precision), args.tokenizer
+    )
     if loaded.tokenizer is None:
         raise FileNotFoundError(
-            f"{loaded.folder} has no tokenizer beside it, in its run or beside its data: name a SentencePiece .model or a tokenizer.json with "
-            "--tokenizer FILE, or put it beside the model"
+            f"{loaded.folder} has no tokenizer beside it, in its run or beside its data: name a SentencePiece .model or"
+            " a tokenizer.json with --tokenizer FILE, or put it beside the model"
         )
     model = loaded.model
     if args.precision == "auto" and torch.device(args.device).type == "cpu" and not fast_bf16():
@@ -234,7 +291,7 @@ def open_chat(
     system = loaded.system if args.system is None and args.template in ("auto", "v2") else args.system
     return Chatter(model, loaded.tokenizer, args.template, sampling, args.max_new_tokens, system, loaded.stop_ids)
 
-
+# %% ../../nbs/apps/05_chat.ipynb #5790f82e
 def say(piece: str) -> None:
     "A piece of text to the standard output, at once"
     sys.stdout.write(piece)
@@ -247,7 +304,7 @@ def ask_terminal() -> str:
         return input()
     return input("\n> ")
 
-
+# %% ../../nbs/apps/05_chat.ipynb #6bf46c69
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:
@@ -257,7 +314,8 @@ def main(
         argv: arguments; None: those of the process
     """
     args = parser().parse_args(argv)
-    for pipe in (sys.stdin, sys.stdout):  # bytes that are no text, and signs that the terminal does not know, end no conversation
+    # bytes that are no text, and signs that the terminal does not know, end no conversation
+    for pipe in (sys.stdin, sys.stdout):
         if isinstance(pipe, io.TextIOWrapper):
             pipe.reconfigure(errors="replace")
     try:
@@ -268,7 +326,11 @@ def main(
             say("\n")
             return 0
         used = sum(p.numel() for p in chatter.model.parameters())
-        about = "continues texts" if chatter.style == "none" else f"chat template {chatter.style}; a base model wants --template none"
+        about = (
+            "continues texts"
+            if chatter.style == "none"
+            else f"chat template {chatter.style}; a base model wants --template none"
+        )
         print(f"{args.folder}: {used:,} parameters, {about}\n{HELP}", file=sys.stderr)
         if sys.stdin.isatty():
             with contextlib.suppress(ImportError):

@@ -35,47 +35,115 @@ COMMANDS = ("to-hf", "from-hf", "to-internevo", "from-internevo")
 
 def parser() -> argparse.ArgumentParser:
     "The command line of internlm-convert"
-    top = argparse.ArgumentParser(prog=program("convert.py", "internlm-convert"), description="Convert weights, tensor by tensor. The native format stands in the middle: to-… reads it, from-… writes it.")
+    top = argparse.ArgumentParser(
+        prog=program("convert.py", "internlm-convert"),
+        description=(
+            "Convert weights, tensor by tensor. The native format stands in the middle: to-… reads it, from-…"
+            " writes it."
+        ),
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     native = "a native checkpoint (RUN/checkpoints/STEP), or a run: its newest checkpoint"
     new = "a new folder; an existing one is never written over"
 
     def command(name: str, help: str, src: str, dst: str) -> argparse.ArgumentParser:
-        p = commands.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+        p = commands.add_parser(
+            name,
+            help=help,
+            description=help,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
         p.add_argument("src", metavar="SRC", help=src)
         p.add_argument("dst", metavar="DST", help=dst)
         return p
 
     def ffn_order(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--ffn-order", choices=("new", "old"), default="new", help="old: internlm checkpoints from before 2024-01-30, where w3 is the down projection and w2 the up projection")
+        p.add_argument(
+            "--ffn-order",
+            choices=("new", "old"),
+            default="new",
+            help=(
+                "old: internlm checkpoints from before 2024-01-30, where w3 is the down projection and w2 the up"
+                " projection"
+            ),
+        )
 
     def dtype(p: argparse.ArgumentParser) -> None:
         what = "of the weights to be written (default: as in SRC; where its tensors differ, as its config.json says)"
-        p.add_argument("--dtype", choices=("float32", "bfloat16", "float16", "float64"), default=argparse.SUPPRESS, help=what)
+        p.add_argument(
+            "--dtype", choices=("float32", "bfloat16", "float16", "float64"), default=argparse.SUPPRESS, help=what
+        )
 
-    p = command("to-hf", "native weights to a Hugging Face folder that transformers and servers load without remote code", native, new)
-    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model or tokenizer.json to export with the weights; none: none (default: the run's own, if it is found)")
+    p = command(
+        "to-hf",
+        "native weights to a Hugging Face folder that transformers and servers load without remote code",
+        native,
+        new,
+    )
+    p.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help=(
+            "SentencePiece .model or tokenizer.json to export with the weights; none: none (default: the run's own, if"
+            " it is found)"
+        ),
+    )
     bos = "the exported tokenizer puts bos in front of every text (default: as the model was trained)"
     p.add_argument("--add-bos", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=bos)
     dtype(p)
-    p = command("from-hf", "a Hugging Face folder (internlm, internlm2, internlm3, llama) to native weights", "a folder with config.json and safetensors", new)
-    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model or tokenizer.json to keep with the weights (default: that of SRC)")
+    p = command(
+        "from-hf",
+        "a Hugging Face folder (internlm, internlm2, internlm3, llama) to native weights",
+        "a folder with config.json and safetensors",
+        new,
+    )
+    p.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="SentencePiece .model or tokenizer.json to keep with the weights (default: that of SRC)",
+    )
     dtype(p)
 
-    p = command("to-internevo", "native weights to a checkpoint of the older system", native, new + "; name it by the step, as the older system does")
+    p = command(
+        "to-internevo",
+        "native weights to a checkpoint of the older system",
+        native,
+        new + "; name it by the step, as the older system does",
+    )
     p.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks to cut for")
     p.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages to cut for")
-    p.add_argument("--embed-cut", choices=("hidden", "vocab"), default="hidden", help="what the embedding is cut by; hidden is embed_split_hidden=True in the configuration")
+    p.add_argument(
+        "--embed-cut",
+        choices=("hidden", "vocab"),
+        default="hidden",
+        help="what the embedding is cut by; hidden is embed_split_hidden=True in the configuration",
+    )
     ffn_order(p)
-    p = command("from-internevo", "a checkpoint of the older system to native weights", "the folder of one step, with model_tp0_pp0.pt", new)
+    p = command(
+        "from-internevo",
+        "a checkpoint of the older system to native weights",
+        "the folder of one step, with model_tp0_pp0.pt",
+        new,
+    )
     ffn_order(p)
     p.add_argument("--model", metavar="PRESET", help="architecture, where model_config.pt is missing, e.g. internlm-7b")
-    p.add_argument("--allow-incomplete", action="store_true", help="read a folder that has no STEP.step file: its save may not have been finished")
-    p.add_argument("--tokenizer", metavar="FILE", help="SentencePiece .model (or tokenizer.json) to keep with the weights")
+    p.add_argument(
+        "--allow-incomplete",
+        action="store_true",
+        help="read a folder that has no STEP.step file: its save may not have been finished",
+    )
+    p.add_argument(
+        "--tokenizer", metavar="FILE", help="SentencePiece .model (or tokenizer.json) to keep with the weights"
+    )
     return top
 
 # %% ../../nbs/apps/04_convert.ipynb #f1f3e4e2
-KINDS = {"native": "native weights", "huggingface": "a Hugging Face folder", "internevo": "a checkpoint of the older system"}
+KINDS = {
+    "native": "native weights",
+    "huggingface": "a Hugging Face folder",
+    "internevo": "a checkpoint of the older system",
+}
 READS = {"to-hf": "native", "to-internevo": "native", "from-hf": "huggingface", "from-internevo": "internevo"}
 
 
@@ -94,7 +162,11 @@ def source_folder(
     """
     kind, wanted = kind_of(src), READS[command]
     if kind not in ("unknown", wanted):
-        other = {"native": "to-hf and to-internevo read that", "huggingface": "from-hf reads that", "internevo": "from-internevo reads that"}[kind]
+        other = {
+            "native": "to-hf and to-internevo read that",
+            "huggingface": "from-hf reads that",
+            "internevo": "from-internevo reads that",
+        }[kind]
         raise CheckpointError(f"{src} is {KINDS[kind]}, and {command} reads {KINDS[wanted]}: {other}")
     if wanted != "native":
         return Path(src)
@@ -118,7 +190,7 @@ def wanted_tokenizer(
     except (OSError, ValueError) as error:
         raise ValueError(f"--tokenizer: {error}") from error
 
-
+# %% ../../nbs/apps/04_convert.ipynb #4cdd2055
 def export(
     args: argparse.Namespace,  # of `to-hf`
     src: Path,  # the checkpoint
@@ -134,12 +206,14 @@ def export(
     Returns:
         what was done, in a line
     """
-    own = wanted_tokenizer(args.tokenizer) or (find_tokenizer(src, Checkpoint(src).state) if args.tokenizer is None else None)
+    own = wanted_tokenizer(args.tokenizer) or (
+        find_tokenizer(src, Checkpoint(src).state) if args.tokenizer is None else None
+    )
     native_to_hf(src, args.dst, own or "none", _dtype(args), add_bos=getattr(args, "add_bos", None), progress=True)
     if own is None:
         remark(
-            f"no tokenizer was exported: there is no tokenizer.model or tokenizer.json in {src}, in its run or beside its data. Servers and "
-            "transformers need one: delete the folder and export again with --tokenizer FILE"
+            f"no tokenizer was exported: there is no tokenizer.model or tokenizer.json in {src}, in its run or beside"
+            " its data. Servers and transformers need one: delete the folder and export again with --tokenizer FILE"
         )
     return f"{args.dst}: a Hugging Face folder, {f'with the tokenizer {own.path}' if own else 'without a tokenizer'}"
 
@@ -172,18 +246,27 @@ def convert(
         return export(args, src, remark)
     tokenizer = wanted_tokenizer(args.tokenizer)
     if args.command == "from-hf":
-        hf_to_native(src, dst, _dtype(args), progress=True, tokenizer=tokenizer)  # its own comes along where none is named
+        # its own comes along where none is named
+        hf_to_native(src, dst, _dtype(args), progress=True, tokenizer=tokenizer)
     else:
-        internevo_to_native(src, dst, args.ffn_order, preset(args.model) if args.model else None, args.allow_incomplete, progress=True)
+        internevo_to_native(
+            src, dst, args.ffn_order, preset(args.model) if args.model else None, args.allow_incomplete, progress=True
+        )
         if tokenizer is not None:
             copy_tokenizer(tokenizer, dst)
     if not has_tokenizer(dst):
-        remark(f"no tokenizer lies beside these weights: chat and export need one, so put a tokenizer.model or tokenizer.json into {dst}")
+        remark(
+            "no tokenizer lies beside these weights: chat and export need one, so put a tokenizer.model or"
+            f" tokenizer.json into {dst}"
+        )
     cfg = native_config(Checkpoint(dst))
     with_it = f", with {tokenizer.path}" if tokenizer else ""
-    return f"{dst}: native weights of {cfg.family}, {num_params(cfg):,} parameters{with_it}; start a run from them with --checkpoint.init {dst}"
+    return (
+        f"{dst}: native weights of {cfg.family}, {num_params(cfg):,} parameters{with_it}; start a run from them with"
+        f" --checkpoint.init {dst}"
+    )
 
-
+# %% ../../nbs/apps/04_convert.ipynb #57ee05cd
 def main(
     argv: Sequence[str] | None = None,  # arguments; None: those of the process
 ) -> int:

@@ -37,7 +37,7 @@ def cache_dir() -> Path:
     "Where prepared data is kept between runs: $XDG_CACHE_HOME/internlm_nb, by default ~/.cache/internlm_nb"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "internlm_nb"
 
-
+# %% ../../nbs/apps/06_demo.ipynb #13deef86
 def prepare_corpus(
     texts: Mapping[str, Mapping[str, Sequence[str]]],  # split ("train", "valid") -> type -> documents
     vocab_size: int,  # Pieces of the tokenizer
@@ -72,7 +72,7 @@ def prepare_corpus(
                 raise
     return folder
 
-
+# %% ../../nbs/apps/06_demo.ipynb #ca02135e
 def prepare(
     run: RunConfig,  # The demo, with the command line's values
 ) -> RunConfig:  # With its folders filled in
@@ -86,10 +86,15 @@ def prepare(
     """
     if run.data.train_folder:
         return run
-    print("preparing the embedded corpus (English, Chinese and code): tokenizer and token files, kept for the next time", flush=True)
+    print(
+        "preparing the embedded corpus (English, Chinese and code): tokenizer and token files, kept for the next time",
+        flush=True,
+    )
     folder = prepare_corpus({s: corpus(s) for s in ("train", "valid")}, run.model.vocab_size, cache_dir())
     print(f"tokenizer and token files: {folder}")
-    return replace(run, data=replace(run.data, train_folder=(str(folder / "train"),), valid_folder=str(folder / "valid")))
+    return replace(
+        run, data=replace(run.data, train_folder=(str(folder / "train"),), valid_folder=str(folder / "valid"))
+    )
 
 # %% ../../nbs/apps/06_demo.ipynb #a2a8283d
 def bits_per_byte(
@@ -115,7 +120,8 @@ def bits_per_byte(
     for kind, docs in texts.items():
         tokens = [tokenizer.encode(t, bos=True, eos=True, marks=False) for t in docs]
         got = evaluate(model, pack(tokens, seq_len, micro_bsz=8), ["text"], device)
-        assert got["tokens"] == sum(len(t) - 1 for t in tokens)  # every token but the first of a document is predicted once
+        # every token but the first of a document is predicted once
+        assert got["tokens"] == sum(len(t) - 1 for t in tokens)
         bits[kind], size[kind] = got["loss"] * got["tokens"] / math.log(2), sum(len(t.encode()) for t in docs)
     return {kind: bits[kind] / size[kind] for kind in texts} | {"all": sum(bits.values()) / sum(size.values())}
 
@@ -139,12 +145,14 @@ def compressor_bits(
 
     primed_by = xz(train) if train else 0
     sizes = {
-        "gzip -9": len(gzip.compress(text, 9, mtime=0)), "bzip2 -9": len(bz2.compress(text, 9)), "xz -9": xz(text),
+        "gzip -9": len(gzip.compress(text, 9, mtime=0)),
+        "bzip2 -9": len(bz2.compress(text, 9)),
+        "xz -9": xz(text),
         "xz -9 primed with the training text": xz(train + text) - primed_by,
-    }  # fmt: skip
+    }
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
-
+# %% ../../nbs/apps/06_demo.ipynb #57124242
 def compare(
     model_bits: Mapping[str, float],  # By type, and "all"
     train: Mapping[str, Sequence[str]],  # type -> documents
@@ -165,7 +173,9 @@ def compare(
         return "\n".join(docs).encode()
 
     primer = joined(t for docs in train.values() for t in docs)
-    columns = {kind: joined(docs) for kind, docs in held_out.items()} | {"all": joined(t for docs in held_out.values() for t in docs)}
+    columns = {kind: joined(docs) for kind, docs in held_out.items()} | {
+        "all": joined(t for docs in held_out.values() for t in docs)
+    }
     rows: dict[str, dict[str, float]] = {"this model": dict(model_bits)}
     with ThreadPoolExecutor(2) as pool:  # the compressors let go of the interpreter's lock
         for kind, bits in zip(columns, pool.map(partial(compressor_bits, primer), columns.values())):
@@ -173,7 +183,7 @@ def compare(
                 rows.setdefault(name, {})[kind] = value
     return rows
 
-
+# %% ../../nbs/apps/06_demo.ipynb #7f26144b
 def table(
     rows: Mapping[str, Mapping[str, float]],  # Row -> column -> bits per byte, the model's row first
 ) -> str:
@@ -189,7 +199,9 @@ def table(
     mine = rows[names[0]]
     beaten = [n for n in names[1:] if mine["all"] < rows[n]["all"]]
     not_beaten = [n for n in names[1:] if n not in beaten]
-    lines.append(f"on the whole it beats: {', '.join(beaten) or 'none'}; it does not beat: {', '.join(not_beaten) or 'none'}")
+    lines.append(
+        f"on the whole it beats: {', '.join(beaten) or 'none'}; it does not beat: {', '.join(not_beaten) or 'none'}"
+    )
     for c in columns[:-1]:
         lost = [n for n in names[1:] if mine[c] >= rows[n][c]]
         lines.append(f"on {c} " + (f"it does not beat: {', '.join(lost)}" if lost else "it beats them all"))
@@ -221,7 +233,7 @@ def samples(
     wrote = generate(model, prompts, tokens, Sampling(temperature=0.8, top_p=0.9, seed=seed), stop_ids=stop)
     return {kind: (start, tokenizer.decode(ids)) for (kind, start), ids in zip(starts.items(), wrote)}
 
-
+# %% ../../nbs/apps/06_demo.ipynb #119a72d1
 def finish(
     trainer: Trainer,  # After its last step
 ) -> None:
@@ -241,9 +253,14 @@ def finish(
     print("comparing with gzip, bzip2 and xz on the held-out text ...", flush=True)
     rows = compare(bits, train, held_out)
     wrote = samples(trainer.model, tokenizer, held_out)
-    text = table(rows) + "\n\n" + "\n\n".join(f"-- {kind}: {start}|{rest}" for kind, (start, rest) in wrote.items()) + "\n"
+    text = (
+        table(rows) + "\n\n" + "\n\n".join(f"-- {kind}: {start}|{rest}" for kind, (start, rest) in wrote.items()) + "\n"
+    )
     print("\n" + text)
     write_file(trainer.run_dir / "report.txt", text)
-    write_file(trainer.run_dir / "report.json", json.dumps({"bits_per_byte": rows, "samples": wrote}, ensure_ascii=False, indent=1))
+    write_file(
+        trainer.run_dir / "report.json",
+        json.dumps({"bits_per_byte": rows, "samples": wrote}, ensure_ascii=False, indent=1),
+    )
     write_file(trainer.run_dir / "tokenizer.model", (prepared / "tokenizer.model").read_bytes())
     print(f"report {trainer.run_dir / 'report.txt'}   tokenizer {trainer.run_dir / 'tokenizer.model'}")

@@ -58,7 +58,7 @@ def open_tokenizer(
     except Exception as error:  # what the package raises has no kind of its own
         raise ValueError(f"{path} is no readable tokenizer.json ({error})") from None
 
-
+# %% ../../nbs/apps/01_prepare.ipynb #6513270e
 def tokenizer_of(
     named: str | None,  # by the user
     tokens: str | Path,  # token files
@@ -105,7 +105,7 @@ def decode(
         beside.unlink(missing_ok=True)
     return len(documents)
 
-
+# %% ../../nbs/apps/01_prepare.ipynb #d23f0824
 def show(
     src: str | Path,  # a `.bin` file, or a folder of them
     tokenizer: AnyTokenizer,  # that made the ids
@@ -155,7 +155,7 @@ def _add_reading(p: argparse.ArgumentParser) -> None:
     p.add_argument("--key", default="text", help="where the text of a record stands")
     p.add_argument("--encoding", default="utf-8", help="of the source files")
 
-
+# %% ../../nbs/apps/01_prepare.ipynb #9531985d
 def _add_build(p: argparse.ArgumentParser) -> None:
     p.add_argument("sources", nargs="+", metavar="SRC", help="files, or folders to walk")
     p.add_argument(
@@ -177,8 +177,10 @@ def _add_build(p: argparse.ArgumentParser) -> None:
         "--valid-share",
         type=float,
         default=0.0,
-        help="share of the documents that is held out, into token files of their own; the same text always "
-        "falls on the same side",
+        help=(
+            "share of the documents that is held out, into token files of their own; the same text always "
+            "falls on the same side"
+        ),
     )
     p.add_argument(
         "--valid-dst",
@@ -191,7 +193,6 @@ def _add_build(p: argparse.ArgumentParser) -> None:
         help="that tokenise; the files do not depend on it (default: one a core, fewer for small sources)",
     )
     p.add_argument("--overwrite", action="store_true", help="replace existing token files")
-
 
 # %% ../../nbs/apps/01_prepare.ipynb #3a3a2e3c
 def _add_tokenizer(p: argparse.ArgumentParser) -> None:
@@ -218,7 +219,8 @@ def _add_tokenizer(p: argparse.ArgumentParser) -> None:
 def parser() -> argparse.ArgumentParser:
     "The command line of internlm-data"
     top = argparse.ArgumentParser(
-        prog=program("prepare_data.py", "internlm-data"), description="Text to token files (.bin and .bin.meta) and back."
+        prog=program("prepare_data.py", "internlm-data"),
+        description="Text to token files (.bin and .bin.meta) and back.",
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -287,7 +289,7 @@ def _texts_to_learn(args: argparse.Namespace, sources: Sequence[Path], bar: tqdm
                     yield whole_characters(text)
     bar.set_description("finding pieces", refresh=True)
 
-
+# %% ../../nbs/apps/01_prepare.ipynb #36f675cc
 def run_tokenizer(
     args: argparse.Namespace,  # options of the command
 ) -> int:  # exit code
@@ -331,7 +333,7 @@ def _figures(built: Built) -> str:
     targets = f", {built.targets:,} targets" if built.targets != built.tokens - built.documents else ""
     return f"{built.documents:,} documents, {built.tokens:,} tokens{targets}{rate}"
 
-
+# %% ../../nbs/apps/01_prepare.ipynb #6b0d549b
 def run_build(
     args: argparse.Namespace,  # options of the command
 ) -> int:  # exit code
@@ -379,7 +381,6 @@ def run_build(
         print(f"together: {_figures(total)}")
     return 0
 
-
 # %% ../../nbs/apps/01_prepare.ipynb #03a6250f
 def run_verify(
     args: argparse.Namespace,  # options of the command
@@ -421,7 +422,7 @@ def run_verify(
     )
     return 0
 
-
+# %% ../../nbs/apps/01_prepare.ipynb #8d116ece
 def run_corpus(
     args: argparse.Namespace,  # options of the command
 ) -> int:  # exit code
@@ -476,8 +477,7 @@ def main(
         return 0
     except KeyboardInterrupt:
         print(
-            f"{name} {args.command}: stopped; the file in work was not written. The same command goes on "
-            "from there",
+            f"{name} {args.command}: stopped; the file in work was not written. The same command goes on from there",
             file=sys.stderr,
         )
         return 130

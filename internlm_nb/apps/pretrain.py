@@ -29,7 +29,8 @@ from types import FrameType, ModuleType
 from typing import Any, NoReturn
 
 from ..base.check import program as started_as
-from .runfile import UsageError, find_hook, listed, load_run_file, names_of, parse_run, require_data, shipped_runs, with_noise
+from .runfile import UsageError, find_hook, listed, load_run_file, names_of, parse_run, require_data
+from .runfile import shipped_runs, with_noise
 from ..checkpoint.durable import CheckpointError
 from ..data.tokenline import TokenFileError
 from ..parallel.comm import CollectiveTimeout
@@ -47,12 +48,14 @@ def program() -> str:
     "What this program is called in its messages: by the name under which it was started"
     return started_as("train.py", "internlm-train")
 
-
+# %% ../../nbs/apps/03_pretrain.ipynb #8e81973e
 def own_options(
     argv: Sequence[str],  # the command line without the program's name
     runs: Path,  # folder of the runs that have names
 ) -> tuple[argparse.Namespace, list[str]]:  # run, run_dir and nproc; and what is the run's
-    """Take the program's own options out of a command line. Raises UsageError where it names no run; exits after help that was asked for
+    """Take the program's own options out of a command line
+
+    Raises UsageError where it names no run; exits after help that was asked for
 
     Args:
         argv: the command line without the program's name
@@ -69,12 +72,21 @@ def own_options(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a language model.",
         usage=f"{program()} [--nproc N] RUN_OR_FILE [--run-dir DIR] [--FIELD VALUE ...]",
-        epilog=f"runs: {names}\n\n`{program()} RUN --help` lists every field of a run, with its default.\n"
-        f"example: {program()} demo --train.steps 100 --optim.lr 1e-3 --run-dir runs/short",
+        epilog=(
+            f"runs: {names}\n\n`{program()} RUN --help` lists every field of a run, with its default.\n"
+            f"example: {program()} demo --train.steps 100 --optim.lr 1e-3 --run-dir runs/short"
+        ),
     )
-    parser.add_argument("run", nargs="?", metavar="RUN_OR_FILE", help="name of a run that comes with the package, or a Python file with a function run()")
+    parser.add_argument(
+        "run",
+        nargs="?",
+        metavar="RUN_OR_FILE",
+        help="name of a run that comes with the package, or a Python file with a function run()",
+    )
     parser.add_argument("--run-dir", metavar="DIR", help="where checkpoints, metrics and plots go (default: runs/NAME)")
-    parser.add_argument("--nproc", metavar="N", type=int, default=0, help="start N ranks on this machine, which train together")
+    parser.add_argument(
+        "--nproc", metavar="N", type=int, default=0, help="start N ranks on this machine, which train together"
+    )
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         sys.exit(0 if argv else 2)
@@ -82,7 +94,9 @@ def own_options(
     while first < len(argv) and argv[first].startswith(("--run-dir", "--nproc")):
         first += 1 if "=" in argv[first] else 2
     if first >= len(argv) or argv[first].startswith("-"):
-        raise UsageError(f"name a run first, then its options. Runs: {names}; or the path of a Python file with a function run()")
+        raise UsageError(
+            f"name a run first, then its options. Runs: {names}; or the path of a Python file with a function run()"
+        )
     own, rest = parser.parse_known_args(argv)
     if own.nproc < 0:
         raise UsageError(f"--nproc is {own.nproc}: give the number of ranks to start on this machine")
@@ -106,7 +120,8 @@ def record_error(
     text: str,  # what to say
     env: Mapping[str, str] | None = None,  # None: os.environ
 ) -> bool:  # is there a launcher that will say it?
-    """Leave a message where torchrun, or `--nproc`, looks for the error of a rank, in the form of torch.distributed.elastic
+    """Leave a message where torchrun, or `--nproc`, looks for the error of a rank, in the form of
+    torch.distributed.elastic
 
     Args:
         text: what to say
@@ -125,7 +140,7 @@ def record_error(
         return False
     return True
 
-
+# %% ../../nbs/apps/03_pretrain.ipynb #6b4cb242
 def leave(
     text: str,  # why
     code: int,  # exit code
@@ -183,7 +198,7 @@ def read_run(
             print(out.getvalue(), end="")
         raise
 
-
+# %% ../../nbs/apps/03_pretrain.ipynb #92276658
 def prepare(
     module: ModuleType,  # the run file
     run: RunConfig,  # as the command line asks for it
@@ -210,7 +225,7 @@ def prepare(
         raise UsageError(f"{module.__file__}: prepare() returned {type(prepared).__name__}, not a RunConfig")
     return prepared
 
-
+# %% ../../nbs/apps/03_pretrain.ipynb #ae97ba94
 def make_trainer(
     module: ModuleType,  # the run file
     run: RunConfig,  # as the command line asks for it
@@ -240,7 +255,10 @@ def make_trainer(
         run = prepare(module, run, mesh)
         require_data(run, module, noise)
         world = mesh.axis("world")
-        sinks = run_on_all(lambda: listed(module, "sinks", run), world, "opening the run file's sinks", only_first=True) or []
+        sinks = (
+            run_on_all(lambda: listed(module, "sinks", run), world, "opening the run file's sinks", only_first=True)
+            or []
+        )
         callbacks = run_on_all(lambda: listed(module, "callbacks", run), world, "making the run file's callbacks")
         more: dict[str, Any] = {"callbacks": callbacks} if callbacks else {}
         return Trainer(run, run_dir, command=command, sinks=sinks, mesh=mesh, **more)
@@ -268,12 +286,14 @@ def train(
     if stopped.name not in GOOD_ENDS:
         raise RunFailed(f"{stopped.value} at step {trainer.state.step} of {trainer.run.train.steps}")
 
-
+# %% ../../nbs/apps/03_pretrain.ipynb #923a7369
 def finish(
     module: ModuleType,  # the run file
     trainer: Trainer,  # after its last step
 ) -> None:
-    """The run file's own end, called on rank 0 where the whole model is there; a run that was only interrupted has none. Raises RunFailed
+    """The run file's own end, called on rank 0 where the whole model is there; a run that was only interrupted has none
+
+    Raises RunFailed
 
     Args:
         module: the run file
@@ -286,7 +306,10 @@ def finish(
     cut = layout.data < layout.world or layout.expert > 1
     if whole_model is None and cut:
         if trainer.is_main:
-            print("the run file's finish() is left out: it needs a whole model on one rank; load the checkpoint in one process instead")
+            print(
+                "the run file's finish() is left out: it needs a whole model on one rank; load the checkpoint in one"
+                " process instead"
+            )
         return
     try:
         with whole_model() if whole_model is not None else contextlib.nullcontext():
@@ -304,7 +327,7 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
-
+# %% ../../nbs/apps/03_pretrain.ipynb #18f135d2
 def rank_environment(
     rank: int,
     count: int,  # ranks
@@ -322,11 +345,18 @@ def rank_environment(
     usual = {"OMP_NUM_THREADS": str(max(1, cores // count)), "GLOO_SOCKET_IFNAME": "lo"}
     if sys.platform != "linux":
         del usual["GLOO_SOCKET_IFNAME"]
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": count,
+        "LOCAL_WORLD_SIZE": count,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     mine = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_ERROR_FILE": str(errors / f"{rank}.json")}
     return {**usual, **os.environ, **{k: str(v) for k, v in places.items()}, **mine}
 
-
+# %% ../../nbs/apps/03_pretrain.ipynb #907a70c3
 @contextlib.contextmanager
 def passing_signals(
     processes: Sequence[subprocess.Popen],  # who gets them
@@ -371,7 +401,7 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int | None:
                     p.kill()
     return first if first is not None else next((i for i, p in enumerate(processes) if p.returncode), None)
 
-
+# %% ../../nbs/apps/03_pretrain.ipynb #7f150524
 def _last_words(rank: int, code: int, errors: Path) -> str:
     "What a rank left to be said, or how it ended; what could not be started is the same for all ranks"
     try:
@@ -383,7 +413,7 @@ def _last_words(rank: int, code: int, errors: Path) -> str:
         return text if "\n" in text else f"{program()}: {text}"
     return f"{program()}: rank {rank}: {text}"
 
-
+# %% ../../nbs/apps/03_pretrain.ipynb #c6f87718
 def start_ranks(
     count: int,  # ranks
     command: Sequence[str],  # of each
@@ -403,7 +433,9 @@ def start_ranks(
         with passing_signals(processes):
             for rank in range(count):
                 env = rank_environment(rank, count, store.port, Path(errors))
-                processes.append(subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_die_with_parent))
+                processes.append(
+                    subprocess.Popen(command, env=env, start_new_session=True, preexec_fn=_die_with_parent)
+                )
             first = _wait(processes)
         if first is None:
             return 0
@@ -416,14 +448,16 @@ def start_ranks(
 def _start_all(own: argparse.Namespace, argv: Sequence[str], runs: Path) -> int:
     "Start the ranks that --nproc asks for; the exit code"
     if any(name in os.environ for name in ("RANK", "SLURM_PROCID")):
-        raise UsageError("--nproc starts ranks, but a launcher (torchrun or srun) has started this process already: use one of them")
+        raise UsageError(
+            "--nproc starts ranks, but a launcher (torchrun or srun) has started this process already: use one of them"
+        )
     at = next(i for i, word in enumerate(argv) if word.startswith("--nproc"))
     words = [*argv[:at], *argv[at + (1 if "=" in argv[at] else 2) :]]
     if own.run in (known := names_of(runs)) and runs != shipped_runs():
         words[words.index(own.run)] = str(known[own.run])
     return start_ranks(own.nproc, [sys.executable, "-m", "internlm_nb.apps.pretrain", *words])
 
-
+# %% ../../nbs/apps/03_pretrain.ipynb #ec66a787
 def run_rank(
     own: argparse.Namespace,  # the program's own options
     rest: Sequence[str],  # the run's
@@ -431,7 +465,9 @@ def run_rank(
     place: Place,  # this process among the others
     runs: Path,  # folder of the runs that have names
 ) -> Trainer:  # after training
-    """One rank, from its options to its end. Raises UsageError or RunFailed; KeyboardInterrupt when it is told to stop at once
+    """One rank, from its options to its end
+
+    Raises UsageError or RunFailed; KeyboardInterrupt when it is told to stop at once
 
     Args:
         own: the program's own options
@@ -455,12 +491,15 @@ def run_rank(
         raise
     return trainer
 
-
+# %% ../../nbs/apps/03_pretrain.ipynb #3f98e277
 def main(
     args: Sequence[str] | None = None,  # command line without the program's name; None: of this process
     runs: Path | None = None,  # folder of the runs that have names; None: those of the package
 ) -> Trainer | None:  # after training; None where --nproc had other processes do it
-    """Parse, prepare, train, finish. Exits with code 2 for what cannot be started, 1 for what went wrong on the way, 130 when stopped at once; an interruption that was saved is a clean end
+    """Parse, prepare, train, finish
+
+    Exits with code 2 for what cannot be started, 1 for what went wrong on the way, 130 when stopped at once; an
+    interruption that was saved is a clean end
 
     Args:
         args: command line without the program's name; None: of this process
@@ -486,7 +525,12 @@ def main(
     except (UsageError, RunFailed) as e:
         leave(str(e), e.code, place, bare=isinstance(e, OptionsRefused), repeated=isinstance(e.__cause__, RankFailed))
     except KeyboardInterrupt:
-        leave("stopped at once; the same command begins again, from the newest checkpoint where there is one", 130, place, repeated=True)
+        leave(
+            "stopped at once; the same command begins again, from the newest checkpoint where there is one",
+            130,
+            place,
+            repeated=True,
+        )
     except Exception:
         if place.world == 1:
             raise
@@ -494,7 +538,7 @@ def main(
     destroy()
     return trainer
 
-
+# %% ../../nbs/apps/03_pretrain.ipynb #c7a2ea20
 def cli() -> int:
     "`internlm-train`: the exit code of `main`"
     main()

@@ -63,22 +63,30 @@ def configs() -> dict[str, type]:
         todo += [hints[f.name] for f in fields(cls) if is_dataclass(hints[f.name])]  # type: ignore[arg-type]
     return found
 
-
+# %% ../../nbs/apps/02_runfile.ipynb #90c192cf
 def _known_names(error: BaseException, module: ModuleType) -> tuple[str, Iterable[str]]:
-    "The name that an error complains of, and those that exist where it was looked for; two times nothing for other errors"
-    if isinstance(error, TypeError) and (found := re.search(r"(?:(\w+)\.)?(\w+)\(\) got an unexpected keyword argument '(\w+)'", str(error))):
+    """The name that an error complains of, and those that exist where it was looked for; two times nothing for other
+    errors
+    """
+    if isinstance(error, TypeError) and (
+        found := re.search(r"(?:(\w+)\.)?(\w+)\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    ):
         owner = found[1] if found[2] == "__init__" else found[2]
-        there = {getattr(value, "__name__", ""): value for value in vars(module).values() if callable(value)} | configs()
+        there = {
+            getattr(value, "__name__", ""): value for value in vars(module).values() if callable(value)
+        } | configs()
         return found[3], inspect.signature(there[owner]).parameters if owner in there else ()
     if isinstance(error, AttributeError) and error.name:
         return error.name, dir(error.obj)
     if isinstance(error, NameError) and error.name:
         return error.name, [*vars(module), *dir(builtins)]
-    if isinstance(error, ImportError) and (found := re.search(r"cannot import name '(\w+)' from '([\w.]+)'", str(error))):
+    if isinstance(error, ImportError) and (
+        found := re.search(r"cannot import name '(\w+)' from '([\w.]+)'", str(error))
+    ):
         return found[1], dir(sys.modules.get(found[2]))
     return "", ()
 
-
+# %% ../../nbs/apps/02_runfile.ipynb #a170b338
 def describe(
     error: Exception,  # raised while a run file was at work
     module: ModuleType,  # the run file
@@ -94,7 +102,11 @@ def describe(
     path = Path(module.__file__ or "")
     line = line_of(error, path)
     where = f"{path}{f', line {line}' if line else ''}{f', in {doing}' if doing else ''}"
-    text = str(error).partition("\n")[0] if not isinstance(error, SyntaxError) else f"{error.msg}: {(error.text or '').strip()}"
+    text = (
+        str(error).partition("\n")[0]
+        if not isinstance(error, SyntaxError)
+        else f"{error.msg}: {(error.text or '').strip()}"
+    )
     name, known = _known_names(error, module)
     if isinstance(error, ImportError):
         text = re.sub(r" \([^()]*\.py\)$", "", text)  # where the module lies says nothing about the wrong name
@@ -117,7 +129,7 @@ def names_of(
     """
     return {p.stem: p for p in sorted(runs.glob("*.py")) if not p.name.startswith("_")}
 
-
+# %% ../../nbs/apps/02_runfile.ipynb #0fd630f1
 def load_run_file(
     name: str,  # a run's name, or the path of a Python file
     runs: Path | None = None,  # folder of the runs that have names; None: those of the package
@@ -136,7 +148,10 @@ def load_run_file(
     if not path.is_file():
         near = nearest(name, known, n=2)
         hint = f"Did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(f"there is no run {name!r}, and no such file. {hint}Runs: {', '.join(known)}; or give the path of a Python file with a function run()")
+        raise UsageError(
+            f"there is no run {name!r}, and no such file. {hint}Runs: {', '.join(known)}; or give the path of a Python"
+            " file with a function run()"
+        )
     spec = importlib.util.spec_from_file_location("internlm_nb_run", path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} is no Python file: its name must end in .py")
@@ -156,7 +171,9 @@ def parse_run(
     args: Sequence[str],  # options, e.g. ["--train.steps", "5"]
     prog: str = "internlm-train RUN",  # shown in help and errors
 ) -> RunConfig:
-    """The run of a file with the command line's values. Raises UsageError when its run() fails; exits with code 2 and tyro's message for options or values that cannot be
+    """The run of a file with the command line's values
+
+    Raises UsageError when its run() fails; exits with code 2 and tyro's message for options or values that cannot be
 
     Args:
         module: a run file
@@ -169,7 +186,9 @@ def parse_run(
         raise UsageError(describe(e, module, "run()")) from e
     if not isinstance(base, RunConfig):
         raise UsageError(f"{module.__file__}: run() returned {type(base).__name__}, not a RunConfig")
-    return tyro.cli(RunConfig, prog=prog, description=module.__doc__ or f"The run {base.name}", default=base, args=list(args))
+    return tyro.cli(
+        RunConfig, prog=prog, description=module.__doc__ or f"The run {base.name}", default=base, args=list(args)
+    )
 
 # %% ../../nbs/apps/02_runfile.ipynb #651e87bd
 HOOKS = ("prepare", "sinks", "callbacks", "finish")
@@ -192,7 +211,9 @@ def find_hook(
     if hook is None:
         return None
     if not callable(hook):
-        raise UsageError(f"{module.__file__}: {name} is {type(hook).__name__}; it must be a function, or have another name")
+        raise UsageError(
+            f"{module.__file__}: {name} is {type(hook).__name__}; it must be a function, or have another name"
+        )
 
     def called(*args: Any) -> Any:
         try:
@@ -204,7 +225,7 @@ def find_hook(
 
     return called
 
-
+# %% ../../nbs/apps/02_runfile.ipynb #0cb1e29c
 def listed(
     module: ModuleType,  # a run file
     name: str,  # sinks or callbacks
@@ -262,5 +283,6 @@ def require_data(
     shipped = Path(module.__file__ or "").parent.resolve() == shipped_runs().resolve()
     if shipped and not run.data.train_folder and not noise:
         raise UsageError(
-            f"{run.name} needs data: --data.train-folder TOKENS, a folder made by internlm-data build; or --data.train-folder {NOISE}, to train on noise"
+            f"{run.name} needs data: --data.train-folder TOKENS, a folder made by internlm-data build; or"
+            f" --data.train-folder {NOISE}, to train on noise"
         )

@@ -16,7 +16,9 @@ SAID = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")  # by which somebo
 
 
 def wait_kindly() -> bool:  # was it said?
-    """Have threads that wait go to sleep soon. Nothing happens where torch is loaded already, or where the user has chosen
+    """Have threads that wait go to sleep soon
+
+    Nothing happens where torch is loaded already, or where the user has chosen
 
     Returns:
         was it said?
@@ -58,7 +60,7 @@ def convert() -> int | None:  # exit code
     """
     return _run("apps.convert", "main")
 
-
+# %% ../../nbs/apps/07_start.ipynb #451abd81
 def chat() -> int | None:  # exit code
     """`internlm-chat`: see `apps.chat`
 

@@ -19,7 +19,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 def comments(
     source: str,  # Python
 ) -> dict[int, str]:  # number of a line, from 1 -> text without its #
-    """Comments behind code, by line
+    """Comments by the line of code that they belong to: behind it, or above it on lines of their own
 
     Args:
         source: Python
@@ -29,10 +29,17 @@ def comments(
     """
     out: dict[int, str] = {}
     code = 0  # the last line that has any
+    above: list[str] = []  # what was said since
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT and token.start[0] == code:
-            out[code] = token.string.lstrip("#").strip()
-        elif token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+        if token.type == tokenize.COMMENT:
+            text = token.string.lstrip("#").strip()
+            if token.start[0] == code:
+                out[code] = text
+            else:
+                above.append(text)
+        elif token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+            if above:
+                out[token.start[0]], above = " ".join(above), []
             code = token.end[0]
     return out
 
@@ -56,10 +63,11 @@ def parameters(
     last = node.returns.end_lineno if node.returns else None  # a comment there is the result's
     for arg, default in found:
         line = (default or arg).end_lineno or 0
-        if line in said and line != last:
-            yield {id(a.vararg): "*", id(a.kwarg): "**"}.get(id(arg), "") + arg.arg, said[line]
+        text = said.get(line if line != last else -1) or said.get(arg.lineno if arg.lineno != node.lineno else -1)
+        if text:
+            yield {id(a.vararg): "*", id(a.kwarg): "**"}.get(id(arg), "") + arg.arg, text
 
-
+# %% ../../nbs/base/06_docments.ipynb #ae658f33
 def fields(
     node: ast.ClassDef,
     said: dict[int, str],  # as `comments` gives
@@ -74,10 +82,11 @@ def fields(
     """
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and not line.target.id.startswith("_"):
-            if line.end_lineno in said:
-                yield line.target.id, said[line.end_lineno]
+            text = said.get(line.end_lineno or 0) or said.get(line.lineno)
+            if text:
+                yield line.target.id, text
 
-
+# %% ../../nbs/base/06_docments.ipynb #b774eb52
 def sections(
     node: Function | ast.ClassDef,
     said: dict[int, str],  # as `comments` gives
@@ -96,7 +105,8 @@ def sections(
         named = list(parameters(init, said) if init else fields(node, said))
     else:
         named = list(parameters(node, said))
-        result = said.get(node.returns.end_lineno or 0, "") if node.returns else ""
+        last = (node.returns.end_lineno or 0) if node.returns else 0
+        result = said.get(last) or (said.get(node.body[0].lineno, "") if last else "")  # behind it, or under it
     lines = ["", "Args:", *(f"    {name}: {text}" for name, text in named)] if named else []
     return lines + (["", "Returns:", f"    {result}"] if result else [])
 
@@ -111,7 +121,9 @@ def with_sections(
     """
     said = comments(source)
     lines = source.splitlines(keepends=True)
-    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))]
+    nodes = [
+        n for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+    ]
     for node in sorted(nodes, key=lambda n: n.lineno, reverse=True):  # from the end, so that line numbers hold
         text, more = ast.get_docstring(node), sections(node, said)
         if text is None or not more:

@@ -15,7 +15,8 @@ def read_object(
     path: str | Path,  # a JSON file
     most_bytes: int = 256 << 20,  # larger files are refused unread
 ) -> dict[str, Any]:
-    """The object in a JSON file; raises ValueError naming the file when it is too large, is not JSON, or holds something else
+    """The object in a JSON file; raises ValueError naming the file when it is too large, is not JSON, or holds
+    something else
 
     Args:
         path: a JSON file
@@ -24,7 +25,9 @@ def read_object(
     path = Path(path)
     size = path.stat().st_size
     if size > most_bytes:
-        raise ValueError(f"{path}: has {size:,} bytes, and at most {most_bytes:,} are read: this is no such file as it should be")
+        raise ValueError(
+            f"{path}: has {size:,} bytes, and at most {most_bytes:,} are read: this is no such file as it should be"
+        )
     try:
         found = json.loads(path.read_text(encoding="utf-8-sig"))
     except RecursionError:

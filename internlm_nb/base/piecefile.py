@@ -68,7 +68,7 @@ class Model:
     dummy_prefix: bool  # puts a space in front
     squeeze: bool  # removes extra spaces
 
-
+# %% ../../nbs/base/02_piecefile.ipynb #10a3d6b2
 def read_model(
     path: str | Path,  # a .model file
 ) -> Model:

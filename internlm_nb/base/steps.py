@@ -12,7 +12,9 @@ import re
 def parse_steps(
     text: str,  # "3-5,9": steps 3, 4, 5 and 9; empty: none
 ) -> tuple[tuple[int, int], ...]:
-    """Ranges (first, last) in rising order, neighbours joined. Raises ValueError that names the part that is not understood
+    """Ranges (first, last) in rising order, neighbours joined
+
+    Raises ValueError that names the part that is not understood
 
     Args:
         text: "3-5,9": steps 3, 4, 5 and 9; empty: none

@@ -52,7 +52,11 @@ INT_LIMIT = 2**63  # of the integers that tensors and other programs can hold
 
 def _number(hint: type, value: Any) -> str:
     "Why a value is no number of the field's type; empty where it is one"
-    if isinstance(value, bool) or not isinstance(value, int if hint is int else (int, float)) or (isinstance(value, int) and type(value) is not int):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int if hint is int else (int, float))
+        or (isinstance(value, int) and type(value) is not int)
+    ):
         return "an integer is needed" if hint is int else "a number is needed"
     if isinstance(value, int):
         return "" if abs(value) < INT_LIMIT else "it is too large: integers have 64 bits"
@@ -69,7 +73,7 @@ def _text(value: Any) -> str:
         return "it is no valid UTF-8"
     return "it has a zero byte" if "\0" in value else ""
 
-
+# %% ../../nbs/base/04_values.ipynb #4f426dcb
 def fault(
     hint: Any,  # the field's type
     value: Any,  # what it was given
@@ -91,9 +95,17 @@ def fault(
     if hint is bool:
         return "" if isinstance(value, bool) else "True or False is needed"
     if origin is Literal:
-        return "" if any(value is a or (type(value) is type(a) and value == a) for a in args) else f"choose one of {', '.join(map(str, args))}"
+        return (
+            ""
+            if any(value is a or (type(value) is type(a) and value == a) for a in args)
+            else f"choose one of {', '.join(map(str, args))}"
+        )
     if origin is tuple:
-        return next(filter(None, (fault(args[0], v) for v in value)), "") if isinstance(value, (tuple, list)) else "several values are needed, as a tuple"
+        return (
+            next(filter(None, (fault(args[0], v) for v in value)), "")
+            if isinstance(value, (tuple, list))
+            else "several values are needed, as a tuple"
+        )
     if is_dataclass(hint):
         return "" if isinstance(value, typing.cast(type, hint)) else f"a {getattr(hint, '__name__', hint)} is needed"
     if args:  # a union: None and a type
@@ -115,7 +127,8 @@ def check_fields(
     prefix: str,  # of its options, e.g. "--train."
     hints: typing.Mapping[str, str] | None = None,  # field -> what else to write, said after the reason
 ) -> None:
-    """Raise `ValueError` that names the first field which does not hold what its type promises, or what no file could keep
+    """Raise `ValueError` that names the first field which does not hold what its type promises, or what no file could
+    keep
 
     Args:
         config: a dataclass; a list in a field of tuples becomes a tuple
@@ -156,5 +169,11 @@ def check_range(
         if value is None or ((low < value if above else low <= value) and value <= high):
             continue
         floor = f"{'more than' if above else 'at least'} {low:g}"
-        limits = floor if value < low or (above and value == low) else f"at most {high:g}" if high < 1e6 else f"at most {int(high):,}"
+        limits = (
+            floor
+            if value < low or (above and value == low)
+            else f"at most {high:g}"
+            if high < 1e6
+            else f"at most {int(high):,}"
+        )
         raise ValueError(f"{option(prefix, name)} is {shown(value)}: give {what or limits}")

@@ -35,7 +35,7 @@ def _whole_chunks() -> None:
 def _nothing() -> None:
     pass
 
-
+# %% ../../nbs/bench/09_ablation.ipynb #74e69a5d
 MEASURES: dict[str, tuple[str, Callable[[], None]]] = {  # name -> what happens without it, and how
     "chunked": ("attention by PyTorch's kernel", _nothing),
     "slabs": ("the loss of a chunk of logits in one piece", _whole_chunks),
@@ -60,7 +60,9 @@ class Without(Ours):
             raise ValueError(f"no measure is called {measure!r}: choose from {', '.join(MEASURES)}")
         if measure:
             MEASURES[measure][1]()
-        super().__init__(replace(case, attention="sdpa") if measure == "chunked" else case, keep_memory=measure != "kept-memory")
+        super().__init__(
+            replace(case, attention="sdpa") if measure == "chunked" else case, keep_memory=measure != "kept-memory"
+        )
 
     def shares(self) -> dict[str, float]:
         "`where_time_goes` of this contender"
@@ -102,7 +104,7 @@ def place_of(
         around = around.cpu_parent
     return "elsewhere"
 
-
+# %% ../../nbs/bench/09_ablation.ipynb #f3aed0b6
 def where_time_goes(
     contender: Ours,  # warmed up
 ) -> dict[str, float]:  # part of the step -> share of its time, largest first
@@ -137,7 +139,7 @@ def build_without(
     torch.set_num_threads(threads)
     return Without(from_dict(Case, case), measure)
 
-
+# %% ../../nbs/bench/09_ablation.ipynb #8f2c6ec8
 def ablation(
     title: str,
     case: Case,
@@ -155,7 +157,12 @@ def ablation(
     """
     with ExitStack() as stack:
         names = {"ours": ""} | {f"without {m}": m for m in MEASURES}
-        workers = {name: stack.enter_context(Worker(name, f"{__name__}:build_without", asdict(case), m, threads, threads=threads)) for name, m in names.items()}
+        workers = {
+            name: stack.enter_context(
+                Worker(name, f"{__name__}:build_without", asdict(case), m, threads, threads=threads)
+            )
+            for name, m in names.items()
+        }
         for w in workers.values():
             w.ready()
         for w in workers.values():
@@ -167,13 +174,25 @@ def ablation(
     for name, m in names.items():
         rate = told[name]["tokens"] / statistics.median(s for turn in times[name] for s in turn)
         summary[name] = {"tokens_per_s": rate, "peak_bytes": told[name]["peak_bytes"]}
-        rows.append([name, f"{rate:.0f}", f"{(told[name]['peak_bytes'] or 0) / 2**20:.0f}", MEASURES[m][0] if m else ""])
+        rows.append(
+            [name, f"{rate:.0f}", f"{(told[name]['peak_bytes'] or 0) / 2**20:.0f}", MEASURES[m][0] if m else ""]
+        )
     ratios: dict[str, Any] = {name: ratio(times["ours"], times[name]).as_dict() for name in names if name != "ours"}
     differences = same_work(told, {"parameters": 0, "tokens": 0, "loss32": 1e-5, "first_loss": 0.02})
     remarks = [f"NOT THE SAME WORK: {line}" for line in differences]
-    remarks += [f"{name.removeprefix('without ')}: the step is {Ratio(**r)} times as fast with it" for name, r in ratios.items()]
+    remarks += [
+        f"{name.removeprefix('without ')}: the step is {Ratio(**r)} times as fast with it" for name, r in ratios.items()
+    ]
     remarks.append("where the time goes: " + ", ".join(f"{place} {share:.1%}" for place, share in shares.items()))
     return {
-        "title": title, "rows": rows, "remarks": remarks, "case": asdict(case), "summary": summary, "seconds": times, "ratios": ratios,
-        "shares": shares, "contenders": told, "differences": differences,
-    }  # fmt: skip
+        "title": title,
+        "rows": rows,
+        "remarks": remarks,
+        "case": asdict(case),
+        "summary": summary,
+        "seconds": times,
+        "ratios": ratios,
+        "shares": shares,
+        "contenders": told,
+        "differences": differences,
+    }

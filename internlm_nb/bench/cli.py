@@ -60,7 +60,8 @@ class BenchConfig:
         show: Print kept results, and measure nothing
     """
 
-    what: Annotated[Benchmark, tyro.conf.Positional] = "all"  # Benchmark to measure; all: every part that this machine can run
+    # Benchmark to measure; all: every part that this machine can run
+    what: Annotated[Benchmark, tyro.conf.Positional] = "all"
     shape: str = ""  # Shapes, with commas, instead of a part's own; train has 23m-16k, 42m-16k, 20m-103k, 58m-103k
     dtype: str = "bfloat16,float32"  # Precisions, with commas
     compile: bool = False  # Compiled against compiled, instead of eager against eager
@@ -74,12 +75,15 @@ class BenchConfig:
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1 ...
     model: str = ""  # For `generate`: a folder with a real model, instead of one with random weights
     out: Path = Path("benchmarks")  # Where results are kept
-    smoke: bool = False  # Tiny shapes and few rounds: does everything run? The figures mean nothing, and are kept only where --out is given
+    # Tiny shapes and few rounds: does everything run? The figures mean nothing, and are kept only where --out is given
+    smoke: bool = False
     show: tuple[Path, ...] = ()  # Print kept results, and measure nothing
 
     def __post_init__(self):
         if not all(w.isdecimal() and int(w) > 0 for w in words(self.tokens)):
-            raise ValueError(f"--tokens is {self.tokens!r}: write numbers of tokens with commas, for instance 2048,8192")
+            raise ValueError(
+                f"--tokens is {self.tokens!r}: write numbers of tokens with commas, for instance 2048,8192"
+            )
         if self.rounds < 1 or self.steps < 1 or self.threads < 0:
             raise ValueError("--rounds and --steps are at least 1, --threads is 0 (one a core) or positive")
         for name in ("shape", "dtype", "style"):
@@ -87,7 +91,7 @@ class BenchConfig:
             if unknown := [w for w in words(getattr(self, name)) if w not in known]:
                 raise ValueError(f"--{name}: {', '.join(map(repr, unknown))} is none of {', '.join(known)}")
 
-
+# %% ../../nbs/bench/12_cli.ipynb #1a358ca0
 def words(
     text: str,  # "a,b"
 ) -> tuple[str, ...]:
@@ -131,7 +135,7 @@ def chosen(
     """
     return [shapes()[name] for name in words(cfg.shape) or (tiny if cfg.smoke else usual)]
 
-
+# %% ../../nbs/bench/12_cli.ipynb #895fd7b3
 def bench_train(
     cfg: BenchConfig,
     at: Output,
@@ -140,11 +144,14 @@ def bench_train(
     for shape in chosen(cfg, ("23m-16k", "42m-16k", "20m-103k", "58m-103k")):
         for precision in words(cfg.dtype):
             case = Case(shape, precision, compile=cfg.compile, device=at.device)  # type: ignore[arg-type]
-            field, title = train_field(case, at.peers, words(cfg.style)), f"{shape.name}, {precision}, {'compiled' if cfg.compile else 'eager'}"
+            field, title = (
+                train_field(case, at.peers, words(cfg.style)),
+                f"{shape.name}, {precision}, {'compiled' if cfg.compile else 'eager'}",
+            )
             at.say(f"{title}: {', '.join(field)} ...")
             yield contest_result(title, case, contest(field, cfg.rounds, cfg.steps, at.threads, at.sizes(cfg)))
 
-
+# %% ../../nbs/bench/12_cli.ipynb #9d1de2a0
 def bench_packed(
     cfg: BenchConfig,
     at: Output,
@@ -161,7 +168,7 @@ def bench_packed(
                 found = contest(train_field(case, peers, ["autocast"]), cfg.rounds, 1, at.threads, at.sizes(cfg))
                 yield contest_result(title, case, found)
 
-
+# %% ../../nbs/bench/12_cli.ipynb #353c631c
 def bench_generate(
     cfg: BenchConfig,
     at: Output,
@@ -175,12 +182,20 @@ def bench_generate(
                 task = Task(shape, cfg.model, precision, (long,) * count, new, at.device)  # type: ignore[arg-type]
                 field = {"ours": ("ours", task)} | ({"transformers": ("transformers", task)} if there else {})
                 if count > 1:
-                    field["ours, unequal prompts"] = ("ours", replace(task, prompts=tuple(long * 2 // 3 + i * long * 2 // 3 // (count - 1) for i in range(count))))
-                title = f"{cfg.model or (shape.name if shape else '')}, {precision}, {count} prompt{'s' * (count > 1)} of {long} tokens, {new} new ones each"
+                    field["ours, unequal prompts"] = (
+                        "ours",
+                        replace(
+                            task, prompts=tuple(long * 2 // 3 + i * long * 2 // 3 // (count - 1) for i in range(count))
+                        ),
+                    )
+                title = (
+                    f"{cfg.model or (shape.name if shape else '')}, {precision}, {count} prompt{'s' * (count > 1)} of"
+                    f" {long} tokens, {new} new ones each"
+                )
                 at.say(f"{title} ...")
                 yield write_contest(title, field, cfg.rounds, at.threads)
 
-
+# %% ../../nbs/bench/12_cli.ipynb #a268aa87
 def bench_data(
     cfg: BenchConfig,
     at: Output,
@@ -191,7 +206,7 @@ def bench_data(
         at.say(f"{shape.name}, reading ...")
         yield data_contest(case, 20_000 if cfg.smoke else 2_000_000, 2 if cfg.smoke else 100, cfg.rounds, at.threads)
 
-
+# %% ../../nbs/bench/12_cli.ipynb #9a2ef80f
 def bench_ablation(
     cfg: BenchConfig,
     at: Output,
@@ -205,14 +220,21 @@ def bench_ablation(
         return
     for shape in chosen(cfg, ("42m-16k", "58m-103k")):
         at.say(f"{shape.name}, measures left out ...")
-        yield ablation(f"{shape.name}, bfloat16, one measure left out", Case(shape, "bfloat16", device=at.device), cfg.rounds, cfg.steps, at.threads)
+        yield ablation(
+            f"{shape.name}, bfloat16, one measure left out",
+            Case(shape, "bfloat16", device=at.device),
+            cfg.rounds,
+            cfg.steps,
+            at.threads,
+        )
 
-
+# %% ../../nbs/bench/12_cli.ipynb #1d87cec3
 def bench_waiting(
     cfg: BenchConfig,
     at: Output,
 ) -> Iterator[dict[str, Any]]:  # nothing on a GPU
-    """Our step under several ways for OpenMP's threads to wait: alone, and beside as many other processes as there are threads
+    """Our step under several ways for OpenMP's threads to wait: alone, and beside as many other processes as there are
+    threads
 
     Returns:
         nothing on a GPU
@@ -225,7 +247,7 @@ def bench_waiting(
             at.say(f"{shape.name}, beside {beside} busy processes ...")
             yield waiting_contest(case, cfg.rounds, cfg.steps, at.threads, beside)
 
-
+# %% ../../nbs/bench/12_cli.ipynb #fa529ba3
 def bench_zero(
     cfg: BenchConfig,
     at: Output,
@@ -235,9 +257,15 @@ def bench_zero(
     ranks = torch.cuda.device_count() if cuda else cfg.ranks
     for shape in chosen(cfg, ("1b",) if cuda else ("23m-16k",)):
         at.say(f"{shape.name}, {ranks} ranks, beside FSDP2 ...")
-        yield sharded_contest(Case(shape, "bfloat16", device=at.device, micro_num=2, check=False), ranks, cfg.rounds, cfg.steps, max(1, at.threads // ranks))
+        yield sharded_contest(
+            Case(shape, "bfloat16", device=at.device, micro_num=2, check=False),
+            ranks,
+            cfg.rounds,
+            cfg.steps,
+            max(1, at.threads // ranks),
+        )
 
-
+# %% ../../nbs/bench/12_cli.ipynb #4fd58dbe
 def bench_gpu(
     cfg: BenchConfig,
     at: Output,
@@ -248,7 +276,10 @@ def bench_gpu(
         nothing where no GPU is at hand
     """
     if not at.device.startswith("cuda") and not cfg.smoke:
-        at.say(f"gpu: no CUDA device here (this PyTorch is {torch.__version__}), so the MFU of the large shapes stays open; run `internlm-bench gpu` where there is one")
+        at.say(
+            f"gpu: no CUDA device here (this PyTorch is {torch.__version__}), so the MFU of the large shapes stays"
+            " open; run `internlm-bench gpu` where there is one"
+        )
         return
     for shape in chosen(cfg, ("1b", "7b-llama2-4-blocks", "7b-internlm2-4-blocks")):
         cases, missing = gpu_cases(shape, at.device)
@@ -258,10 +289,17 @@ def bench_gpu(
             found.append(solo(case, cfg.rounds, cfg.steps, at.threads, at.sizes(cfg)))
         yield gpu_result(shape, cases, found, facts(at.device, at.threads)["device"], missing)
 
-
+# %% ../../nbs/bench/12_cli.ipynb #bfeaa155
 PARTS: dict[str, Callable[[BenchConfig, Output], Iterator[dict[str, Any]]]] = {
-    "train": bench_train, "packed": bench_packed, "generate": bench_generate, "data": bench_data, "ablation": bench_ablation, "waiting": bench_waiting, "zero": bench_zero, "gpu": bench_gpu,
-}  # fmt: skip
+    "train": bench_train,
+    "packed": bench_packed,
+    "generate": bench_generate,
+    "data": bench_data,
+    "ablation": bench_ablation,
+    "waiting": bench_waiting,
+    "zero": bench_zero,
+    "gpu": bench_gpu,
+}
 
 # %% ../../nbs/bench/12_cli.ipynb #b12b32ca
 def run_part(
@@ -299,7 +337,7 @@ def run_part(
             at.say(f"kept in {keep(record, cfg.out)}\n")
     return code
 
-
+# %% ../../nbs/bench/12_cli.ipynb #7a86f7a2
 def main(
     args: Sequence[str] | None = None,  # Command line without the program's name; None: of this process
     say: Callable[[str], None] = print,
@@ -329,7 +367,13 @@ def main(
         at = Output(tuple(peers), str(device), cfg.threads or cores, say)
         keeps = not cfg.smoke or any(a.startswith("--out") for a in argv)
         for what in PARTS if cfg.what == "all" else [cfg.what]:
-            if code := run_part(what, cfg, at, {"command": shlex.join([program("bench.py", "internlm-bench"), *argv]), "missing": missing}, keeps):
+            if code := run_part(
+                what,
+                cfg,
+                at,
+                {"command": shlex.join([program("bench.py", "internlm-bench"), *argv]), "missing": missing},
+                keeps,
+            ):
                 return code
     except (ValueError, OSError) as error:
         print(f"{program('bench.py', 'internlm-bench')}: {error}", file=sys.stderr)

@@ -27,7 +27,9 @@ class ContestError(Exception):
 
 
 def serve() -> None:
-    "The other end of a `Worker`: take calls from standard input, put answers on standard output, until there are no more"
+    """The other end of a `Worker`: take calls from standard input, put answers on standard output, until there are no
+    more
+    """
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what anybody prints goes to the log
     contender: Any = None
@@ -75,8 +77,12 @@ class Worker:
         around |= env or {}
         self.process = subprocess.Popen(
             [sys.executable, "-c", "from internlm_nb.bench.contest import serve; serve()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=around, encoding="utf-8",
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=around,
+            encoding="utf-8",
+        )
         self._ask(build, args)
 
     def _ask(self, what: str, args: Sequence[Any]) -> None:
@@ -95,7 +101,9 @@ class Worker:
             late = "" if timer.is_alive() else f", after {self.timeout_s:g} s without an answer"
             timer.cancel()
         if not line:
-            raise ContestError(f"contender {self.name!r} died with exit code {self.process.wait()}{late}:\n{self.last_words()}")
+            raise ContestError(
+                f"contender {self.name!r} died with exit code {self.process.wait()}{late}:\n{self.last_words()}"
+            )
         done, answer = json.loads(line)
         if not done:
             raise ContestError(f"contender {self.name!r} failed:\n{answer}")
@@ -185,7 +193,8 @@ def alternate(
     rounds: int,  # how often everyone has a turn
     steps: int,  # of one turn
     between: Callable[[], Any] | None = None,  # called after each round
-) -> tuple[dict[str, list[list[float]]], list[Any]]:  # seconds of each step by name, round and step; what `between` returned
+) -> tuple[dict[str, list[list[float]]], list[Any]]:
+    # seconds of each step by name, round and step; what `between` returned
     """Let contenders run in turn: A B C, A B C, …
 
     Args:
@@ -243,7 +252,9 @@ def ratio(
         peer: the same of the other
     """
     if len(ours) != len(peer) or not ours:
-        raise ValueError(f"{len(ours)} rounds against {len(peer)}: a ratio needs both sides in each round, and at least one")
+        raise ValueError(
+            f"{len(ours)} rounds against {len(peer)}: a ratio needs both sides in each round, and at least one"
+        )
     each = [statistics.median(b) / statistics.median(a) for a, b in zip(ours, peer)]
     return Ratio(statistics.median(each), min(each), max(each), min(map(min, peer)) / min(map(min, ours)), len(each))
 

@@ -39,7 +39,13 @@ def write_corpus(
     """
     rng = np.random.default_rng(seed)
     for name in "ab":
-        write_tokens(root / name / "0.bin", (rng.integers(1, vocab, n).tolist() for n in mixed_lengths(tokens // 2, 16, longest, int(rng.integers(1 << 30)))))
+        write_tokens(
+            root / name / "0.bin",
+            (
+                rng.integers(1, vocab, n).tolist()
+                for n in mixed_lengths(tokens // 2, 16, longest, int(rng.integers(1 << 30)))
+            ),
+        )
     return root
 
 # %% ../../nbs/bench/07_data.ipynb #38efa0b1
@@ -107,7 +113,7 @@ def build_reader(
     """
     return Reader(corpus, from_dict(Case, case), batches)
 
-
+# %% ../../nbs/bench/07_data.ipynb #a7abe1c2
 def data_contest(
     case: Case,  # the step's
     corpus_tokens: int,
@@ -128,8 +134,19 @@ def data_contest(
     with tempfile.TemporaryDirectory() as tmp, ExitStack() as stack:
         corpus = write_corpus(Path(tmp), case.shape.vocab, corpus_tokens)
         workers = {
-            "reading": stack.enter_context(Worker("reading", "internlm_nb.bench.data:build_reader", str(corpus), asdict(case), batches, threads=threads)),
-            "training": stack.enter_context(Worker("training", f"{HERE}:build_contender", "ours", asdict(case), threads, threads=threads)),
+            "reading": stack.enter_context(
+                Worker(
+                    "reading",
+                    "internlm_nb.bench.data:build_reader",
+                    str(corpus),
+                    asdict(case),
+                    batches,
+                    threads=threads,
+                )
+            ),
+            "training": stack.enter_context(
+                Worker("training", f"{HERE}:build_contender", "ours", asdict(case), threads, threads=threads)
+            ),
         }
         for w in workers.values():
             w.call("warm_up")
@@ -138,7 +155,24 @@ def data_contest(
     rows, r = [["contender", "tokens/s", "best"]], ratio(times["reading"], times["training"])
     for name in workers:
         seconds = [s for turn in times[name] for s in turn]
-        rows.append([name, f"{told[name]['tokens'] / statistics.median(seconds):.0f}", f"{told[name]['tokens'] / min(seconds):.0f}"])
-    title = f"{case.shape.name}, {case.precision}, packs of {case.shape.batch} x {case.shape.seq}, vocabulary {case.shape.vocab}"
+        rows.append(
+            [
+                name,
+                f"{told[name]['tokens'] / statistics.median(seconds):.0f}",
+                f"{told[name]['tokens'] / min(seconds):.0f}",
+            ]
+        )
+    title = (
+        f"{case.shape.name}, {case.precision}, packs of {case.shape.batch} x {case.shape.seq}, vocabulary"
+        f" {case.shape.vocab}"
+    )
     remarks = [f"reading and packing a batch is {r} times as fast as training on it"]
-    return {"title": title, "rows": rows, "remarks": remarks, "case": asdict(case), "seconds": times, "contenders": told, "ratios": {"training": r.as_dict()}}
+    return {
+        "title": title,
+        "rows": rows,
+        "remarks": remarks,
+        "case": asdict(case),
+        "seconds": times,
+        "contenders": told,
+        "ratios": {"training": r.as_dict()},
+    }

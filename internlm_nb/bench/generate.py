@@ -51,7 +51,9 @@ class Task:
         if (self.shape is None) == (not self.folder):
             raise ValueError("a task needs a shape or a folder, one of them")
         if self.folder and not is_huggingface(self.folder):
-            raise ValueError(f"{self.folder} is no Hugging Face folder, and the peers read no other: make one with convert.py to-hf")
+            raise ValueError(
+                f"{self.folder} is no Hugging Face folder, and the peers read no other: make one with convert.py to-hf"
+            )
 
     def config(self) -> ModelConfig:
         "Architecture of the random model, with room for prompt and answer"
@@ -106,7 +108,7 @@ class Writer:
         "What was written, and how long the prompt took"
         return {"answers": self.answers, "reading_s": self.reading}
 
-
+# %% ../../nbs/bench/06_generate.ipynb #482c9cbc
 class OurWriter(Writer):
     "This library: packed prompts of any lengths, a cache that grows"
 
@@ -128,7 +130,7 @@ class OurWriter(Writer):
                 self.answers[row].append(token)
         return marks
 
-
+# %% ../../nbs/bench/06_generate.ipynb #88daf401
 class TransformersWriter(Writer):
     "transformers' generate with its default cache"
 
@@ -159,13 +161,19 @@ class TransformersWriter(Writer):
         n = self.task.new_tokens
         with torch.no_grad():
             out = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, use_cache=True, max_new_tokens=n, eos_token_id=-1, pad_token_id=0, stopping_criteria=[criterion]
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                use_cache=True,
+                max_new_tokens=n,
+                eos_token_id=-1,
+                pad_token_id=0,
+                stopping_criteria=[criterion],
             )
         self.answers = out[:, ids.shape[1] :].tolist()
         return marks
 
-
-
+# %% ../../nbs/bench/06_generate.ipynb #519088f5
 def build_writer(
     kind: str,  # ours or transformers
     task: dict[str, Any],  # a `Task` as a dict
@@ -196,7 +204,7 @@ def first_difference(
     places = [i for x, y in zip(a, b) for i in range(max(len(x), len(y))) if x[i : i + 1] != y[i : i + 1]]
     return min(places, default=None)
 
-
+# %% ../../nbs/bench/06_generate.ipynb #dbf4a8b2
 def write_contest(
     title: str,
     field: dict[str, tuple[str, Task]],  # by name: ours or transformers, and the task; ours first
@@ -212,7 +220,12 @@ def write_contest(
         for a record
     """
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(name, "internlm_nb.bench.generate:build_writer", kind, asdict(task), threads, threads=threads)) for name, (kind, task) in field.items()}
+        workers = {
+            name: stack.enter_context(
+                Worker(name, "internlm_nb.bench.generate:build_writer", kind, asdict(task), threads, threads=threads)
+            )
+            for name, (kind, task) in field.items()
+        }
         for w in workers.values():
             w.ready()
         for w in workers.values():
@@ -224,16 +237,34 @@ def write_contest(
     remarks, ratios, same = [], {}, {}
     for name, (_, task) in field.items():
         seconds, written = [s for r in times[name] for s in r], len(task.prompts) * (task.new_tokens - 1)
-        rows.append([name, str(len(task.prompts)), str(task.new_tokens), f"{written / statistics.median(seconds):.1f}", f"{written / min(seconds):.1f}", f"{told[name]['reading_s']:.3f}"])
+        rows.append(
+            [
+                name,
+                str(len(task.prompts)),
+                str(task.new_tokens),
+                f"{written / statistics.median(seconds):.1f}",
+                f"{written / min(seconds):.1f}",
+                f"{told[name]['reading_s']:.3f}",
+            ]
+        )
     for name in others:
         if field[name][1] != field[ours][1]:
             continue
         ratios[name] = ratio(times[ours], times[name])
         same[name] = first_difference(told[ours]["answers"], told[name]["answers"])
-        remarks.append(f"{ours} against {name}: {ratios[name]} times as fast; {'the same tokens' if same[name] is None else f'the tokens part at position {same[name]}'}")
+        remarks.append(
+            f"{ours} against {name}: {ratios[name]} times as fast;"
+            f" {'the same tokens' if same[name] is None else f'the tokens part at position {same[name]}'}"
+        )
         if same[name] is not None and field[ours][1].precision == "float32":
             remarks.insert(0, f"NOT THE SAME WORK: in float32 {name} writes other tokens")
     return {
-        "title": title, "rows": rows, "remarks": remarks, "tasks": {name: asdict(task) for name, (_, task) in field.items()},
-        "seconds": times, "contenders": told, "ratios": {n: r.as_dict() for n, r in ratios.items()}, "first_difference": same,
-    }  # fmt: skip
+        "title": title,
+        "rows": rows,
+        "remarks": remarks,
+        "tasks": {name: asdict(task) for name, (_, task) in field.items()},
+        "seconds": times,
+        "contenders": told,
+        "ratios": {n: r.as_dict() for n, r in ratios.items()},
+        "first_difference": same,
+    }

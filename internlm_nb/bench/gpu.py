@@ -33,7 +33,9 @@ def gpu_cases(
     """
     base = Case(shape, device=device, micro_num=micro_num, check=False)
     reasons = {b: why_not(b, device, PRECISIONS[base.precision].param, base.config.head_dim) for b in backends}
-    cases = [replace(base, attention=b, compile=c) for b, reason in reasons.items() if reason is None for c in (False, True)]
+    cases = [
+        replace(base, attention=b, compile=c) for b, reason in reasons.items() if reason is None for c in (False, True)
+    ]
     missing = [f"not {b}: {reason}" for b, reason in reasons.items() if reason]
     if reason := why_not_fp8(device):
         missing.append(f"not fp8: {reason}")
@@ -58,7 +60,14 @@ def solo(
         seconds, facts and the product; or `error`
     """
     try:
-        with Worker(f"{case.shape.name} {case.attention}", f"{HERE}:build_contender", "ours", asdict(case), threads, threads=threads) as worker:
+        with Worker(
+            f"{case.shape.name} {case.attention}",
+            f"{HERE}:build_contender",
+            "ours",
+            asdict(case),
+            threads,
+            threads=threads,
+        ) as worker:
             warm = worker.call("warm_up", 3)
             seconds, products = [], []
             for _ in range(rounds):
@@ -99,18 +108,58 @@ def gpu_result(
         s = statistics.median(x for turn in f["seconds"] for x in turn)
         rate, causal_rate, product = model / s / 1e12, causal / s / 1e12, max(f["product_tflops"])
         mfu = [f"{r / sheet:.1%}" if sheet else "?" for r in (rate, causal_rate)]
-        rows.append([*head, f"{f['tokens'] / s:.0f}", f"{rate:.3g}", *mfu, f"{rate / product:.1%}", f"{f['peak_bytes'] / 2**30:.1f}"])
-        summary.append({
-            "attention": case.attention, "compile": case.compile, "fp8": case.fp8, "tokens_per_s": f["tokens"] / s, "tflops": rate, "causal_tflops": causal_rate,
-            "mfu": rate / sheet if sheet else None, "mfu_causal": causal_rate / sheet if sheet else None, "product_tflops": product, "peak_bytes": f["peak_bytes"],
-        })  # fmt: skip
+        rows.append(
+            [
+                *head,
+                f"{f['tokens'] / s:.0f}",
+                f"{rate:.3g}",
+                *mfu,
+                f"{rate / product:.1%}",
+                f"{f['peak_bytes'] / 2**30:.1f}",
+            ]
+        )
+        summary.append(
+            {
+                "attention": case.attention,
+                "compile": case.compile,
+                "fp8": case.fp8,
+                "tokens_per_s": f["tokens"] / s,
+                "tflops": rate,
+                "causal_tflops": causal_rate,
+                "mfu": rate / sheet if sheet else None,
+                "mfu_causal": causal_rate / sheet if sheet else None,
+                "product_tflops": product,
+                "peak_bytes": f["peak_bytes"],
+            }
+        )
     first = cases[0]
     remarks = [
-        f"a step is {first.micro_num} x {shape.batch} x {shape.seq} tokens; MFU counts attention over whole sequences, causal MFU the pairs that causality leaves",
-        f"datasheet: {sheet:.0f} TFLOP/s dense bf16" if sheet else f"no datasheet entry for {device_name!r}: MFU stays open",
+        (
+            f"a step is {first.micro_num} x {shape.batch} x {shape.seq} tokens; MFU counts attention over whole"
+            " sequences, causal MFU the pairs that causality leaves"
+        ),
+        (
+            f"datasheet: {sheet:.0f} TFLOP/s dense bf16"
+            if sheet
+            else f"no datasheet entry for {device_name!r}: MFU stays open"
+        ),
         f"auto takes {choose_backend(first.device, PRECISIONS[first.precision].param, first.config.head_dim)}",
         *missing,
-        *(f"{s['attention']}{' fp8' if s['fp8'] != 'none' else ''}{' compiled' if s['compile'] else ''}: {s['error']}" for s in summary if "error" in s),
+        *(
+            f"{s['attention']}{' fp8' if s['fp8'] != 'none' else ''}{' compiled' if s['compile'] else ''}: {s['error']}"
+            for s in summary
+            if "error" in s
+        ),
     ]
-    title = f"{shape.name}: {shape.layers} blocks of {shape.hidden}, vocabulary {shape.vocab}, bf16 weights, fp32 masters"
-    return {"title": title, "rows": rows, "remarks": remarks, "cases": [asdict(c) for c in cases], "runs": list(found), "datasheet_tflops": sheet, "summary": summary}
+    title = (
+        f"{shape.name}: {shape.layers} blocks of {shape.hidden}, vocabulary {shape.vocab}, bf16 weights, fp32 masters"
+    )
+    return {
+        "title": title,
+        "rows": rows,
+        "remarks": remarks,
+        "cases": [asdict(c) for c in cases],
+        "runs": list(found),
+        "datasheet_tflops": sheet,
+        "summary": summary,
+    }

@@ -73,7 +73,7 @@ def product_tflops(
             best = max(best, 2 * n**3 / _product_seconds(a, b, out) / 1e12)
     return best
 
-
+# %% ../../nbs/bench/02_measure.ipynb #58d5563d
 def _product_seconds(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> float:
     "One product, on the device's own clock"
     if a.device.type != "cuda":
@@ -114,7 +114,7 @@ def versions(
 
     return {name: version(name) for name in names}
 
-
+# %% ../../nbs/bench/02_measure.ipynb #5affb229
 def commit(
     folder: Path,  # inside a git checkout
 ) -> str | None:  # None: no git, or no checkout
@@ -127,12 +127,16 @@ def commit(
         None: no git, or no checkout
     """
     try:
-        run = lambda *words: subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: E731
-        return run("rev-parse", "--short=12", "HEAD") + ("+" if run("status", "--porcelain", "--untracked-files=no") else "")
+        run = lambda *words: subprocess.run(  # noqa: E731
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        return run("rev-parse", "--short=12", "HEAD") + (
+            "+" if run("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
-
+# %% ../../nbs/bench/02_measure.ipynb #7e62aa0a
 def facts(
     device: torch.device | str,  # that was measured
     threads: int,  # processor threads

@@ -61,10 +61,18 @@ class ModelShape:
     def config(self) -> ModelConfig:
         "As a model"
         return ModelConfig(
-            "llama", self.vocab, self.hidden, self.layers, self.heads, self.kv_heads, 1.0, intermediate_size=self.ffn, max_position_embeddings=self.seq
+            "llama",
+            self.vocab,
+            self.hidden,
+            self.layers,
+            self.heads,
+            self.kv_heads,
+            1.0,
+            intermediate_size=self.ffn,
+            max_position_embeddings=self.seq,
         )
 
-
+# %% ../../nbs/bench/04_peers.ipynb #66d22876
 def shapes() -> dict[str, ModelShape]:
     "All shapes by name"
     table = (
@@ -101,7 +109,9 @@ class Case:
 
     shape: ModelShape
     precision: PrecisionName = "bfloat16"  # float32: no lower precision anywhere
-    style: Style = "autocast"  # peers in bf16: fp32 weights under autocast, or everything in bf16, optimizer too. Ours keeps bf16 weights and fp32 masters
+    # peers in bf16: fp32 weights under autocast, or everything in bf16, optimizer too. Ours keeps bf16 weights and fp32
+    # masters
+    style: Style = "autocast"
     compile: bool = False
     device: str = "cpu"
     lengths: tuple[int, ...] = ()  # documents packed into one row; none: `batch` sequences of `seq`
@@ -123,7 +133,7 @@ class Case:
         "Lengths of the sequences"
         return self.lengths or (self.shape.seq,) * self.shape.batch
 
-
+# %% ../../nbs/bench/04_peers.ipynb #230d977e
 def make_pack(
     case: Case,
 ) -> Pack:
@@ -163,9 +173,14 @@ def llama_weights(
     model = allocate(Transformer(cfg, device="meta", dtype=torch.float32), "cpu")
     init_weights(model, seed)
     ours = dict(model.named_parameters())
-    return {n: t.detach().clone() for e in entries(cfg, "llama") if e.name is not None for n, t in zip(e.outside, e.export(ours[e.name]))}
+    return {
+        n: t.detach().clone()
+        for e in entries(cfg, "llama")
+        if e.name is not None
+        for n, t in zip(e.outside, e.export(ours[e.name]))
+    }
 
-
+# %% ../../nbs/bench/04_peers.ipynb #8cdb305f
 def litgpt_names(
     weights: dict[str, Tensor],  # under Llama's names
     layers: int,
@@ -181,9 +196,13 @@ def litgpt_names(
         "transformer.ln_f.weight": weights["model.norm.weight"],
     }
     parts = {
-        "norm_1": "input_layernorm", "attn.proj": "self_attn.o_proj", "norm_2": "post_attention_layernorm",
-        "mlp.fc_1": "mlp.gate_proj", "mlp.fc_2": "mlp.up_proj", "mlp.proj": "mlp.down_proj",
-    }  # fmt: skip
+        "norm_1": "input_layernorm",
+        "attn.proj": "self_attn.o_proj",
+        "norm_2": "post_attention_layernorm",
+        "mlp.fc_1": "mlp.gate_proj",
+        "mlp.fc_2": "mlp.up_proj",
+        "mlp.proj": "mlp.down_proj",
+    }
     for i in range(layers):
         at, to = f"model.layers.{i}", f"transformer.h.{i}"
         out |= {f"{to}.{a}.weight": weights[f"{at}.{b}.weight"] for a, b in parts.items()}
@@ -277,7 +296,7 @@ class Contender:
         """
         return product_tflops(PRECISIONS[self.case.precision].param, self.device, sizes)
 
-
+# %% ../../nbs/bench/04_peers.ipynb #fc891b4a
 class Ours(Contender):
     """This library, as its trainer uses it
 
@@ -293,7 +312,14 @@ class Ours(Contender):
         super().__init__(case)
         if keep_memory and torch.device(self.device).type == "cpu":
             keep_freed_memory()
-        train = TrainConfig(precision=case.precision, seed=case.seed, attention=case.attention, compile=case.compile, recompute=case.recompute, fp8=case.fp8)
+        train = TrainConfig(
+            precision=case.precision,
+            seed=case.seed,
+            attention=case.attention,
+            compile=case.compile,
+            recompute=case.recompute,
+            fp8=case.fp8,
+        )
         run = RunConfig("bench", case.config, optim=OptimConfig(lr=1e-4, clip=1.0), train=train)
         self.batch = Batch.of(self.pack, self.device)
         if case.check:
@@ -324,7 +350,10 @@ class Peer(Contender):
         warnings.filterwarnings("ignore")
         self.model = self.build(llama_weights(case.config, case.seed)).to(self.device).train()
         self.call = self.model
-        self.ids, self.labels = (t.to(self.device).view(1 if case.lengths else case.shape.batch, -1) for t in (self.pack.input_ids, self.pack.labels))
+        self.ids, self.labels = (
+            t.to(self.device).view(1 if case.lengths else case.shape.batch, -1)
+            for t in (self.pack.input_ids, self.pack.labels)
+        )
         self.prepare()
         if case.check:
             with torch.no_grad():
@@ -334,7 +363,9 @@ class Peer(Contender):
         self.prepare()
         if case.compile:
             self.call = torch.compile(self.model)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+        )
 
     def build(self, weights: dict[str, Tensor]) -> nn.Module:
         "The library's own model, in float32, with these weights (Llama's names)"
@@ -360,14 +391,16 @@ class Peer(Contender):
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
-
+# %% ../../nbs/bench/04_peers.ipynb #616499c9
 class TransformersPeer(Peer):
     "LlamaForCausalLM with SDPA; packed documents through a block-diagonal mask and positions that begin anew"
 
     def build(self, weights: dict[str, Tensor]) -> nn.Module:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        words: dict[str, Any] = write_config(self.case.config, "llama") | dict(use_cache=False, attn_implementation="sdpa")
+        words: dict[str, Any] = write_config(self.case.config, "llama") | dict(
+            use_cache=False, attn_implementation="sdpa"
+        )
         model = LlamaForCausalLM(LlamaConfig(**words))
         model.load_state_dict(weights)
         return model
@@ -378,13 +411,18 @@ class TransformersPeer(Peer):
         self.options: dict[str, Any] = dict(input_ids=self.ids, labels=shifted, use_cache=False)
         if self.case.lengths:
             document = torch.repeat_interleave(torch.arange(len(self.case.lengths)), torch.tensor(self.case.lengths))
-            mask = ((document[:, None] == document[None, :]) & torch.ones(len(document), len(document), dtype=torch.bool).tril())[None, None]
-            self.options |= dict(attention_mask=mask.to(self.device), position_ids=self.pack.indexes[None].to(self.device))
+            mask = (
+                (document[:, None] == document[None, :])
+                & torch.ones(len(document), len(document), dtype=torch.bool).tril()
+            )[None, None]
+            self.options |= dict(
+                attention_mask=mask.to(self.device), position_ids=self.pack.indexes[None].to(self.device)
+            )
 
     def loss(self) -> Tensor:
         return self.call(**self.options).loss
 
-
+# %% ../../nbs/bench/04_peers.ipynb #153e7c2a
 class LitgptPeer(Peer):
     "litgpt's GPT and its chunked cross entropy"
 
@@ -396,10 +434,23 @@ class LitgptPeer(Peer):
             raise ValueError("litgpt's training has no mask between packed documents: leave it out of this contest")
         cfg, self.cross_entropy = self.case.config, chunked_cross_entropy
         words: dict[str, Any] = dict(
-            name="bench", block_size=cfg.max_position_embeddings, vocab_size=cfg.vocab_size, padded_vocab_size=cfg.vocab_size, n_layer=cfg.num_layers,
-            n_head=cfg.num_heads, n_query_groups=cfg.num_kv_heads, n_embd=cfg.hidden_size, intermediate_size=cfg.ffn_size, rotary_percentage=1.0,
-            parallel_residual=False, bias=False, norm_class_name="RMSNorm", norm_eps=cfg.norm_eps, mlp_class_name="LLaMAMLP", rope_base=int(cfg.rope_base),
-        )  # fmt: skip
+            name="bench",
+            block_size=cfg.max_position_embeddings,
+            vocab_size=cfg.vocab_size,
+            padded_vocab_size=cfg.vocab_size,
+            n_layer=cfg.num_layers,
+            n_head=cfg.num_heads,
+            n_query_groups=cfg.num_kv_heads,
+            n_embd=cfg.hidden_size,
+            intermediate_size=cfg.ffn_size,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            norm_eps=cfg.norm_eps,
+            mlp_class_name="LLaMAMLP",
+            rope_base=int(cfg.rope_base),
+        )
         model = GPT(Config(**words))
         model.load_state_dict(litgpt_names(weights, cfg.num_layers))
         return model
@@ -423,7 +474,10 @@ def installed(
         those that can take part; a line about the others, or nothing
     """
     if unknown := [p for p in peers if p not in BUILDERS or p == "ours"]:
-        raise ValueError(f"no peer is called {', '.join(map(repr, unknown))}: choose from {', '.join(n for n in BUILDERS if n != 'ours')}")
+        raise ValueError(
+            f"no peer is called {', '.join(map(repr, unknown))}: choose from"
+            f" {', '.join(n for n in BUILDERS if n != 'ours')}"
+        )
     missing = [p for p in peers if importlib.util.find_spec(p) is None]
     line = f"not installed, so not measured: {', '.join(missing)} (pip install {' '.join(missing)})" if missing else ""
     return [p for p in peers if p not in missing], line

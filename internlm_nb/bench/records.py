@@ -13,16 +13,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-
 # %% ../../nbs/bench/03_records.ipynb #b13fb0ce
 FORMAT = 1
 CONVENTIONS = {
     "seconds": "wall time of one step by round and step (forward, loss, backward, clip, update); CUDA events on a GPU",
-    "ratio": "peer's time over ours, median step against median step within a round; median, smallest and largest over the rounds; above 1, ours is faster",
-    "share": "model FLOPs (products with weights three times over, attention over whole sequences or documents, not halved for causality) a second, over the best matrix product of the same run",
+    "ratio": (
+        "peer's time over ours, median step against median step within a round; median, smallest and largest over the"
+        " rounds; above 1, ours is faster"
+    ),
+    "share": (
+        "model FLOPs (products with weights three times over, attention over whole sequences or documents, not halved"
+        " for causality) a second, over the best matrix product of the same run"
+    ),
     "share_causal": "the same, counting only the pairs of tokens that causality and documents leave",
     "mfu": "model FLOPs a second over the datasheet's dense bf16 rate",
-    "peak_bytes": "most resident memory of the contender's own process during the contest's steps, imports included; a GPU's allocated tensors on CUDA",
+    "peak_bytes": (
+        "most resident memory of the contender's own process during the contest's steps, imports included; a GPU's"
+        " allocated tensors on CUDA"
+    ),
     "baseline_bytes": "the process's resident memory after imports, before the model",
 }
 
@@ -54,7 +62,7 @@ def keep(
         except FileExistsError:
             number += 1
 
-
+# %% ../../nbs/bench/03_records.ipynb #49952399
 def new_record(
     what: str,  # part of the bench
     facts: Mapping[str, Any],  # machine and versions
@@ -70,9 +78,18 @@ def new_record(
         command: as it was typed
     """
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    return {"format": FORMAT, "what": what, "date": now, "command": command, "facts": dict(facts), **more, "conventions": CONVENTIONS, "results": list(results)}
+    return {
+        "format": FORMAT,
+        "what": what,
+        "date": now,
+        "command": command,
+        "facts": dict(facts),
+        **more,
+        "conventions": CONVENTIONS,
+        "results": list(results),
+    }
 
-
+# %% ../../nbs/bench/03_records.ipynb #65dc9f50
 def load(
     path: str | Path,
 ) -> dict[str, Any]:
@@ -95,7 +112,10 @@ def grid(
         rows: the first is the head
     """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
+        for row in rows
+    )
 
 
 def result_text(
@@ -108,18 +128,26 @@ def result_text(
     """
     return "\n".join([result["title"], grid(result["rows"]), *(f"  {line}" for line in result.get("remarks", []))])
 
-
+# %% ../../nbs/bench/03_records.ipynb #7f1b103c
 def head(
     record: Mapping[str, Any],
 ) -> str:
     "Machine, versions and command of a record, in three lines"
     f = record["facts"]
     versions = ", ".join(f"{k} {v}" for k, v in (f.get("versions") or {}).items() if v)
-    return "\n".join([
-        f"{record['what']} on {f['device']}, {record['date'][:16].replace('T', ' ')}{' (stopped before its end)' if record.get('stopped') else ''}",
-        f"  {record['command']}",
-        f"  threads {f.get('threads')} of {f.get('cores')} cores; {versions}; commit {f.get('commit') or 'unknown'}",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            (
+                f"{record['what']} on {f['device']},"
+                f" {record['date'][:16].replace('T', ' ')}{' (stopped early)' if record.get('stopped') else ''}"
+            ),
+            f"  {record['command']}",
+            (
+                f"  threads {f.get('threads')} of {f.get('cores')} cores; {versions}; commit"
+                f" {f.get('commit') or 'unknown'}"
+            ),
+        ]
+    )
 
 
 def table(

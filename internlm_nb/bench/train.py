@@ -75,7 +75,7 @@ def build_products(
     torch.set_num_threads(threads)
     return Products(precision, device, tuple(sizes))
 
-
+# %% ../../nbs/bench/05_train.ipynb #a8948c89
 def contest(
     field: dict[str, tuple[str, Case]],  # by name: a key of `BUILDERS` and its case; ours first
     rounds: int,
@@ -95,8 +95,15 @@ def contest(
     """
     first = next(iter(field.values()))[1]
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(name, f"{HERE}:build_contender", kind, asdict(case), threads, threads=threads)) for name, (kind, case) in field.items()}
-        products = stack.enter_context(Worker("products", f"{HERE}:build_products", first.precision, first.device, sizes, threads, threads=threads))
+        workers = {
+            name: stack.enter_context(
+                Worker(name, f"{HERE}:build_contender", kind, asdict(case), threads, threads=threads)
+            )
+            for name, (kind, case) in field.items()
+        }
+        products = stack.enter_context(
+            Worker("products", f"{HERE}:build_products", first.precision, first.device, sizes, threads, threads=threads)
+        )
         for w in (*workers.values(), products):
             w.ready()
         warm = {name: w.call("warm_up") for name, w in workers.items()}
@@ -113,7 +120,6 @@ def contest(
         "ratios": {name: ratio(times[ours], times[name]).as_dict() for name in others},
     }
 
-
 # %% ../../nbs/bench/05_train.ipynb #216f61dc
 def step_cost(
     case: Case,
@@ -122,7 +128,7 @@ def step_cost(
     each = [step_flops(case.config, (n,), n) for n in case.segments]
     return sum(f.model for f in each) * case.micro_num, sum(f.causal for f in each) * case.micro_num
 
-
+# %% ../../nbs/bench/05_train.ipynb #d4c28c2e
 def contest_result(
     title: str,
     case: Case,
@@ -141,15 +147,34 @@ def contest_result(
     summary: dict[str, dict[str, float]] = {}
     for name, told in found["contenders"].items():
         seconds = [s for r in found["seconds"][name] for s in r]
-        rates = {"tokens_per_s": told["tokens"] / statistics.median(seconds), "best_tokens_per_s": told["tokens"] / min(seconds)}
+        rates = {
+            "tokens_per_s": told["tokens"] / statistics.median(seconds),
+            "best_tokens_per_s": told["tokens"] / min(seconds),
+        }
         shares = {"share": model / min(seconds) / 1e12 / peak, "share_causal": causal / min(seconds) / 1e12 / peak}
         summary[name] = rates | shares | {"peak_bytes": told["peak_bytes"]}
         mib = [f"{told[k] / 2**20:.0f}" if told[k] else "?" for k in ("peak_bytes", "baseline_bytes")]
-        rows.append([name, *(f"{r:.0f}" for r in rates.values()), *(f"{s:.0%}" for s in shares.values()), *mib, f"{told['first_loss']:.4f}"])
+        rows.append(
+            [
+                name,
+                *(f"{r:.0f}" for r in rates.values()),
+                *(f"{s:.0%}" for s in shares.values()),
+                *mib,
+                f"{told['first_loss']:.4f}",
+            ]
+        )
     ours = next(iter(summary))
     remarks = [f"NOT THE SAME WORK: {line}" for line in found["differences"]]
     for name, r in found["ratios"].items():
         memory = summary[ours]["peak_bytes"] / summary[name]["peak_bytes"]
         remarks.append(f"{ours} against {name}: {Ratio(**r)} times as fast; {memory:.2f} of its peak memory")
     remarks.append(f"best matrix product {peak:.3f} TFLOP/s ({case.precision}); {len(found['product_tflops'])} rounds")
-    return {"title": title, "rows": rows, "remarks": remarks, "case": asdict(case), "flops": {"model": model, "causal": causal}, "summary": summary, **found}
+    return {
+        "title": title,
+        "rows": rows,
+        "remarks": remarks,
+        "case": asdict(case),
+        "flops": {"model": model, "causal": causal},
+        "summary": summary,
+        **found,
+    }

@@ -73,7 +73,9 @@ def waiting_contest(
     threads: int,  # of a contender that has the machine to itself
     beside: int,  # other processes at work
 ) -> dict[str, Any]:  # for a record
-    """One model's steps under all ways to wait, beside so many other processes. Raises ContestError when a contender fails
+    """One model's steps under all ways to wait, beside so many other processes
+
+    Raises ContestError when a contender fails
 
     Args:
         case: of ours
@@ -99,7 +101,7 @@ def waiting_contest(
             times, _ = alternate(workers, rounds, steps)
     return waiting_result(f"{case.shape.name}, {case.precision}, beside {beside} busy processes", ways, times, tokens)
 
-
+# %% ../../nbs/bench/11_waiting.ipynb #1c2442f9
 def waiting_result(
     title: str,
     ways: Mapping[str, Mapping[str, str]],  # by name, variables of the environment

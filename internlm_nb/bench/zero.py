@@ -44,7 +44,12 @@ class ShardedOurs:
         case: Case,
         sharding: Sharding,
     ):
-        run = RunConfig("bench", case.config, optim=OptimConfig(lr=1e-4, clip=1.0), train=TrainConfig(precision=case.precision, seed=case.seed))
+        run = RunConfig(
+            "bench",
+            case.config,
+            optim=OptimConfig(lr=1e-4, clip=1.0),
+            train=TrainConfig(precision=case.precision, seed=case.seed),
+        )
         self.mesh, self.case = mesh, case
         self.model, _, _, self.optimizer = build(replace(run, zero=ZeroConfig(*sharding.factors)), mesh)
         self.batch = Batch.of(make_pack(replace(case, seed=case.seed + mesh.rank)), mesh.device)
@@ -54,7 +59,7 @@ class ShardedOurs:
         n = self.case.micro_num
         return train_step(self.model, self.optimizer, [self.batch] * n, self.batch.num_targets * n, mesh=self.mesh).loss
 
-
+# %% ../../nbs/bench/10_zero.ipynb #64e50cad
 class ShardedPeer:
     "The same model under PyTorch's `fully_shard`"
 
@@ -72,7 +77,9 @@ class ShardedPeer:
             fully_shard(block, mesh=devices, mp_policy=policy)  # type: ignore[arg-type]
         fully_shard(model, mesh=devices, mp_policy=policy)
         self.model = model
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, fused=True
+        )
         self.batch = Batch.of(make_pack(replace(case, seed=case.seed + mesh.rank)), mesh.device)
 
     def step(self) -> Tensor:
@@ -99,10 +106,16 @@ class ShardedPeer:
 
 # %% ../../nbs/bench/10_zero.ipynb #ba6e11df
 def _build(mesh: Mesh, case: Case, name: str) -> Any:
-    return ShardedPeer(mesh, case) if name == "FSDP2" else ShardedOurs(mesh, case, Sharding.named(name, mesh.layout.world, 1))
+    return (
+        ShardedPeer(mesh, case)
+        if name == "FSDP2"
+        else ShardedOurs(mesh, case, Sharding.named(name, mesh.layout.world, 1))
+    )
 
-
-def _turns(mesh: Mesh, case: dict[str, Any], names: Sequence[str], rounds: int, steps: int, threads: int) -> dict[str, Any]:
+# %% ../../nbs/bench/10_zero.ipynb #66836886
+def _turns(
+    mesh: Mesh, case: dict[str, Any], names: Sequence[str], rounds: int, steps: int, threads: int
+) -> dict[str, Any]:
     "What a rank does: build, warm up, take turns"
     torch.set_num_threads(threads)
     if mesh.device.type == "cpu":
@@ -122,7 +135,7 @@ def _turns(mesh: Mesh, case: dict[str, Any], names: Sequence[str], rounds: int, 
             seconds[name].append(times)
     return {"losses": losses, "seconds": seconds, "peak_bytes": peak_bytes(mesh.device)}
 
-
+# %% ../../nbs/bench/10_zero.ipynb #fc132d0d
 def sharded_contest(
     case: Case,
     ranks: int,
@@ -142,7 +155,19 @@ def sharded_contest(
         for a record
     """
     backend = "nccl" if case.device.startswith("cuda") else "gloo"
-    go = lambda which, n: run_ranks(_turns, Layout(ranks), asdict(case), which, n, steps, threads, backend=backend, timeout=1200, show=False, check=False)  # noqa: E731
+    go = lambda which, n: run_ranks(  # noqa: E731
+        _turns,
+        Layout(ranks),
+        asdict(case),
+        which,
+        n,
+        steps,
+        threads,
+        backend=backend,
+        timeout=1200,
+        show=False,
+        check=False,
+    )
     found = go(list(names), rounds)
     peaks = {name: max(r["peak_bytes"] for r in go([name], 1)) for name in names}
     seconds = found[0]["seconds"]
@@ -152,9 +177,38 @@ def sharded_contest(
     summary = {}
     for name in names:
         each = sorted(s for r in seconds[name] for s in r)
-        summary[name] = {"tokens_per_s": tokens / each[len(each) // 2], "best_tokens_per_s": tokens / each[0], "peak_bytes": peaks[name]}
-        rows.append([name, f"{summary[name]['tokens_per_s']:.0f}", f"{summary[name]['best_tokens_per_s']:.0f}", f"{peaks[name] / 2**20:.0f}", " ".join(f"{x:.4f}" for x in losses[name])])
+        summary[name] = {
+            "tokens_per_s": tokens / each[len(each) // 2],
+            "best_tokens_per_s": tokens / each[0],
+            "peak_bytes": peaks[name],
+        }
+        rows.append(
+            [
+                name,
+                f"{summary[name]['tokens_per_s']:.0f}",
+                f"{summary[name]['best_tokens_per_s']:.0f}",
+                f"{peaks[name] / 2**20:.0f}",
+                " ".join(f"{x:.4f}" for x in losses[name]),
+            ]
+        )
     ratios = {name: ratio(seconds[names[0]], seconds[name]).as_dict() for name in names[1:]}
-    remarks = [f"{names[0]} against {name}: {r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f}) times as fast; {peaks[names[0]] / peaks[name]:.2f} of its peak memory" for name, r in ratios.items()]
-    title = f"{case.shape.name}, {case.precision}, {ranks} rank{'s' * (ranks > 1)} over {backend}, {case.micro_num} micro-batches"
-    return {"title": title, "rows": rows, "remarks": remarks, "case": asdict(case), "ranks": ranks, "summary": summary, "seconds": seconds, "losses": losses, "ratios": ratios}
+    remarks = [
+        f"{names[0]} against {name}: {r['median']:.2f} ({r['low']:.2f} to {r['high']:.2f}) times as fast;"
+        f" {peaks[names[0]] / peaks[name]:.2f} of its peak memory"
+        for name, r in ratios.items()
+    ]
+    title = (
+        f"{case.shape.name}, {case.precision}, {ranks} rank{'s' * (ranks > 1)} over {backend}, {case.micro_num}"
+        " micro-batches"
+    )
+    return {
+        "title": title,
+        "rows": rows,
+        "remarks": remarks,
+        "case": asdict(case),
+        "ranks": ranks,
+        "summary": summary,
+        "seconds": seconds,
+        "losses": losses,
+        "ratios": ratios,
+    }

@@ -17,7 +17,9 @@ from pathlib import Path
 
 # %% ../../nbs/checkpoint/01_durable.ipynb #b71f60dc
 class CheckpointError(RuntimeError):
-    "A checkpoint cannot be written, or cannot be read as it is: the message names the file or tensor and says what to do"
+    """A checkpoint cannot be written, or cannot be read as it is: the message names the file or tensor and says what to
+    do
+    """
 
 # %% ../../nbs/checkpoint/01_durable.ipynb #68bfaa0d
 def sync_folder(
@@ -40,7 +42,8 @@ def write_file(
     path: str | Path,  # its folder exists
     data: bytes | str,  # the whole content; text is written as UTF-8
 ) -> None:
-    """Write a small file so that a reader, or a crash, sees all of the old content or all of the new; CheckpointError when it cannot be written
+    """Write a small file so that a reader, or a crash, sees all of the old content or all of the new; CheckpointError
+    when it cannot be written
 
     Args:
         path: its folder exists
@@ -58,7 +61,9 @@ def write_file(
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror or error}); the old content, if any, is untouched") from error
+        raise CheckpointError(
+            f"{path}: cannot be written ({error.strerror or error}); the old content, if any, is untouched"
+        ) from error
 
 # %% ../../nbs/checkpoint/01_durable.ipynb #088954aa
 def sibling(
@@ -105,7 +110,8 @@ def remove_folder(
     remove_tree(trash)
 
 # %% ../../nbs/checkpoint/01_durable.ipynb #aef513e3
-_OURS = re.compile(r"index\.json|\.index\.json\.saving|rank-\d{5,}(-\d{5,})?\.(json|safetensors)|\.nfs.*")  # .nfs...: deleted, but open
+# .nfs...: deleted, but open
+_OURS = re.compile(r"index\.json|\.index\.json\.saving|rank-\d{5,}(-\d{5,})?\.(json|safetensors)|\.nfs.*")
 
 
 def strangers(
@@ -129,7 +135,9 @@ def strangers(
 def open_file(
     path: str | Path,  # a regular file, or a link to one
 ) -> int:  # an open handle; the caller closes it
-    """Open a file for reading. CheckpointError that says whether it is missing, deleted meanwhile, forbidden, or no regular file
+    """Open a file for reading
+
+    CheckpointError that says whether it is missing, deleted meanwhile, forbidden, or no regular file
 
     Args:
         path: a regular file, or a link to one
@@ -143,11 +151,16 @@ def open_file(
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise CheckpointError(
-                f"{path}: its folder is gone: deleted meanwhile by the run that keeps it, or never there; take a newer checkpoint"
+                f"{path}: its folder is gone: deleted meanwhile by the run that keeps it, or never there; take a newer"
+                " checkpoint"
             ) from None
-        raise CheckpointError(f"{path}: missing; copy the whole checkpoint folder, or take another checkpoint") from None
+        raise CheckpointError(
+            f"{path}: missing; copy the whole checkpoint folder, or take another checkpoint"
+        ) from None
     except PermissionError as error:
-        raise CheckpointError(f"{path}: permission denied: this user may not read it; ask its owner (chmod a+r), nothing is damaged") from error
+        raise CheckpointError(
+            f"{path}: permission denied: this user may not read it; ask its owner (chmod a+r), nothing is damaged"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be opened ({error.strerror or error})") from error
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -155,7 +168,7 @@ def open_file(
         raise CheckpointError(f"{path}: is no regular file (a folder, a pipe or a device); take another checkpoint")
     return handle
 
-
+# %% ../../nbs/checkpoint/01_durable.ipynb #842e7fc2
 def read_file(
     path: str | Path,  # a regular file
 ) -> bytes:
@@ -168,7 +181,9 @@ def read_file(
         try:
             return file.read()
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); take another checkpoint") from error
+            raise CheckpointError(
+                f"{path}: cannot be read ({error.strerror or error}); take another checkpoint"
+            ) from error
 
 # %% ../../nbs/checkpoint/01_durable.ipynb #f2302965
 def standing(
@@ -198,12 +213,15 @@ def restore(
     sync_folder(folder.parent)
     return True
 
-
+# %% ../../nbs/checkpoint/01_durable.ipynb #f3b7a50d
 def publish(
     folder: str | Path,  # the destination
     overwrite: bool = False,  # replace what is there
 ) -> None:
-    """Give the finished `.saving` folder its name. An existing destination stays unless `overwrite`, and is deleted only when the new one stands; CheckpointError otherwise
+    """Give the finished `.saving` folder its name
+
+    An existing destination stays unless `overwrite`, and is deleted only when the new one stands; CheckpointError
+    otherwise
 
     Args:
         folder: the destination
@@ -213,7 +231,9 @@ def publish(
     sync_folder(saving)
     if os.path.lexists(folder):
         if not overwrite:
-            raise CheckpointError(f"{folder} exists and is not overwritten; choose another folder, delete it, or ask for overwrite=True")
+            raise CheckpointError(
+                f"{folder} exists and is not overwritten; choose another folder, delete it, or ask for overwrite=True"
+            )
         remove_tree(old)
         os.rename(folder, old)
     try:
@@ -238,12 +258,14 @@ def is_step(
     """
     return name.isdecimal() and str(int(name)) == name
 
-
+# %% ../../nbs/checkpoint/01_durable.ipynb #b0a844e5
 def sweep(
     folder: str | Path,  # holds checkpoints, e.g. run/checkpoints; may be missing
     keep: Iterable[str] = (),  # destinations being written right now, by name
 ) -> list[str]:  # what was done, a line each
-    """Tidy up after killed saves and deletions: unfinished folders go, interrupted replacements are put back. Strangers' things stay, and are said
+    """Tidy up after killed saves and deletions: unfinished folders go, interrupted replacements are put back
+
+    Strangers' things stay, and are said
 
     Args:
         folder: holds checkpoints, e.g. run/checkpoints; may be missing
@@ -267,7 +289,9 @@ def sweep(
             said.append(f"{folder / name}: put back after an interrupted replacement")
             continue
         elif names := strangers(path):
-            said.append(f"{path}: left by an interrupted save or deletion, and left alone: {names[0]} in it is not the run's")
+            said.append(
+                f"{path}: left by an interrupted save or deletion, and left alone: {names[0]} in it is not the run's"
+            )
             continue
         else:
             remove_tree(path)
@@ -290,7 +314,7 @@ def in_bytes(
         value, unit = value / 1000, larger
     return f"{size} bytes" if unit == "bytes" else f"{value:.3g} {unit}"
 
-
+# %% ../../nbs/checkpoint/01_durable.ipynb #c215a82a
 def require_space(
     path: str | Path,  # where something will be written; need not exist yet
     size_bytes: int,  # what will be written
@@ -311,10 +335,13 @@ def require_space(
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
-        raise CheckpointError(f"{path}: {base} cannot be written ({error.strerror}); choose another folder or fix its permissions") from error
+        raise CheckpointError(
+            f"{path}: {base} cannot be written ({error.strerror}); choose another folder or fix its permissions"
+        ) from error
     free = shutil.disk_usage(base).free
     if free < size_bytes:
         raise CheckpointError(
-            f"{path}: needs {in_bytes(size_bytes)} and {base} has {in_bytes(free)} free; delete old checkpoints, keep fewer, or choose another disk"
+            f"{path}: needs {in_bytes(size_bytes)} and {base} has {in_bytes(free)} free; delete old checkpoints, keep"
+            " fewer, or choose another disk"
         )
     return free

@@ -48,9 +48,11 @@ def steps(
     """
     folder = Path(folder)
     names = {p.name.removeprefix(".").removesuffix(".old") for p in folder.iterdir()} if folder.is_dir() else set()
-    return sorted(Found(int(n), folder / n) for n in names if is_step(n) and os.path.isfile(standing(folder / n) / "index.json"))
+    return sorted(
+        Found(int(n), folder / n) for n in names if is_step(n) and os.path.isfile(standing(folder / n) / "index.json")
+    )
 
-
+# %% ../../nbs/checkpoint/08_find.ipynb #e8c14743
 def snapshots(
     folder: str | Path,  # run/checkpoints
     say: Say = _log,  # is told of damaged ones
@@ -106,7 +108,7 @@ def _latest_first(folder: Path, say: Say) -> list[Found]:
     "Snapshots and step folders; of the same step the snapshot comes first"
     return sorted([*snapshots(folder, say), *steps(folder)], key=lambda f: f.step, reverse=True)
 
-
+# %% ../../nbs/checkpoint/08_find.ipynb #a4a45eff
 def newest(
     folder: str | Path,  # run/checkpoints
     verify: bool = False,  # read all bytes and compare checksums before choosing
@@ -152,7 +154,10 @@ def newest(
                 return newest(folder, verify, say, damaged)
             tell(f"{found.path} skipped: {error}")
     if skipped:
-        raise CheckpointError(f"{folder}: there are checkpoints and none can be used (see above); repair one, or start anew with resume none.\n  " + "\n  ".join(skipped))
+        raise CheckpointError(
+            f"{folder}: there are checkpoints and none can be used (see above); repair one, or start anew with resume"
+            " none.\n  " + "\n  ".join(skipped)
+        )
     return None
 
 # %% ../../nbs/checkpoint/08_find.ipynb #32ace44c
@@ -181,7 +186,10 @@ def resolve(
         return newest(Path(run_dir) / "checkpoints", verify, say, damaged)
     path = Path(resume)
     if not os.path.lexists(standing(path)):
-        raise CheckpointError(f"{path}: no such checkpoint; give the folder that holds index.json, or a run's folder; to resume also auto or none")
+        raise CheckpointError(
+            f"{path}: no such checkpoint; give the folder that holds index.json, or a run's folder; to resume also auto"
+            " or none"
+        )
     for folder in (path / "checkpoints", path):
         if not (path / "index.json").is_file() and (steps(folder) or snapshots(folder, say)):
             found = newest(folder, verify, say, damaged)
@@ -207,7 +215,7 @@ def is_sound(
     streak = train.get("bad_in_a_row", 0) if isinstance(train, Mapping) else 0
     return not streak and state.get("finite", True) is not False
 
-
+# %% ../../nbs/checkpoint/08_find.ipynb #1eb20109
 def newest_sound(
     folder: str | Path,  # run/checkpoints
     look: bool = False,  # at all weights too: are they finite?

@@ -56,7 +56,8 @@ VERSION = 1
 def seal(
     body: Mapping[str, Any],  # tensors, files, state
 ) -> str:  # the text of index.json
-    """The index as text: format and version first, and last a CRC-32 over everything before it; CheckpointError for a state that JSON cannot hold
+    """The index as text: format and version first, and last a CRC-32 over everything before it; CheckpointError for a
+    state that JSON cannot hold
 
     Args:
         body: tensors, files, state
@@ -68,7 +69,7 @@ def seal(
     text = json.dumps({"format": FORMAT, "version": VERSION, **body}, allow_nan=False)
     return f'{text[:-1]}, "crc32": {zlib.crc32(text[:-1].encode())}}}'
 
-
+# %% ../../nbs/checkpoint/04_index.ipynb #cda6c6fd
 def unseal(
     path: str | Path,  # an index.json
 ) -> dict[str, Any]:
@@ -84,17 +85,24 @@ def unseal(
     try:
         body = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); it is damaged: take another checkpoint") from error
+        raise CheckpointError(
+            f"{path}: not readable as JSON ({error}); it is damaged: take another checkpoint"
+        ) from error
     if not isinstance(body, dict) or body.get("format") != FORMAT or not isinstance(body.get("version"), int):
         raise CheckpointError(f"{path}: is not the index of a checkpoint of this library")
     if body["version"] > VERSION:
-        raise NewerFormat(f"{path}: written in format version {body['version']}, and this library reads versions up to {VERSION}; update internlm_nb")
+        raise NewerFormat(
+            f"{path}: written in format version {body['version']}, and this library reads versions up to {VERSION};"
+            " update internlm_nb"
+        )
     text, _, crc = data.rpartition(b', "crc32": ')
     if crc != b"%d}" % zlib.crc32(text):
-        raise CheckpointError(f"{path}: the index does not match its checksum; it was changed or damaged: take another checkpoint")
+        raise CheckpointError(
+            f"{path}: the index does not match its checksum; it was changed or damaged: take another checkpoint"
+        )
     return body
 
-
+# %% ../../nbs/checkpoint/04_index.ipynb #7e26f36a
 class NewerFormat(CheckpointError):
     "The checkpoint is fine but newer than this library: never a reason to fall back to an older one"
 
@@ -120,7 +128,7 @@ def _wants(what: str, name: str, value: Any, holds: bool) -> None:
     if not holds:
         raise ValueError(f"{what}: {name} is {str(value)[:60] if not isinstance(value, str) else repr(value[:60])}")
 
-
+# %% ../../nbs/checkpoint/04_index.ipynb #fd56a926
 def _check_chunks(name: str, entry: Mapping[str, Any], files: Mapping[str, Any]) -> int:  # bytes of the whole tensor
     shape, chunks = entry["shape"], entry["chunks"]
     _wants(name, "shape", shape, isinstance(shape, list) and all(map(_whole, shape)))
@@ -140,7 +148,7 @@ def _check_chunks(name: str, entry: Mapping[str, Any], files: Mapping[str, Any])
     except CheckpointError as error:
         raise ValueError(f"{name}: {error}") from None
 
-
+# %% ../../nbs/checkpoint/04_index.ipynb #78e4b98d
 def check_body(
     path: Path,  # of the index, for messages
     body: Mapping[str, Any],  # unsealed
@@ -165,9 +173,11 @@ def check_body(
                 raise ValueError(f"{name}: has {size} bytes, more than all of its files together, {room}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         said = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise CheckpointError(f"{path}: is no index that this library wrote: {said}; take another checkpoint") from error
+        raise CheckpointError(
+            f"{path}: is no index that this library wrote: {said}; take another checkpoint"
+        ) from error
 
-
+# %% ../../nbs/checkpoint/04_index.ipynb #9aea6429
 def check_tensor(
     name: str,  # for messages
     entry: Mapping[str, Any],  # dtype, shape, chunks

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from internlm_nb.checkpoint.durable import (
-    SNAPSHOT, CheckpointError, in_bytes, is_step, read_file, remove_folder, standing, strangers, sync_folder,
-    write_file,
-)  # fmt: skip
+from .durable import SNAPSHOT, CheckpointError, in_bytes, is_step, read_file, remove_folder
+from .durable import standing, strangers, sync_folder, write_file  # fmt: skip
 from internlm_nb.checkpoint.find import (  # noqa: F401, callers find these here too
     Found, Say, _log, is_sound, newest, newest_sound, resolve, snapshots, steps,
 )  # fmt: skip
@@ -53,10 +51,12 @@ def mark_best(
         value: what was measured, e.g. the validation loss
     """
     if step not in {found.step for found in steps(folder)}:
-        raise CheckpointError(f"{Path(folder) / str(step)}: no checkpoint of step {step}; save it before calling it the best")
+        raise CheckpointError(
+            f"{Path(folder) / str(step)}: no checkpoint of step {step}; save it before calling it the best"
+        )
     write_file(Path(folder) / "best.json", json.dumps({"step": step, "value": value}))
 
-
+# %% ../../nbs/checkpoint/09_keep.ipynb #b6246771
 def read_best(
     folder: str | Path,  # run/checkpoints
 ) -> dict[str, Any] | None:  # {"step", "value"}, or None
@@ -75,7 +75,9 @@ def read_best(
         best = json.loads(read_file(path))
         return {"step": int(best["step"]), "value": float(best["value"])}
     except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise CheckpointError(f'{path}: not of the form {{"step": 100, "value": 2.5}} ({error}); repair or delete it') from error
+        raise CheckpointError(
+            f'{path}: not of the form {{"step": 100, "value": 2.5}} ({error}); repair or delete it'
+        ) from error
 
 # %% ../../nbs/checkpoint/09_keep.ipynb #71309c1e
 def to_delete(
@@ -101,17 +103,21 @@ def to_delete(
     stay = {*ordered[-last:], *protect, *(s for s in ordered if every and s % every == 0)}
     return [s for s in ordered if s not in stay]
 
-
+# %% ../../nbs/checkpoint/09_keep.ipynb #e39639be
 def prune(
     folder: str | Path,  # run/checkpoints
     last: int,  # as in to_delete: of sound checkpoints
     every: int = 0,  # likewise
     protect: Iterable[int] = (),  # likewise
 ) -> list[int]:  # what was deleted
-    """Delete what retention no longer wants, each folder at once or not at all. Snapshots and the step of best.json stay.
+    """Delete what retention no longer wants, each folder at once or not at all
 
-    Sound checkpoints alone count among the last ones. While the newest is not sound no sound one goes; of those that are not,
-    the newest `last` stay. Links, folders that this library did not write, and those that hold somebody's file stay, and count for nothing.
+    Snapshots and the step of best.json stay.
+
+    Sound checkpoints alone count among the last ones. While the newest is not sound no sound one goes; of those that
+    are not,
+    the newest `last` stay. Links, folders that this library did not write, and those that hold somebody's file stay,
+    and count for nothing.
 
     Args:
         folder: run/checkpoints
@@ -133,7 +139,7 @@ def prune(
         remove_folder(standing(folder / str(step)))
     return sorted(gone)
 
-
+# %% ../../nbs/checkpoint/09_keep.ipynb #a2c68e45
 def _own(folder: Path) -> tuple[list[int], list[int]]:  # sound, not sound
     """Steps of checkpoints that may be pruned: whole, of this library, and nobody's file among them
 
@@ -154,7 +160,9 @@ def set_aside(
     folder: str | Path,  # run/checkpoints
     after: int,  # the step that the run goes back to
 ) -> list[Found]:  # what was moved, with its former path
-    """Move checkpoints and snapshots of later steps into `superseded/`. CheckpointError, and nothing is moved, where something else bears a later step's name
+    """Move checkpoints and snapshots of later steps into `superseded/`
+
+    CheckpointError, and nothing is moved, where something else bears a later step's name
 
     Args:
         folder: run/checkpoints
@@ -166,8 +174,12 @@ def set_aside(
     folder, moved = Path(folder), []
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         if is_step(path.name) and int(path.name) > after and not _is_written_here(path):
-            raise CheckpointError(f"{path}: is no checkpoint that this run wrote, and stands where it will save: move it away, or choose another --run-dir")
-    present = {Found(int(p.name), p) for p in folder.iterdir() if is_step(p.name)} if folder.is_dir() else set()  # half copied ones too
+            raise CheckpointError(
+                f"{path}: is no checkpoint that this run wrote, and stands where it will save: move it away, or choose"
+                " another --run-dir"
+            )
+    # half copied ones too
+    present = {Found(int(p.name), p) for p in folder.iterdir() if is_step(p.name)} if folder.is_dir() else set()
     for found in [*sorted(present | {*steps(folder)}), *snapshots(folder)]:
         if found.step > after:
             target = folder / "superseded" / str(found.step)
@@ -184,7 +196,7 @@ def set_aside(
         (folder / "best.json").unlink()
     return moved
 
-
+# %% ../../nbs/checkpoint/09_keep.ipynb #f237e45a
 def _is_written_here(path: Path) -> bool:
     "A real folder with an index of this library, or with nothing in it but files of such names"
     if path.is_symlink() or not path.is_dir():
@@ -210,9 +222,11 @@ def superseded_bytes(
         0: there is none
     """
     place = Path(folder) / "superseded"
-    return sum(p.lstat().st_size for p in place.rglob("*") if p.is_file() and not p.is_symlink()) if place.is_dir() else 0
+    return (
+        sum(p.lstat().st_size for p in place.rglob("*") if p.is_file() and not p.is_symlink()) if place.is_dir() else 0
+    )
 
-
+# %% ../../nbs/checkpoint/09_keep.ipynb #7691b06f
 def superseded_remark(
     folder: str | Path,  # run/checkpoints
 ) -> str:  # empty: nothing was put aside
@@ -225,7 +239,12 @@ def superseded_remark(
         empty: nothing was put aside
     """
     size = superseded_bytes(folder)
-    return f"{Path(folder) / 'superseded'} holds {in_bytes(size)} of checkpoints that were put aside: delete it when they are no longer wanted" if size else ""
+    return (
+        f"{Path(folder) / 'superseded'} holds {in_bytes(size)} of checkpoints that were put aside: delete it when they"
+        " are no longer wanted"
+        if size
+        else ""
+    )
 
 # %% ../../nbs/checkpoint/09_keep.ipynb #5dd94b8e
 def space_needed(
@@ -254,7 +273,13 @@ def space_needed(
         return count * size_bytes
     places = [standing(Path(folder) / SNAPSHOT / slot) for slot in "01"] if snapshots else []
     here = [*(standing(found.path) for found in steps(folder)), *places]
-    held = sum(p.stat().st_size for place in here if not place.is_symlink() and place.is_dir() for p in place.iterdir() if p.is_file())
+    held = sum(
+        p.stat().st_size
+        for place in here
+        if not place.is_symlink() and place.is_dir()
+        for p in place.iterdir()
+        if p.is_file()
+    )
     return max(size_bytes, count * size_bytes - held)
 
 # %% ../../nbs/checkpoint/09_keep.ipynb #55e976af

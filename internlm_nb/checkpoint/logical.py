@@ -42,7 +42,8 @@ def gather_state(
 # %% ../../nbs/checkpoint/07_logical.ipynb #99b7ed77
 def save_state(
     folder: str | Path,  # the destination, e.g. run/checkpoints/100
-    tensors: Mapping[str, Tensor | Chunk | list[Chunk]],  # by logical name: whole, or the part (or parts) that this rank holds
+    # by logical name: whole, or the part (or parts) that this rank holds
+    tensors: Mapping[str, Tensor | Chunk | list[Chunk]],
     state: Mapping[str, Any] | None = None,  # what is no tensor: JSON values, with the "step"
     overwrite: bool = False,  # replace an existing checkpoint, whole by whole
     rank: int = 0,  # of those who save
@@ -100,7 +101,7 @@ def _listed(names: list[str]) -> str:
     "The first few names, and how many more"
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
-
+# %% ../../nbs/checkpoint/07_logical.ipynb #7b8f2ab5
 def load_into(
     tensors: Mapping[str, Tensor | Chunk | list[Chunk]],  # filled in place, by logical name
     checkpoint: Source,  # an open checkpoint
@@ -108,7 +109,9 @@ def load_into(
     strict: bool = True,  # False: load what both have
     cast: bool = False,  # convert element types where they differ
 ) -> list[str]:  # names that only one side has; empty when strict
-    """Fill tensors from a checkpoint. CheckpointError lists what is missing, too much, or of another shape or type, and nothing is changed then
+    """Fill tensors from a checkpoint
+
+    CheckpointError lists what is missing, too much, or of another shape or type, and nothing is changed then
 
     Args:
         tensors: filled in place, by logical name
@@ -124,7 +127,12 @@ def load_into(
     extra = [name for name in checkpoint.names if name.startswith(prefix) and name not in tensors]
     faults = [f"not in the checkpoint: {_listed(missing)}"] if missing and strict else []
     faults += [f"only in the checkpoint: {_listed(extra)}"] if extra and strict else []
-    targets = [(name, part) for name, value in tensors.items() if name in checkpoint for part in (value if isinstance(value, list) else [as_chunk(value)])]
+    targets = [
+        (name, part)
+        for name, value in tensors.items()
+        if name in checkpoint
+        for part in (value if isinstance(value, list) else [as_chunk(value)])
+    ]
     for name, part in targets:
         try:
             checkpoint.require(name, part, cast)
@@ -136,7 +144,7 @@ def load_into(
         checkpoint.read_into(name, part, cast)
     return missing + extra
 
-
+# %% ../../nbs/checkpoint/07_logical.ipynb #9c3a23cd
 def load_weights(
     model: nn.Module,  # filled in place
     checkpoint: Source,  # an open checkpoint

@@ -44,14 +44,21 @@ def check_fit(
     """
     chunk = as_chunk(target)
     if shape != tuple(chunk.global_shape):
-        raise CheckpointError(f"{name}: has shape {shape} in {folder}, and {tuple(chunk.global_shape)} is asked for; the model's configuration differs")
+        raise CheckpointError(
+            f"{name}: has shape {shape} in {folder}, and {tuple(chunk.global_shape)} is asked for; the model's"
+            " configuration differs"
+        )
     if dtype != chunk.tensor.dtype and not cast:
-        raise CheckpointError(f"{name}: is {dtype} in {folder}, and {chunk.tensor.dtype} is asked for; pass cast=True to convert")
+        raise CheckpointError(
+            f"{name}: is {dtype} in {folder}, and {chunk.tensor.dtype} is asked for; pass cast=True to convert"
+        )
     return chunk
 
 # %% ../../nbs/checkpoint/06_reader.ipynb #9e5217f9
 class Checkpoint:
-    """A finished checkpoint, read lazily. Opening it fails when it is incomplete, damaged in its index, or newer than this library
+    """A finished checkpoint, read lazily
+
+    Opening it fails when it is incomplete, damaged in its index, or newer than this library
 
     Args:
         folder: as it was given to Writer
@@ -76,7 +83,9 @@ class Checkpoint:
         for file, facts in self._files.items():
             check_size(self.folder / file, facts["bytes"])
             if os.path.dirname(real := os.path.realpath(self.folder / file)) != inside:
-                raise CheckpointError(f"{self.folder / file}: is a link to {real}, outside of the checkpoint; copy the file itself")
+                raise CheckpointError(
+                    f"{self.folder / file}: is a link to {real}, outside of the checkpoint; copy the file itself"
+                )
 
     @property
     def names(self) -> list[str]:
@@ -93,7 +102,10 @@ class Checkpoint:
 
     def _entry(self, name: str) -> dict[str, Any]:
         if name not in self._tensors:
-            raise CheckpointError(f"{self.folder}: has no tensor {name!r}; it has {', '.join(self.names[:5])}{' …' if len(self.names) > 5 else ''}")
+            raise CheckpointError(
+                f"{self.folder}: has no tensor {name!r}; it has"
+                f" {', '.join(self.names[:5])}{' …' if len(self.names) > 5 else ''}"
+            )
         return self._tensors[name]
 
     def shape(
@@ -129,10 +141,16 @@ class Checkpoint:
         file, key, region = chunk["file"], chunk["key"], region_of(chunk)
         source = self._shard(file).tensor(key)
         if tuple(source.shape) != region.shape or source.dtype != self.dtype(name):
-            raise CheckpointError(f"{self.folder / file}: {key} is {source.dtype} {tuple(source.shape)}, the index says {self.dtype(name)} {region.shape}; take another checkpoint")
+            raise CheckpointError(
+                f"{self.folder / file}: {key} is {source.dtype} {tuple(source.shape)}, the index says"
+                f" {self.dtype(name)} {region.shape}; take another checkpoint"
+            )
         if check and (file, key) not in self._checked:
             if checksum(source) != chunk["crc32"]:
-                raise CheckpointError(f"{self.folder / file}: the bytes of {name} ({key}) do not match their checksum; copy the file again, or take another checkpoint")
+                raise CheckpointError(
+                    f"{self.folder / file}: the bytes of {name} ({key}) do not match their checksum; copy the file"
+                    " again, or take another checkpoint"
+                )
             self._checked.add((file, key))
         return source
 
@@ -160,7 +178,9 @@ class Checkpoint:
         target: Tensor | Chunk,  # filled in place: all of the tensor, or a part
         cast: bool = False,  # allow another element type
     ) -> None:
-        """Fill a tensor, or a piece of one, from whatever chunks hold it; any device. CheckpointError for a name, shape or type that does not fit, and for damage
+        """Fill a tensor, or a piece of one, from whatever chunks hold it; any device
+
+        CheckpointError for a name, shape or type that does not fit, and for damage
 
         Args:
             name: of a logical tensor
@@ -173,7 +193,9 @@ class Checkpoint:
             if _touches(region_of(part), region):
                 filled += transfer(self._source(name, part, self.check), region_of(part), chunk.tensor.detach(), region)
         if filled != region.numel:
-            raise CheckpointError(f"{name}: {filled} of {region.numel} elements of {region} are in {self.folder}; the index is faulty")
+            raise CheckpointError(
+                f"{name}: {filled} of {region.numel} elements of {region} are in {self.folder}; the index is faulty"
+            )
 
     def read(
         self,
@@ -286,7 +308,7 @@ class Checkpoint:
         "Unmap the files; they are mapped again when they are needed. For who reads more than memory holds"
         self._shards.clear()
 
-
+# %% ../../nbs/checkpoint/06_reader.ipynb #78572976
 def all_finite(
     x: Tensor,  # floating point, any shape
     step: int = 1 << 22,  # elements looked at together, so that little memory is needed

@@ -33,7 +33,11 @@ class Region:
     stop: int | None = None  # one past the last
 
     def __post_init__(self) -> None:
-        if len(self.offsets) != len(self.sizes) or min((*self.offsets, *self.sizes), default=0) < 0 or (self.start is None) != (self.stop is None):
+        if (
+            len(self.offsets) != len(self.sizes)
+            or min((*self.offsets, *self.sizes), default=0) < 0
+            or (self.start is None) != (self.stop is None)
+        ):
             raise ValueError(f"not a region: {self}")
         if self.start is not None and self.stop is not None and not 0 <= self.start <= self.stop <= prod(self.sizes):
             raise ValueError(f"flat range {self.start}:{self.stop} is outside of a box of {prod(self.sizes)} elements")
@@ -67,9 +71,11 @@ class Region:
         Args:
             shape: of the global tensor
         """
-        return len(shape) == len(self.sizes) and all(o + n <= whole for o, n, whole in zip(self.offsets, self.sizes, shape))
+        return len(shape) == len(self.sizes) and all(
+            o + n <= whole for o, n, whole in zip(self.offsets, self.sizes, shape)
+        )
 
-
+# %% ../../nbs/checkpoint/02_regions.ipynb #a49636a2
 def whole(
     shape: Iterable[int],  # of the global tensor
 ) -> Region:
@@ -152,7 +158,7 @@ def overlap(
     size = tuple(min(p + n, q + m) - s for p, n, q, m, s in zip(a[0], a[1], b[0], b[1], low))
     return None if any(n <= 0 for n in size) else (low, size)
 
-
+# %% ../../nbs/checkpoint/02_regions.ipynb #d86f40f6
 def transfer(
     source: Tensor,  # holds source_region
     source_region: Region,  # where the source stands in the global tensor
@@ -180,7 +186,10 @@ def transfer(
         for target_offsets, target_sizes, target_view in pieces(target, target_region):
             shared = overlap((source_offsets, source_sizes), (target_offsets, target_sizes))
             if shared is not None:
-                cut = [tuple(slice(s - o, s - o + n) for s, o, n in zip(shared[0], origin, shared[1])) for origin in (source_offsets, target_offsets)]
+                cut = [
+                    tuple(slice(s - o, s - o + n) for s, o, n in zip(shared[0], origin, shared[1]))
+                    for origin in (source_offsets, target_offsets)
+                ]
                 target_view[cut[1]].copy_(source_view[cut[0]])
                 copied += prod(shared[1])
     return copied
@@ -188,7 +197,9 @@ def transfer(
 # %% ../../nbs/checkpoint/02_regions.ipynb #cdb8266c
 @dataclass(frozen=True)
 class Chunk:
-    """A tensor that holds a part of a global tensor. With `offsets` a box, with `start` a flat range, with `offsets`, `sizes` and `start` a flat range of a box
+    """A tensor that holds a part of a global tensor
+
+    With `offsets` a box, with `start` a flat range, with `offsets`, `sizes` and `start` a flat range of a box
 
     Args:
         tensor: the piece: the box's shape, or one-dimensional
@@ -206,7 +217,10 @@ class Chunk:
 
     def __post_init__(self) -> None:
         if self.start is None and self.sizes is not None and tuple(self.sizes) != tuple(self.tensor.shape):
-            raise ValueError(f"sizes {self.sizes} differ from the tensor's shape {tuple(self.tensor.shape)}; sizes are for flat ranges of a box")
+            raise ValueError(
+                f"sizes {self.sizes} differ from the tensor's shape {tuple(self.tensor.shape)}; sizes are for flat"
+                " ranges of a box"
+            )
         if self.start is not None and self.tensor.dim() != 1:
             raise ValueError(f"a flat range needs a one-dimensional tensor, not shape {tuple(self.tensor.shape)}")
         if self.start is not None and self.offsets is not None and self.sizes is None:
@@ -217,12 +231,22 @@ class Chunk:
     @property
     def region(self) -> Region:
         "Where the piece belongs"
-        shape = self.global_shape if self.start is not None and self.sizes is None else self.sizes if self.sizes is not None else self.tensor.shape
+        shape = (
+            self.global_shape
+            if self.start is not None and self.sizes is None
+            else self.sizes
+            if self.sizes is not None
+            else self.tensor.shape
+        )
         sizes = tuple(int(n) for n in shape)
         offsets = (0,) * len(sizes) if self.offsets is None else tuple(self.offsets)
-        return Region(offsets, sizes) if self.start is None else Region(offsets, sizes, self.start, self.start + self.tensor.numel())
+        return (
+            Region(offsets, sizes)
+            if self.start is None
+            else Region(offsets, sizes, self.start, self.start + self.tensor.numel())
+        )
 
-
+# %% ../../nbs/checkpoint/02_regions.ipynb #e883a1d4
 def as_chunk(
     tensor: Tensor | Chunk,  # a plain tensor stands for itself
 ) -> Chunk:
@@ -242,11 +266,16 @@ def _disjoint(items: list[tuple[tuple[int, ...], tuple[int, ...], str]]) -> None
         for other in active:
             shared = overlap((offsets, sizes), other[:2])
             if shared is not None and other[2] != label:
-                raise CheckpointError(f"saved twice, in {other[2]} and in {label}: the box at {shared[0]} of sizes {shared[1]}; each element must be saved by one rank alone")
+                raise CheckpointError(
+                    f"saved twice, in {other[2]} and in {label}: the box at {shared[0]} of sizes {shared[1]}; each"
+                    " element must be saved by one rank alone"
+                )
         active.append((offsets, sizes, label))
 
-
-def _first_gap(shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+# %% ../../nbs/checkpoint/02_regions.ipynb #3908f227
+def _first_gap(
+    shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[int, ...]]]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     "A box that nobody covers: cut every box out of the whole, and name what is left first"
     left = [(tuple(0 for _ in shape), tuple(shape))]
     for box in boxes:
@@ -260,12 +289,17 @@ def _first_gap(shape: tuple[int, ...], boxes: list[tuple[tuple[int, ...], tuple[
             for d, (o, n) in enumerate(zip(*shared)):  # slabs before and after the shared box, dimension by dimension
                 for a, b in ((low[d], o), (o + n, high[d])):
                     if b > a:
-                        kept.append(((*low[:d], a, *low[d + 1 :]), tuple(b - a if i == d else high[i] - low[i] for i in range(len(low)))))
+                        kept.append(
+                            (
+                                (*low[:d], a, *low[d + 1 :]),
+                                tuple(b - a if i == d else high[i] - low[i] for i in range(len(low))),
+                            )
+                        )
                 low[d], high[d] = o, o + n
         left = kept
     return min(left)
 
-
+# %% ../../nbs/checkpoint/02_regions.ipynb #80b0c08b
 def check_cover(
     shape: tuple[int, ...],  # of the global tensor
     parts: Iterable[tuple[Region, str]],  # the regions, each with a label for messages
@@ -286,7 +320,10 @@ def check_cover(
         group.sort(key=lambda item: item[0].span)
         for (a, first), (b, second) in pairwise(group):
             if b.span[0] < a.span[1]:
-                raise CheckpointError(f"saved twice, in {first} and in {second}: elements {b.span[0]} to {min(a.span[1], b.span[1])} of the box {a.offsets}, {a.sizes}")
+                raise CheckpointError(
+                    f"saved twice, in {first} and in {second}: elements {b.span[0]} to {min(a.span[1], b.span[1])} of"
+                    f" the box {a.offsets}, {a.sizes}"
+                )
     rows = [(offsets, sizes, str(i)) for i, (offsets, sizes) in enumerate(groups)]
     every = [(o, n, label) for group in groups.values() for region, label in group for o, n in region_boxes(region)]
     try:
@@ -297,7 +334,7 @@ def check_cover(
         gap = _first_gap(shape, [(o, n) for o, n, _ in every])
         raise CheckpointError(f"not saved by anybody: the box at {gap[0]} of sizes {gap[1]} of shape {shape}")
 
-
+# %% ../../nbs/checkpoint/02_regions.ipynb #9cfc8652
 def region_boxes(
     region: Region,  # any
 ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:  # (global offsets, sizes)

@@ -69,7 +69,8 @@ def raw(
         its bytes, in CPU memory
     """
     dense = tensor.detach().cpu().contiguous()
-    dense = dense.as_strided((dense.numel(),), (1,))  # one element or none may have any stride and still call itself contiguous
+    # one element or none may have any stride and still call itself contiguous
+    dense = dense.as_strided((dense.numel(),), (1,))
     return dense.view(torch.uint8).numpy().data
 
 
@@ -107,7 +108,11 @@ def write_shard(
     at = 0
     for key in order:
         size = tensors[key].numel() * tensors[key].element_size()
-        entries[key] = {"dtype": SAFE_NAMES[tensors[key].dtype], "shape": list(tensors[key].shape), "data_offsets": [at, at + size]}
+        entries[key] = {
+            "dtype": SAFE_NAMES[tensors[key].dtype],
+            "shape": list(tensors[key].shape),
+            "data_offsets": [at, at + size],
+        }
         at += size
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -126,7 +131,9 @@ def write_shard(
 
 # %% ../../nbs/checkpoint/03_shards.ipynb #9afe2fa5
 class Shard:
-    """A safetensors file, read lazily. The first look compares size, header and id with what the index says; CheckpointError names the file
+    """A safetensors file, read lazily
+
+    The first look compares size, header and id with what the index says; CheckpointError names the file
 
     Args:
         path: the file
@@ -145,9 +152,15 @@ class Shard:
         self.path = Path(path)
         size = check_size(self.path, size_bytes)
         try:
-            self._bytes = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8) if size else torch.empty(0, dtype=torch.uint8)
+            self._bytes = (
+                torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+                if size
+                else torch.empty(0, dtype=torch.uint8)
+            )
         except RuntimeError as error:
-            raise CheckpointError(f"{self.path}: cannot be mapped ({str(error).splitlines()[0]}); take another checkpoint") from error
+            raise CheckpointError(
+                f"{self.path}: cannot be mapped ({str(error).splitlines()[0]}); take another checkpoint"
+            ) from error
         self._base = 8 + int.from_bytes(bytes(self._bytes[:8].tolist()), "little")
         if size < 8 or self._base > size:
             raise CheckpointError(f"{self.path}: {_DAMAGED}")
@@ -179,12 +192,15 @@ class Shard:
             data = data.clone()
         return data.view(dtype).view(entry["shape"])
 
-
+# %% ../../nbs/checkpoint/03_shards.ipynb #c2216b02
 _DAMAGED = "the header is damaged; take another checkpoint, or copy the file again from where it came"
 
 
 def _header(path: Path, text: bytes, room: int) -> tuple[dict[str, Any], str]:
-    "A header's entries, each inside the file and as large as its shape says, and the id of the save. CheckpointError otherwise"
+    """A header's entries, each inside the file and as large as its shape says, and the id of the save
+
+    CheckpointError otherwise
+    """
     try:
         entries = json.loads(text)
         meta = entries.pop("__metadata__", {})
@@ -198,7 +214,7 @@ def _header(path: Path, text: bytes, room: int) -> tuple[dict[str, Any], str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: {_DAMAGED} ({type(error).__name__}: {str(error)[:80]})") from error
 
-
+# %% ../../nbs/checkpoint/03_shards.ipynb #3d4882a5
 def check_size(
     path: Path,  # the file
     size_bytes: int | None,  # what the index says; None: any
@@ -218,5 +234,8 @@ def check_size(
     finally:
         os.close(handle)
     if size_bytes is not None and size != size_bytes:
-        raise CheckpointError(f"{path}: has {size} bytes instead of {size_bytes}; it was cut short or changed: copy it again, or take another checkpoint")
+        raise CheckpointError(
+            f"{path}: has {size} bytes instead of {size_bytes}; it was cut short or changed: copy it again, or take"
+            " another checkpoint"
+        )
     return size

@@ -17,7 +17,8 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .durable import CheckpointError, publish, remove_tree, sibling, standing, strangers, sync_folder
+from .durable import CheckpointError, publish, remove_tree, sibling, standing, strangers
+from .durable import sync_folder
 from .index import check_tensor, seal
 from .regions import Chunk, as_chunk, whole
 from .shards import check_size, dtype_name, write_shard
@@ -27,9 +28,11 @@ def _fragment(rank: int) -> str:
     "File name of a rank's part of the index"
     return f"rank-{rank:05d}.json"
 
-
+# %% ../../nbs/checkpoint/05_writer.ipynb #cefe2a1f
 class Writer:
-    """One rank's part in saving a checkpoint. As a context manager it removes what it wrote unless the checkpoint was committed
+    """One rank's part in saving a checkpoint
+
+    As a context manager it removes what it wrote unless the checkpoint was committed
 
     Args:
         folder: the destination, e.g. run/checkpoints/100; its parents are made
@@ -49,19 +52,32 @@ class Writer:
     ):
         if not 0 <= rank < ranks:
             raise ValueError(f"rank {rank} of {ranks}")
-        self.folder, self.rank, self.ranks, self.overwrite, self.shard_bytes = Path(folder), rank, ranks, overwrite, shard_bytes
+        self.folder, self.rank, self.ranks, self.overwrite, self.shard_bytes = (
+            Path(folder),
+            rank,
+            ranks,
+            overwrite,
+            shard_bytes,
+        )
         self.saving = sibling(self.folder, "saving")
-        self.id = secrets.token_hex(8)  # stands in the files of this save and in their index: a file of another save is known by it
+        # stands in the files of this save and in their index: a file of another save is known by it
+        self.id = secrets.token_hex(8)
         self._chunks: list[tuple[str, str, Chunk]] = []  # name, key, chunk
         self._globals: dict[str, dict[str, Any]] = {}  # name -> dtype, shape
         self._committed = False
         if os.path.lexists(standing(self.folder)) and not overwrite:
-            raise CheckpointError(f"{self.folder} exists and is not overwritten; choose another folder, delete it, or ask for overwrite=True")
+            raise CheckpointError(
+                f"{self.folder} exists and is not overwritten; choose another folder, delete it, or ask for"
+                " overwrite=True"
+            )
         for place in (self.folder, self.saving):
             if not place.is_symlink() and (names := strangers(place)):
-                raise CheckpointError(f"{place} holds {names[0]}, which is no part of a checkpoint, and is not overwritten; move it away")
+                raise CheckpointError(
+                    f"{place} holds {names[0]}, which is no part of a checkpoint, and is not overwritten; move it away"
+                )
         with _named(self.saving):
-            self.saving.mkdir(parents=True, exist_ok=True)  # what a killed save left there is written over, or dropped at commit
+            # what a killed save left there is written over, or dropped at commit
+            self.saving.mkdir(parents=True, exist_ok=True)
             (self.saving / _fragment(rank)).unlink(missing_ok=True)
 
     def add(
@@ -69,7 +85,9 @@ class Writer:
         name: str,  # of the logical tensor
         tensor: Tensor | Chunk,  # all of it, or the part that this rank holds; may be called several times for one name
     ) -> None:
-        """Take note of something to save; it must not change before write() returns. CheckpointError for a piece added twice, or unlike its others
+        """Take note of something to save; it must not change before write() returns
+
+        CheckpointError for a piece added twice, or unlike its others
 
         Args:
             name: of the logical tensor
@@ -108,31 +126,45 @@ class Writer:
         self,
         progress: bool = False,  # a bar over the bytes
     ) -> None:
-        """Write this rank's shards and fragment, flushed to disk. On an error the temporary files go and CheckpointError says why
+        """Write this rank's shards and fragment, flushed to disk
+
+        On an error the temporary files go and CheckpointError says why
 
         Args:
             progress: a bar over the bytes
         """
         tensors: dict[str, Any] = {name: {**entry, "chunks": []} for name, entry in self._globals.items()}
         files: dict[str, Any] = {}
-        with self._undo(), _named(self.saving), tqdm(total=self.size_bytes, desc="save", unit="B", unit_scale=True, disable=None if progress else True) as bar:
+        with (
+            self._undo(),
+            _named(self.saving),
+            tqdm(
+                total=self.size_bytes, desc="save", unit="B", unit_scale=True, disable=None if progress else True
+            ) as bar,
+        ):
             for number, group in enumerate(self._shards()):
                 file = f"rank-{self.rank:05d}-{number:05d}.safetensors"
                 facts = write_shard(self.saving / file, {key: chunk.tensor for _, key, chunk in group}, self.id)
                 files[file] = {"bytes": facts["bytes"], "header_crc32": facts["header"], "id": self.id}
                 for name, key, chunk in group:
                     region = chunk.region
-                    place = {"offsets": list(region.offsets), "sizes": list(region.sizes)} | ({} if region.is_box else {"range": list(region.span)})
+                    place = {"offsets": list(region.offsets), "sizes": list(region.sizes)} | (
+                        {} if region.is_box else {"range": list(region.span)}
+                    )
                     tensors[name]["chunks"].append({"file": file, "key": key, **place, "crc32": facts["data"][key]})
                     bar.update(chunk.tensor.numel() * chunk.tensor.element_size())
-            _flush(self.saving / _fragment(self.rank), json.dumps({"ranks": self.ranks, "tensors": tensors, "files": files}))
+            _flush(
+                self.saving / _fragment(self.rank),
+                json.dumps({"ranks": self.ranks, "tensors": tensors, "files": files}),
+            )
             sync_folder(self.saving)
 
     def commit(
         self,
         state: Mapping[str, Any] | None = None,  # what is no tensor: JSON values
     ) -> Path:  # the checkpoint folder
-        """On rank 0, after all ranks have written: check that nothing is missing or doubled, write the index, name the folder. CheckpointError when they are, ValueError on another rank
+        """On rank 0, after all ranks have written: check that nothing is missing or doubled, write the index, name the
+        folder. CheckpointError when they are, ValueError on another rank
 
         Args:
             state: what is no tensor: JSON values
@@ -179,7 +211,7 @@ class Writer:
             with contextlib.suppress(OSError):
                 self.abort()
 
-
+# %% ../../nbs/checkpoint/05_writer.ipynb #597a1ecf
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
     "Turn an OSError of writing into one CheckpointError that names the place"
@@ -187,7 +219,8 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise CheckpointError(
-            f"{path}: saving failed ({error.strerror or error}); nothing was saved, earlier checkpoints are untouched: free some space or choose another folder"
+            f"{path}: saving failed ({error.strerror or error}); nothing was saved, earlier checkpoints are untouched:"
+            " free some space or choose another folder"
         ) from error
 
 
@@ -198,7 +231,7 @@ def _flush(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-
+# %% ../../nbs/checkpoint/05_writer.ipynb #149e259b
 def _merge(saving: Path, ranks: int) -> dict[str, Any]:
     "All ranks' fragments as one: tensors and files. CheckpointError names the rank or tensor that is amiss"
     tensors: dict[str, Any] = {}
@@ -206,15 +239,23 @@ def _merge(saving: Path, ranks: int) -> dict[str, Any]:
     for rank in range(ranks):
         path = saving / _fragment(rank)
         if not path.is_file():
-            raise CheckpointError(f"{path}: rank {rank} of {ranks} has not written its part; every rank calls write(), then a barrier, then rank 0 commits")
+            raise CheckpointError(
+                f"{path}: rank {rank} of {ranks} has not written its part; every rank calls write(), then a barrier,"
+                " then rank 0 commits"
+            )
         part = json.loads(path.read_text(encoding="utf-8"))
         if part["ranks"] != ranks:
-            raise CheckpointError(f"{path}: rank {rank} saved as one of {part['ranks']} ranks, rank 0 as one of {ranks}")
+            raise CheckpointError(
+                f"{path}: rank {rank} saved as one of {part['ranks']} ranks, rank 0 as one of {ranks}"
+            )
         files.update(part["files"])
         for name, entry in part["tensors"].items():
             seen = tensors.setdefault(name, {**entry, "chunks": []})
             if (seen["dtype"], seen["shape"]) != (entry["dtype"], entry["shape"]):
-                raise CheckpointError(f"{name}: rank {rank} has {entry['dtype']} {entry['shape']}, an earlier rank {seen['dtype']} {seen['shape']}")
+                raise CheckpointError(
+                    f"{name}: rank {rank} has {entry['dtype']} {entry['shape']}, an earlier rank {seen['dtype']}"
+                    f" {seen['shape']}"
+                )
             seen["chunks"] += entry["chunks"]
     for file, facts in files.items():
         check_size(saving / file, facts["bytes"])

@@ -53,7 +53,7 @@ def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
     if batch:
         yield batch
 
-
+# %% ../../nbs/data/23_build.ipynb #77bd891f
 def encoded(
     recipe: Recipe,  # what to do
     documents: Iterable[Any],  # texts or (place, record) pairs
@@ -84,7 +84,7 @@ def _write(writer: TokenWriter, part: Lines) -> None:
     if part.counts:
         writer.write_lines(part.lines, part.line_bytes, part.counts)
 
-
+# %% ../../nbs/data/23_build.ipynb #18189af4
 def make_file(
     job: Job,  # what to make
     recipe: Recipe,  # how
@@ -121,9 +121,10 @@ def make_file(
                 "there from before: take that away first"
             )
     held_out = valid.documents if valid is not None else 0
-    return Built(
-        writer.documents, writer.tokens, targets, text_bytes, False, job.valid if held_out else None, held_out
-    ), said
+    return (
+        Built(writer.documents, writer.tokens, targets, text_bytes, False, job.valid if held_out else None, held_out),
+        said,
+    )
 
 # %% ../../nbs/data/23_build.ipynb #76858dff
 def _remarks_on(job: Job, built: Built, said: Encoded, recipe: Recipe) -> list[str]:
@@ -150,7 +151,7 @@ def _remarks_on(job: Job, built: Built, said: Encoded, recipe: Recipe) -> list[s
         )
     return lines
 
-
+# %% ../../nbs/data/23_build.ipynb #29acf1a5
 def _jobs(
     plan: Mapping[Path, list[Path]], dst: Path, recipe: Recipe, valid_dst: Path | None, fingerprint: str
 ) -> list[Job]:
@@ -263,7 +264,7 @@ class _Progress:
     def __exit__(self, *error) -> None:
         self.bar.close()
 
-
+# %% ../../nbs/data/23_build.ipynb #3945336b
 def build(
     sources: Sequence[str | Path],  # files, or folders to walk
     dst: str | Path,  # a folder such as DATA/en, or one `.bin` file

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
 
-
 # %% auto #0
 __all__ = ['TEMPLATES', 'Message', 'Template', 'template', 'AnyTokenizer', 'encode_behind', 'said', 'chat_text', 'turn_ids',
            'first_ids', 'chat_ids', 'stop_ids', 'guess_style', 'Conversation', 'conversation_ids', 'alpaca_ids']
@@ -108,7 +107,7 @@ class AnyTokenizer(Protocol):
         "The same tokenizer for a model with more ids than pieces"
         ...
 
-
+# %% ../../nbs/data/02_chat.ipynb #973f7986
 def encode_behind(
     tokenizer: AnyTokenizer,  # any; one with a method of this name puts no blank before a text that goes on
     text: str,  # that stands behind something
@@ -169,7 +168,9 @@ def turn_ids(
     form: Template,  # the format
     start: bool = False,  # nothing stands before it, not even bos
 ) -> tuple[list[int], list[int]]:
-    """(ids that are read only, ids that the model is to write) of one turn. ValueError when the tokenizer lacks a mark of the format.
+    """(ids that are read only, ids that the model is to write) of one turn
+
+    ValueError when the tokenizer lacks a mark of the format.
 
     Args:
         tokenizer: a model that has the template's marks
@@ -182,7 +183,8 @@ def turn_ids(
     mark, newline = behind[:-1], behind[-1]
     if mark not in tokenizer.marks:
         raise ValueError(
-            f"chat template {form.name} needs the mark {mark}, which {tokenizer.path} does not have: choose the template of this tokenizer"
+            f"chat template {form.name} needs the mark {mark}, which {tokenizer.path} does not have: choose the"
+            " template of this tokenizer"
         )
     end = [tokenizer.marks[mark], *encode_behind(tokenizer, newline)]
     opening = next((m for m in tokenizer.marks if before.startswith(m)), "")
@@ -191,10 +193,12 @@ def turn_ids(
         opened = tokenizer.encode(sign) if start and not head else encode_behind(tokenizer, sign)
         return head + opened, encode_behind(tokenizer, words, marks=False) + end
     said_so = sign + words
-    asked = tokenizer.encode(said_so, marks=False) if start and not head else encode_behind(tokenizer, said_so, marks=False)
+    asked = (
+        tokenizer.encode(said_so, marks=False) if start and not head else encode_behind(tokenizer, said_so, marks=False)
+    )
     return head + asked + end, []
 
-
+# %% ../../nbs/data/02_chat.ipynb #a7e6529b
 def first_ids(
     tokenizer: AnyTokenizer,  # of the model
 ) -> list[int]:  # bos; nothing when there is none, or when it is the mark that opens every turn anyway
@@ -258,7 +262,7 @@ def guess_style(
     ends = {"v2": "<|im_end|>", "v1": "<eoa>"}
     return next((style for style, end in ends.items() if end in tokenizer.marks), None)
 
-
+# %% ../../nbs/data/02_chat.ipynb #988af3fb
 class Conversation:
     """A chat that goes on: what was said as messages, and as the ids that the model reads
 
@@ -320,7 +324,8 @@ def conversation_ids(
     style: str = "v1",  # "v1" or "v2"
     max_length: int | None = None,  # tokens at most, eos included
 ) -> list[int]:
-    """A conversation as a training document: bos, negative ids for what is read, positive for what is to be learned, eos; no bos or eos where the tokenizer has none
+    """A conversation as a training document: bos, negative ids for what is read, positive for what is to be learned,
+    eos; no bos or eos where the tokenizer has none
 
     Args:
         tokenizer: a model that has the template's marks
@@ -359,7 +364,10 @@ def alpaca_ids(
             raise ValueError(f'an Alpaca record needs a text under "{key}"')
     for key in ("system", "history"):
         if record.get(key):
-            raise ValueError(f'an Alpaca record of instruction, input and output has no place for "{key}": data.records.record_ids makes a conversation of it')
+            raise ValueError(
+                f'an Alpaca record of instruction, input and output has no place for "{key}": data.records.record_ids'
+                " makes a conversation of it"
+            )
     if not isinstance(record.get("input"), str | None):
         raise ValueError(f'"input" must be a text, not {type(record["input"]).__name__}')
     question = record["instruction"] + (f"\n{record['input']}" if record.get("input") else "")
@@ -367,11 +375,14 @@ def alpaca_ids(
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
         return conversation_ids(tokenizer, messages, style, max_length)
     if compat != "internevo" or style != "v1":
-        raise ValueError(f"compat {compat!r} with template {style}: the only older format is compat='internevo' with template v1")
+        raise ValueError(
+            f"compat {compat!r} with template {style}: the only older format is compat='internevo' with template v1"
+        )
     if tokenizer.vocab_size <= max(_OLDER_IDS.values()) or min(tokenizer.bos_id, tokenizer.eos_id) < 0:
         raise ValueError(
-            f"compat 'internevo' writes id {max(_OLDER_IDS.values())}, a bos and an eos, but {tokenizer.path} has {tokenizer.vocab_size} pieces, "
-            f"bos {tokenizer.bos_id} and eos {tokenizer.eos_id}: it needs the tokenizer of InternLM 1"
+            f"compat 'internevo' writes id {max(_OLDER_IDS.values())}, a bos and an eos, but {tokenizer.path} has"
+            f" {tokenizer.vocab_size} pieces, bos {tokenizer.bos_id} and eos {tokenizer.eos_id}: it needs the tokenizer"
+            " of InternLM 1"
         )
     (user, _), (bot, _) = (template("v1").around(role) for role in ("user", "assistant"))
     read = [*tokenizer.encode(user + question), _OLDER_IDS["<eoh>"], _OLDER_IDS["\n"], *tokenizer.encode(bot)]

@@ -37,11 +37,18 @@ class BatchSizes:
         try:
             self.start, self.increment, self.every = map(int, words) if words else (batch, 0, 1)
         except ValueError:
-            raise ValueError(f'rampup {rampup!r} should be three integers "start increment every", as in "4 4 100"') from None
+            raise ValueError(
+                f'rampup {rampup!r} should be three integers "start increment every", as in "4 4 100"'
+            ) from None
         if not (1 <= self.start <= batch and self.increment >= 0 and self.every >= 1):
-            raise ValueError(f"rampup {rampup!r}: start must lie between 1 and the batch of {batch} packs, increment must not be negative, every must be at least 1")
+            raise ValueError(
+                f"rampup {rampup!r}: start must lie between 1 and the batch of {batch} packs, increment must not be"
+                " negative, every must be at least 1"
+            )
         if self.increment == 0 and self.start < batch:
-            raise ValueError(f"rampup {rampup!r}: with an increment of 0 the batch never grows from {self.start} to {batch}")
+            raise ValueError(
+                f"rampup {rampup!r}: with an increment of 0 the batch never grows from {self.start} to {batch}"
+            )
 
     def size(
         self,
@@ -156,7 +163,8 @@ class DataConfig:
     micro_num: int = 4  # packs of a step, over all data ranks
     pack_sample_into_one: bool = False  # attention crosses document borders
     min_length: int = 0  # drop documents with fewer tokens (targets or not)
-    rampup: str = ""  # "start increment every": grow the batch from start packs by increment packs every so many batches, up to micro_num
+    # "start increment every": grow the batch from start packs by increment packs every so many batches, up to micro_num
+    rampup: str = ""
     skip_batches: str = ""  # batches never to train, as in "3-5,9"
     valid_packs: int = 0  # packs of the validation set; 0: all
     valid_micro_bsz: int | None = None  # sequences of a validation pack; none: micro_bsz
@@ -175,8 +183,9 @@ class DataConfig:
         for name in ("micro_bsz", "valid_micro_bsz"):
             if (self.seq_len * (getattr(self, name) or 1)) > MOST_TOKENS:
                 raise ValueError(
-                    f"{option('--data.', name)} {getattr(self, name)} x --data.seq-len {self.seq_len} are {self.seq_len * getattr(self, name):,} tokens: "
-                    f"a pack has at most {MOST_TOKENS:,}, since the borders of its documents are 32-bit numbers"
+                    f"{option('--data.', name)} {getattr(self, name)} x --data.seq-len {self.seq_len} are"
+                    f" {self.seq_len * getattr(self, name):,} tokens: a pack has at most {MOST_TOKENS:,}, since the"
+                    " borders of its documents are 32-bit numbers"
                 )
         BatchSizes(self.micro_num, self.rampup)
         SkippedBatches(self.skip_batches)
@@ -207,7 +216,12 @@ def parse_folders(
         except ValueError:
             raise ValueError(f"data.train_folder {text!r}: {weight!r} is no weight, write DIR=0.7") from None
     if len({weight is None for _, weight in parsed}) > 1:
-        raise ValueError(f"data.train_folder {list(folders)}: give every folder a weight (DIR=0.7), or none (then their sizes decide)")
+        raise ValueError(
+            f"data.train_folder {list(folders)}: give every folder a weight (DIR=0.7), or none (then their sizes"
+            " decide)"
+        )
     if any(weight is not None and not 0 < weight < float("inf") for _, weight in parsed):
-        raise ValueError(f"data.train_folder {list(folders)}: weights must be positive; leave a folder out instead of giving it 0")
+        raise ValueError(
+            f"data.train_folder {list(folders)}: weights must be positive; leave a folder out instead of giving it 0"
+        )
     return parsed

@@ -49,7 +49,9 @@ def corpus_with_sources(
         packed = (files("internlm_nb") / "corpus" / f"{kind}.jsonl.xz").read_bytes()
         records = [json.loads(line) for line in lzma.decompress(packed).decode("utf-8").splitlines()]
         held_out = split == "valid"
-        out[kind] = [(r["source"], r["text"]) for number, r in enumerate(records) if (number % _OF == _HELD_OUT) == held_out]
+        out[kind] = [
+            (r["source"], r["text"]) for number, r in enumerate(records) if (number % _OF == _HELD_OUT) == held_out
+        ]
     return out
 
 # %% ../../nbs/data/20_corpus.ipynb #0d065030
@@ -78,5 +80,7 @@ def build_token_folder(
                 writer.write(tokenizer.encode(text, bos=bos, eos=eos, marks=False))
         tokens[kind] = writer.tokens
         if known:
-            add_to_record(target.parent, {"file": target.name, "tokenizer": kept, "fingerprint": known, "tokens": writer.tokens})
+            add_to_record(
+                target.parent, {"file": target.name, "tokenizer": kept, "fingerprint": known, "tokens": writer.tokens}
+            )
     return tokens

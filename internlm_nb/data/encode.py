@@ -60,7 +60,7 @@ class Recipe:
         "Are the sources records of conversations?"
         return self.format in ("alpaca", "chat")
 
-
+# %% ../../nbs/data/21_encode.ipynb #33dcd77f
 @lru_cache(maxsize=1)
 def load_tokenizer(
     path: str,  # the model file
@@ -131,7 +131,7 @@ class Encoded:
     mended: int = 0  # documents with half of a surrogate pair
     zeros: int = 0  # ids 0 that are read only and cannot be marked so
 
-
+# %% ../../nbs/data/21_encode.ipynb #6aa8b9e0
 def whole_characters(
     value: Any,  # a text, or a record with texts in it
 ) -> Any:
@@ -171,7 +171,7 @@ def _encode_texts(recipe: Recipe, tokenizer: Any, texts: Sequence[str], out: Enc
     into.text_bytes = len("".join(texts).encode())
     out.single += into.counts.count(1)
 
-
+# %% ../../nbs/data/21_encode.ipynb #50e40d54
 def _encode_records(
     recipe: Recipe, tokenizer: Any, records: Sequence[tuple[str, Any]], out: Encoded, into: Lines
 ) -> None:
@@ -193,7 +193,7 @@ def _encode_records(
         into.text_bytes += sum(len(words.encode()) for _, words in turns_of(record))
     into.lines, into.line_bytes = b"".join(lines), list(map(len, lines))
 
-
+# %% ../../nbs/data/21_encode.ipynb #6da79a87
 def encode_lines(
     recipe: Recipe,  # what to do
     items: Sequence[Any],  # texts, or (place, record) for records of conversations

@@ -42,7 +42,7 @@ def _file_digest(path: Path) -> str:
         raise TokenFileError(path, None, why_unreadable(error)) from None
     return digest.hexdigest()
 
-
+# %% ../../nbs/data/17_facts.ipynb #c6c80e2b
 def folder_facts(
     folder: TokenFolder | str | Path,  # an open folder, or its path
     min_length: int = 0,  # of a path: documents with fewer tokens do not count
@@ -77,7 +77,7 @@ def folder_facts(
         "newest": max(([_written_ns(path), name] for name, path in zip(names, opened.files)), default=[0, ""]),
     }
 
-
+# %% ../../nbs/data/17_facts.ipynb #0e8bec94
 def _written_ns(path: Path) -> int:
     "When a pair of files was written to last, by the clock of its filesystem"
     try:
@@ -97,14 +97,14 @@ def _first_difference(was: Mapping[str, str], now: Mapping[str, str], when: str)
         return f"{shown} is not there" + (f": {new} has its content" if new else "")
     return f"{shown} has other content" if name in was else f"{shown} was not there {when}"
 
-
+# %% ../../nbs/data/17_facts.ipynb #0acd8be1
 def differences(
     was: Sequence[Mapping[str, Any]],  # facts of each folder, as saved or as another rank has them
     now: Sequence[Mapping[str, Any]],  # facts of each folder here
     folders: Sequence[str] = (),  # what the folders are called here
     when: str = "when the checkpoint was made",  # which `was` is meant
 ) -> list[str]:  # empty: the same data
-    """What differs between two sets of folders: a line for each folder that is not the same, with the 
+    """What differs between two sets of folders: a line for each folder that is not the same, with the
 
     Args:
         was: facts of each folder, as saved or as another rank has them
@@ -134,7 +134,7 @@ def differences(
         lines.append(f"{name} holds other data: {clause}" + (f"; first difference: {where}" if where else ""))
     return lines
 
-
+# %% ../../nbs/data/17_facts.ipynb #73c1cd2c
 def written_since(
     was: Sequence[Mapping[str, Any]],  # facts of each folder, as saved
     now: Sequence[Mapping[str, Any]],  # facts of each folder here: the same data as far as `differences` can tell
@@ -185,7 +185,7 @@ class Look:
             return []
         return [f"{self.untaught} of {self.documents} documents looked at have no target: nothing in them is learned"]
 
-
+# %% ../../nbs/data/17_facts.ipynb #e4ddf9b9
 def look_at(
     documents: TokenFolder,  # an open folder; its vocabulary is checked where it has one
     coord: int = 0,  # this rank's place on the data axis

@@ -21,9 +21,16 @@ __all__ = ['TOKENIZER_FILES', 'Additions', 'read_additions', 'usual_ends', 'Json
 
 # %% ../../nbs/data/25_json_tokenizer.ipynb #50e1c1ad
 TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "generation_config.json",
-)  # fmt: skip
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+)
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -41,7 +48,7 @@ class Additions:
     ends: dict[str, str]  # bos, eos, unk, pad -> a piece; only those that are named
     said: bool  # whether there was any such file
 
-
+# %% ../../nbs/data/25_json_tokenizer.ipynb #6bd8c676
 def _token(value: Any, **more: Any) -> dict[str, Any]:
     "A sign from either way to write it"
     if isinstance(value, str):
@@ -51,17 +58,22 @@ def _token(value: Any, **more: Any) -> dict[str, Any]:
     flags = {k: bool(value[k]) for k in ("single_word", "lstrip", "rstrip", "normalized", "special") if k in value}
     return {"content": value["content"], **flags, **more}
 
-
+# %% ../../nbs/data/25_json_tokenizer.ipynb #179a071e
 def read_additions(
     folder: str | Path,  # with tokenizer_config.json and its kin, as far as they are there
 ) -> Additions:
-    """Signs that were added to a folder's tokenizer, and its named ones; raises ValueError naming a file that cannot be read
+    """Signs that were added to a folder's tokenizer, and its named ones; raises ValueError naming a file that cannot be
+    read
 
     Args:
         folder: with tokenizer_config.json and its kin, as far as they are there
     """
     folder = Path(folder)
-    paths = [p for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json") if (p := folder / name).is_file()]
+    paths = [
+        p
+        for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        if (p := folder / name).is_file()
+    ]
     files = {path.name: read_object(path) for path in paths}
     config = files.get("tokenizer_config.json", {})
     try:
@@ -74,7 +86,11 @@ def read_additions(
         named = {key: _token(config[key]) for key in _NAMED if config.get(key)}
         more = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
         more = [_token(value) for value in (more.values() if isinstance(more, Mapping) else more)]
-        more += [_token(value) for key, value in config.items() if key.endswith("_token") and key not in _NAMED and isinstance(value, str)]
+        more += [
+            _token(value)
+            for key, value in config.items()
+            if key.endswith("_token") and key not in _NAMED and isinstance(value, str)
+        ]
         known = {token["content"] for token in added}
         special = {token["content"] for token in (*named.values(), *more)}
         added = [token | ({"special": True} if token["content"] in special else {}) for token in added]
@@ -140,14 +156,20 @@ class JsonVocabulary:
         self.base_size: int = max(self.fast.get_vocab(with_added_tokens=False).values(), default=-1) + 1
         beside = read_additions(self.folder)
         there = {token.content for token in self.fast.get_added_tokens_decoder().values()}
-        fresh = [tokenizers.AddedToken(**{k: v for k, v in t.items() if k != "id"}) for t in beside.tokens if t["content"] not in there]
+        fresh = [
+            tokenizers.AddedToken(**{k: v for k, v in t.items() if k != "id"})
+            for t in beside.tokens
+            if t["content"] not in there
+        ]
         self.fast.add_tokens(fresh)
         self._vocab: dict[str, int] = self.fast.get_vocab(with_added_tokens=True)
         self._have = set(self._vocab.values())
         self.vocab_size: int = max(self._have, default=-1) + 1
         self.model_size = max(model_size, self.vocab_size)
         self.ends = beside.ends if beside.said else usual_ends(self._vocab)
-        self.bos_id, self.eos_id, self.unk_id, self.pad_id = (self._vocab.get(self.ends.get(k, ""), -1) for k in ("bos", "eos", "unk", "pad"))
+        self.bos_id, self.eos_id, self.unk_id, self.pad_id = (
+            self._vocab.get(self.ends.get(k, ""), -1) for k in ("bos", "eos", "unk", "pad")
+        )
         self._added = self.fast.get_added_tokens_decoder()
         ends_of_text = {self._vocab.get(name, -1) for name in (*usual_ends(self._vocab).values(), *self.ends.values())}
         self.marks: dict[str, int] = {mark: self._vocab[mark] for mark in (*MARKS, *OLDER_MARKS) if mark in self._vocab}
@@ -226,7 +248,11 @@ class JsonTokenizer(JsonVocabulary):
     @cached_property
     def _anchor(self) -> tuple[str, int]:
         "A sign that leaves the text behind it alone, and its id"
-        plain = [(t.content, id) for id, t in self._added.items() if t.special and not (t.lstrip or t.rstrip or t.single_word or t.normalized)]
+        plain = [
+            (t.content, id)
+            for id, t in self._added.items()
+            if t.special and not (t.lstrip or t.rstrip or t.single_word or t.normalized)
+        ]
         return plain[0] if plain else ("", -1)
 
     def _behind(self, text: str) -> list[int]:
@@ -318,7 +344,8 @@ class JsonTokenizer(JsonVocabulary):
 def load_tokenizer(
     folder: str | Path,  # a Hugging Face folder, or a checkpoint with a tokenizer beside its tensors
 ) -> Tokenizer | JsonTokenizer | None:  # None, with a warning that says why
-    """A folder's tokenizer, as transformers reads it: from tokenizer.json where there is one, else from tokenizer.model and what was added to it
+    """A folder's tokenizer, as transformers reads it: from tokenizer.json where there is one, else from tokenizer.model
+    and what was added to it
 
     Args:
         folder: a Hugging Face folder, or a checkpoint with a tokenizer beside its tensors
@@ -341,11 +368,15 @@ def load_tokenizer(
             added |= {token["content"]: token["id"] for token in read_object(file).get("added_tokens", ())}
         found = Tokenizer(model, added, beside.ends)
         more = [t["content"] for t in beside.tokens if "id" not in t and not _knows(found, t["content"])]
-        return Tokenizer(model, added | {s: found.vocab_size + i for i, s in enumerate(more)}, beside.ends) if more else found
+        return (
+            Tokenizer(model, added | {s: found.vocab_size + i for i, s in enumerate(more)}, beside.ends)
+            if more
+            else found
+        )
     warnings.warn(f"{folder}: no tokenizer is loaded, {reason}", stacklevel=2)
     return None
 
-
+# %% ../../nbs/data/25_json_tokenizer.ipynb #5685d624
 def _knows(tokenizer: Tokenizer, piece: str) -> bool:
     "Whether a tokenizer has a piece"
     try:
@@ -366,7 +397,9 @@ def open_tokenizer(
     if path.is_dir():
         found = load_tokenizer(path)
         if found is None:
-            raise FileNotFoundError(f"{path}: no tokenizer can be read there; give a SentencePiece .model file or a tokenizer.json")
+            raise FileNotFoundError(
+                f"{path}: no tokenizer can be read there; give a SentencePiece .model file or a tokenizer.json"
+            )
         return found
     if not path.is_file():
         return Tokenizer(path)  # it says that there is none
@@ -379,11 +412,12 @@ def open_tokenizer(
     except ImportError as error:
         raise ValueError(f"{path}: a tokenizer.json needs the package tokenizers: pip install tokenizers") from error
 
-
+# %% ../../nbs/data/25_json_tokenizer.ipynb #b401ba85
 def tokenizer_files(
     tokenizer: Any,  # a `Tokenizer` or `JsonTokenizer`
 ) -> dict[str, Path]:  # name in another folder -> the file
-    """All files that make up a tokenizer; copied under these names into one folder, `load_tokenizer` finds the same there
+    """All files that make up a tokenizer; copied under these names into one folder, `load_tokenizer` finds the same
+    there
 
     Args:
         tokenizer: a `Tokenizer` or `JsonTokenizer`
@@ -393,7 +427,9 @@ def tokenizer_files(
     """
     path, folder = Path(tokenizer.path), Path(tokenizer.path).parent
     main = "tokenizer.json" if isinstance(tokenizer, JsonTokenizer) else "tokenizer.model"
-    of_folder = path.name == main and any((folder / name).is_file() for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json"))
+    of_folder = path.name == main and any(
+        (folder / name).is_file() for name in ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")
+    )
     if not of_folder:
         return {main: path}
     plain = isinstance(tokenizer, Tokenizer) and not (tokenizer.added or tokenizer.ends)

@@ -24,7 +24,9 @@ __all__ = ['T', 'Loader', 'prefetch', 'Validation', 'make_validation']
 
 # %% ../../nbs/data/18_loader.ipynb #d0e6b0b0
 class Loader:
-    """The training data of a run: `batch(step, coord, ranks)` is a pure function of (config, seed, step). TokenFileError for broken files.
+    """The training data of a run: `batch(step, coord, ranks)` is a pure function of (config, seed, step)
+
+    TokenFileError for broken files.
 
     Args:
         config: what to read and how to cut it
@@ -48,12 +50,16 @@ class Loader:
             opened = [read_tokens(folder, config.min_length, vocab_size) for folder, _ in folders]
             self.types: list[str] = sorted({name for folder in opened for name in folder.types})
             maps = [[self.types.index(name) for name in folder.types] for folder in opened]
-            self.streams = [ShuffledPacks(folder, seed, *shape, type_map=maps[j], source=j) for j, folder in enumerate(opened)]
+            self.streams = [
+                ShuffledPacks(folder, seed, *shape, type_map=maps[j], source=j) for j, folder in enumerate(opened)
+            ]
             weights = [folder.num_tokens if weight is None else weight for folder, (_, weight) in zip(opened, folders)]
             self.sources: list[str] = [folder for folder, _ in folders]
         else:
             self.types, self.sources, weights = ["synthetic"], ["synthetic"], [1]
-            self.streams = [SyntheticPacks(vocab_size, seed, *shape, config.synthetic_shortest, config.synthetic_longest)]
+            self.streams = [
+                SyntheticPacks(vocab_size, seed, *shape, config.synthetic_shortest, config.synthetic_longest)
+            ]
         self.mixture = Mixture(weights, derive_key(seed, 0x3117))
         self._facts: list[dict[str, Any]] | None = None
 
@@ -69,7 +75,10 @@ class Loader:
         for size in self.sizes.sizes():
             if size % ranks:
                 where = "data.micro_num" if size == self.config.micro_num else f"data.rampup {self.config.rampup!r}"
-                raise ValueError(f"{where}: a batch of {size} packs cannot be shared evenly by {ranks} data ranks; use multiples of {ranks}")
+                raise ValueError(
+                    f"{where}: a batch of {size} packs cannot be shared evenly by {ranks} data ranks; use multiples of"
+                    f" {ranks}"
+                )
 
     def batch_size(
         self,
@@ -100,7 +109,9 @@ class Loader:
         coord: int = 0,  # this rank's place on the data axis
         ranks: int = 1,  # size of the data axis
     ) -> list[Pack]:
-        """The packs that data rank `coord` trains at this step: those whose number in the step is coord modulo ranks. `ValueError` for a coord that is none of them, or ranks that do not divide the step.
+        """The packs that data rank `coord` trains at this step: those whose number in the step is coord modulo ranks
+
+        `ValueError` for a coord that is none of them, or ranks that do not divide the step.
 
         Args:
             step: from 0
@@ -117,10 +128,14 @@ class Loader:
         except TokenFileError as error:
             skip = ",".join(filter(None, [self.config.skip_batches, str(batch)]))
             way = f"mend it there, or leave its batch out: --data.skip-batches {skip}"
-            raise TokenFileError(error.path, error.line, f"{error.fault} (read for step {step}, batch {batch}; {way})") from None
+            raise TokenFileError(
+                error.path, error.line, f"{error.fault} (read for step {step}, batch {batch}; {way})"
+            ) from None
 
     def facts(self) -> list[dict[str, Any]]:
-        "What each folder holds, for a checkpoint and for other ranks to compare (`data.facts`); an empty list for synthetic data. Found once, when first asked for"
+        """What each folder holds, for a checkpoint and for other ranks to compare (`data.facts`); an empty list for
+        synthetic data. Found once, when first asked for
+        """
         if self._facts is None:
             self._facts = [folder_facts(s.documents) for s in self.streams if isinstance(s, ShuffledPacks)]
         return self._facts
@@ -168,7 +183,7 @@ class Loader:
         steps = iter(range(start, stop)) if stop is not None else iter(_count(start))
         return prefetch((self.batch(step, coord, ranks) for step in steps), self.config.prefetch)
 
-
+# %% ../../nbs/data/18_loader.ipynb #535b6a43
 def _count(start: int) -> Iterator[int]:
     while True:
         yield start
@@ -229,7 +244,9 @@ def prefetch(
 
 # %% ../../nbs/data/18_loader.ipynb #d203b1b5
 class Validation:
-    """A fixed set of packs: `batch(coord, ranks)` gives a rank's share. The order is fixed, each held-out document comes once.
+    """A fixed set of packs: `batch(coord, ranks)` gives a rank's share
+
+    The order is fixed, each held-out document comes once.
 
     Args:
         config: valid_folder, valid_packs and the shape of a pack
@@ -254,7 +271,9 @@ class Validation:
                 self.packs = min(self.packs, config.valid_packs)
         else:
             self.types = ["synthetic"]
-            self.stream = SyntheticPacks(vocab_size, derive_key(0x7A11D), *shape, config.synthetic_shortest, config.synthetic_longest)
+            self.stream = SyntheticPacks(
+                vocab_size, derive_key(0x7A11D), *shape, config.synthetic_shortest, config.synthetic_longest
+            )
             self.packs = config.valid_packs or 8
         self._facts: list[dict[str, Any]] | None = None
 
@@ -283,7 +302,7 @@ class Validation:
         for i in range(coord, -(-self.packs // ranks) * ranks, ranks):
             yield self.stream[i] if i < self.packs else padding_pack(self.config.seq_len, self.micro_bsz)
 
-
+# %% ../../nbs/data/18_loader.ipynb #9b2bd6c0
 def make_validation(
     config: DataConfig,  # of the run
     vocab_size: int,  # of the model

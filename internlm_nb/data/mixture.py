@@ -25,14 +25,19 @@ def quotas(
     weights: Sequence[float],  # share of each source, any positive scale
     block: int = _BLOCK,  # packs to share out
 ) -> list[int]:
-    """Packs of each source in a block: largest remainders, and at least one each. ValueError for weights that are not positive.
+    """Packs of each source in a block: largest remainders, and at least one each
+
+    ValueError for weights that are not positive.
 
     Args:
         weights: share of each source, any positive scale
         block: packs to share out
     """
     if not weights or not all(np.isfinite(w) and w > 0 for w in weights):
-        raise ValueError(f"the weights of a mixture must be positive numbers, not {list(weights)}: leave a folder out instead of giving it 0")
+        raise ValueError(
+            f"the weights of a mixture must be positive numbers, not {list(weights)}: leave a folder out instead of"
+            " giving it 0"
+        )
     if len(weights) > block:
         raise ValueError(f"at most {block} folders can be mixed, not {len(weights)}")
     # one for each first, the rest in proportion to what is still owed

@@ -88,7 +88,9 @@ _BLOCK = 1024  # documents between two entries of the table
 
 
 class ShuffledPacks:
-    """The endless stream of packs of one folder: epoch after epoch, each in its own order. `packs[i]` is a pure function of (seed, i).
+    """The endless stream of packs of one folder: epoch after epoch, each in its own order
+
+    `packs[i]` is a pure function of (seed, i).
 
     Args:
         documents: what to pack

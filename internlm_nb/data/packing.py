@@ -96,7 +96,7 @@ def _cut(length: int, seq_len: int) -> list[int]:
     full, rest = divmod(length, seq_len)
     return [seq_len] * full + [rest] * (rest > 0)
 
-
+# %% ../../nbs/data/12_packing.ipynb #0fcf31ca
 def build_pack(
     parts: Sequence[Part],  # in order; together at most P tokens
     seq_len: int,  # longest segment, tokens
@@ -169,7 +169,9 @@ def pack(
     pack_sample_into_one: bool = False,  # attention crosses document borders
     type_ids: Sequence[int] | np.ndarray | None = None,  # data type of each document, instead of `documents.type_ids`
 ) -> Iterator[Pack]:
-    """Cut documents, in the order given, into packs of seq_len * micro_bsz tokens; the last one is padded. ValueError for sizes below 1.
+    """Cut documents, in the order given, into packs of seq_len * micro_bsz tokens; the last one is padded
+
+    ValueError for sizes below 1.
 
     Args:
         documents: token ids of each document (lists or arrays); may carry `.type_ids`
@@ -183,7 +185,7 @@ def pack(
     types = getattr(documents, "type_ids", None) if type_ids is None else type_ids
     return _pack(documents, seq_len, micro_bsz, pack_sample_into_one, types)
 
-
+# %% ../../nbs/data/12_packing.ipynb #87ddaeb7
 def _pack(documents, seq_len: int, micro_bsz: int, pack_sample_into_one: bool, types) -> Iterator[Pack]:
     room = size = seq_len * micro_bsz
     parts: list[Part] = []

@@ -26,7 +26,7 @@ def find_sources(
     sources: Sequence[str | Path],  # files, or folders to walk
     say: Say | None = None,  # takes remarks on what is left out
 ) -> list[tuple[Path, Path]]:  # (source, its name under a destination)
-    """All source files, in order. FileNotFoundError for one that is missing, PermissionError for one that 
+    """All source files, in order. FileNotFoundError for one that is missing, PermissionError for one that
 
     Args:
         sources: files, or folders to walk
@@ -57,7 +57,7 @@ def find_sources(
             raise FileNotFoundError(f"{source} is {special or 'neither a file nor a folder'}")
     return found
 
-
+# %% ../../nbs/data/22_plan.ipynb #4d82feac
 def plan_files(
     sources: Sequence[str | Path],  # files, or folders to walk
     dst: str | Path,  # a folder, or one `.bin` file
@@ -141,7 +141,7 @@ class Built:
     valid: Path | None = None  # where its held-out documents are, if there are any
     held_out: int = 0  # documents of them
 
-
+# %% ../../nbs/data/22_plan.ipynb #c6e50df2
 @dataclass
 class Job:
     """One token file to make
@@ -168,7 +168,7 @@ class Job:
         "The folder in which the held-out file is recorded"
         return None if self.valid is None else self.valid.parents[len(self.target.relative_to(self.root).parts) - 1]
 
-
+# %% ../../nbs/data/22_plan.ipynb #a4b9a9c4
 def job_key(
     recipe: Recipe,  # what is done
     fingerprint: str,  # of the tokenizer
@@ -207,7 +207,7 @@ def _made_before(job: Job, entry: Mapping[str, Any]) -> Built | None:
         entry["documents"], entry["tokens"], entry["targets"], entry["text_bytes"], True, valid, entry["held_out"]
     )
 
-
+# %% ../../nbs/data/22_plan.ipynb #40cbacd0
 def settle(
     job: Job,  # to be looked at before work starts
     entry: Mapping[str, Any],  # the last one of its token file, or empty

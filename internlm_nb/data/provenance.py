@@ -54,7 +54,7 @@ def tokenizer_file(
         )
     return path
 
-
+# %% ../../nbs/data/19_provenance.ipynb #46f5a1b4
 def tokenizer_fingerprint(
     path: str | Path,  # a .model, a tokenizer.json, or a folder with one of them
 ) -> str:  # 64 hexadecimal digits
@@ -109,7 +109,7 @@ def read_record(
             continue
     return entries
 
-
+# %% ../../nbs/data/19_provenance.ipynb #ceaf4915
 def add_to_record(
     folder: Path,  # exists
     entry: Mapping[str, Any],  # with the name of the token file under "file"
@@ -137,14 +137,14 @@ def _put(source: Path, target: Path) -> None:
     finally:
         beside.unlink(missing_ok=True)
 
-
+# %% ../../nbs/data/19_provenance.ipynb #3f665ede
 def keep_tokenizer(
     tokenizer: str | Path,  # a .model, a tokenizer.json, or a folder with one of them
     folder: str | Path,  # of token files; made when missing
     replace: bool = False,  # another tokenizer's copy that an earlier build put there
     only_look: bool = False,  # do nothing but say whether it could be done
 ) -> str:  # its name in the folder
-    """Put a copy beside token files, unless it is there. ValueError when another tokenizer is there, 
+    """Put a copy beside token files, unless it is there. ValueError when another tokenizer is there,
 
     Args:
         tokenizer: a .model, a tokenizer.json, or a folder with one of them
@@ -221,7 +221,7 @@ class _Origins:
                     return self.print_of(folder / name), folder / name
         return None, None
 
-
+# %% ../../nbs/data/19_provenance.ipynb #e040015c
 def _top(root: Path) -> Path:
     "The folder above a token folder; for one file, above the folder that its type lies in"
     return root.parent.parent.parent if root.is_file() else root.parent
@@ -230,7 +230,7 @@ def _top(root: Path) -> Path:
 def find_tokenizer(
     root: str | Path,  # a token folder or one token file
 ) -> Path | None:  # a tokenizer.model or tokenizer.json; None: none is known
-    """The tokenizer that made the ids of a folder: beside them, or in the folder above. ValueError naming 
+    """The tokenizer that made the ids of a folder: beside them, or in the folder above. ValueError naming
 
     Args:
         root: a token folder or one token file
@@ -264,7 +264,7 @@ def find_tokenizer(
         return path or next((p for p in near if origins.print_of(p) == fingerprint), None)
     return next((root.parent / name for name in TOKENIZERS if (root.parent / name).is_file()), None)
 
-
+# %% ../../nbs/data/19_provenance.ipynb #ec3b9605
 def refuse_others(
     folder: Path,  # of token files, there or not
     tokenizer: str | Path,  # that is to make more of them

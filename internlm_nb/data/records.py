@@ -15,7 +15,6 @@ __all__ = ['Turn', 'turns_of', 'record_ids', 'zeros_read']
 
 # %% ../../nbs/data/06_records.ipynb #cac797c5
 Turn = tuple[str, str]  # role ("system", "user" or "assistant") and words
-
 _SPEAKERS = {
     "human": "user",
     "user": "user",
@@ -35,7 +34,7 @@ def _text(value: Any, name: str, missing: bool = True) -> str:
         raise ValueError(f'"{name}" must be a text, not {type(value).__name__} ({str(value)[:40]})')
     return value
 
-
+# %% ../../nbs/data/06_records.ipynb #d58dcdb4
 def _history(record: Mapping[str, Any]) -> list[Turn]:
     "The earlier turns of an Alpaca record: pairs of a question and its answer"
     history = record.get("history")
@@ -81,7 +80,7 @@ def _spoken(record: Mapping[str, Any], key: str) -> list[Turn]:
         turns.append((_SPEAKERS.get(role.lower(), role), _content(message.get(said))))
     return turns
 
-
+# %% ../../nbs/data/06_records.ipynb #bd6b881a
 def turns_of(
     record: Mapping[str, Any],  # an Alpaca record, or one with `messages` or `conversations`
 ) -> list[Turn]:
@@ -137,7 +136,7 @@ def record_ids(
         )
     return alpaca_ids(tokenizer, record, style, max_length, compat)  # type: ignore[arg-type]
 
-
+# %% ../../nbs/data/06_records.ipynb #a997f351
 def zeros_read(
     tokenizer: AnyTokenizer,  # that made the ids
     record: Mapping[str, Any],  # as above

@@ -109,7 +109,7 @@ def _packing_of(head: bytes) -> str | None:
         return "bzip2"
     return next((name for magic, name in _MAGIC.items() if head.startswith(magic)), None)
 
-
+# %% ../../nbs/data/04_sources.ipynb #8c5c715f
 def _open_zstandard(path: Path, file: BinaryIO) -> BinaryIO:
     try:
         import zstandard  # pyright: ignore[reportMissingImports]
@@ -122,7 +122,7 @@ def _open_zstandard(path: Path, file: BinaryIO) -> BinaryIO:
         ) from None
     return zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
 
-
+# %% ../../nbs/data/04_sources.ipynb #cca2a92b
 @contextmanager
 def packing_faults(
     path: str | Path,  # the file that is read
@@ -167,7 +167,7 @@ def open_source(
         with io.BufferedReader(raw, 1 << 17) as file:
             yield _unpacked(path, file)
 
-
+# %% ../../nbs/data/04_sources.ipynb #1a4f44f9
 def _unpacked(path: Path, file: io.BufferedReader[Any]) -> BinaryIO:
     packing, head = kind_of(path)[1], file.peek(10)[:10]
     found = _packing_of(head)

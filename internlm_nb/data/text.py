@@ -48,7 +48,7 @@ def read_lines(
         advice = "it begins like a file of utf-16: name that as its encoding" if wide else "name the file's encoding"
         raise TextError(path, line, f"bytes that are not {name} ({error}): {advice}") from None
 
-
+# %% ../../nbs/data/05_text.ipynb #23a5ef88
 def _line_of_fault(path: Path, encoding: str) -> tuple[int | None, bytes]:
     "(line number from 1, the first bytes of the file)"
     decoder, line, head = codecs.getincrementaldecoder(encoding)(), 1, b""
@@ -91,7 +91,7 @@ def read_records(
             if line.strip():
                 yield number, _record_of_line(path, number, line)
 
-
+# %% ../../nbs/data/05_text.ipynb #31dec4f4
 def _record_of_line(path: Path, number: int, line: str) -> dict[str, Any]:
     hint = " (a list of records is .json; .jsonl has one object a line)" if line.lstrip().startswith("[") else ""
     try:
@@ -102,7 +102,7 @@ def _record_of_line(path: Path, number: int, line: str) -> dict[str, Any]:
         raise TextError(path, number, f"not a json object{hint}")
     return record
 
-
+# %% ../../nbs/data/05_text.ipynb #072a98d2
 def _records_of_list(path: Path, encoding: str, told: Told) -> Iterator[dict[str, Any]]:
     text = "".join(read_lines(path, encoding, told))
     if not text.strip():
@@ -122,7 +122,7 @@ def _records_of_list(path: Path, encoding: str, told: Told) -> Iterator[dict[str
             raise TextError(path, None, f"record {number} (from 0) is not a json object")
         yield record
 
-
+# %% ../../nbs/data/05_text.ipynb #804c25d6
 def place_of(
     path: str | Path,  # the file
     line: int | None,  # of the record, where it has one
@@ -178,7 +178,7 @@ def read_documents(
     elif (text := "".join(read_lines(path, encoding, told))).strip():
         yield text
 
-
+# %% ../../nbs/data/05_text.ipynb #53740902
 def _text_of(record: dict[str, Any], key: str, path: Path, line: int | None, number: int) -> str:
     text = record.get(key)
     if isinstance(text, str):

@@ -19,7 +19,7 @@ class Decoder(Protocol):
         "Ids to text"
         ...
 
-
+# %% ../../nbs/data/24_textstream.ipynb #fe7b8ae4
 class TextStream:
     """Ids in, text out, in whole characters. All pieces together are the tokenizer's text of all ids.
 
@@ -57,7 +57,8 @@ class TextStream:
         unsure = min(3, len(text) - len(text.rstrip("�")))
         certain = text[: len(text) - unsure]
         new, self.out = certain[self.out :], max(self.out, len(certain))
-        if not unsure and len(self.tail) > 64:  # shorten the tail, where what is left begins with whole characters and is not blank
+        # shorten the tail, where what is left begins with whole characters and is not blank
+        if not unsure and len(self.tail) > 64:
             kept = self.tokenizer.decode(self.tail[-16:])
             if kept.strip() and text.endswith(kept) and "�" not in kept:
                 self.tail, self.out = self.tail[-16:], len(kept)

@@ -57,7 +57,7 @@ def sweep_unfinished(
                     swept.append(beside)
     return swept
 
-
+# %% ../../nbs/data/08_tokenfile.ipynb #e0cfab4c
 def _save_rows(path: Path, rows: array) -> None:
     with open(path, "wb") as file:
         _lock(file)
@@ -206,7 +206,7 @@ def _open_regular(path: Path) -> int:
     except OSError as error:
         raise TokenFileError(path, None, why_unreadable(error)) from None
 
-
+# %% ../../nbs/data/08_tokenfile.ipynb #26debfdb
 def _map_rows(meta: Path) -> np.ndarray:
     "The meta array, mapped; TokenFileError for one that is none"
     os.close(_open_regular(meta))

@@ -73,7 +73,7 @@ def is_token_file(
     """
     return name.lower().endswith(".bin")
 
-
+# %% ../../nbs/data/09_tokenfiles.ipynb #df703017
 def find_token_files(
     root: str | Path,  # a folder, or one `.bin` file
 ) -> Walk:
@@ -123,7 +123,7 @@ def _count_file(file: TokenFile, min_length: int) -> tuple[int, Kept | None]:
         file.give_back()
     return tokens, Kept(file.rows, min_length) if shortest < min_length else None
 
-
+# %% ../../nbs/data/09_tokenfiles.ipynb #9bca3cb7
 class _OpenFiles:
     "The token files of a folder, of which the most recently used ones are open"
 

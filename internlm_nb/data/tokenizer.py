@@ -50,14 +50,15 @@ _SIGN = re.compile(r"<\S+>|\[\S+\]|<\|\S+|\S+\|>|<｜\S+")
 def is_sign(
     text: str,  # a piece that a tokenizer finds before it cuts
 ) -> bool:
-    """Whether a piece looks like a sign of control, such as `<s>`, `[INST]` or `<|im_end|>`, rather than like words or blanks
+    """Whether a piece looks like a sign of control, such as `<s>`, `[INST]` or `<|im_end|>`, rather than like words or
+    blanks
 
     Args:
         text: a piece that a tokenizer finds before it cuts
     """
     return _SIGN.fullmatch(text) is not None
 
-
+# %% ../../nbs/data/01_tokenizer.ipynb #15bd448f
 class Signs:
     """Texts that stand for one id: whether they occur, and how to cut a text so that none is found
 
@@ -126,7 +127,10 @@ class Signs:
 def _processor(path: Path) -> spm.SentencePieceProcessor:
     "SentencePiece's own reader of a file"
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer model at {path}: give the path of a SentencePiece .model file, or train one with train_tokenizer")
+        raise FileNotFoundError(
+            f"no tokenizer model at {path}: give the path of a SentencePiece .model file, or train one with"
+            " train_tokenizer"
+        )
     spm.SetMinLogLevel(2)  # it warns, in every process, of a piece that is a NUL
     try:
         found = spm.SentencePieceProcessor(model_file=str(path))
@@ -142,7 +146,7 @@ def _has(sp: spm.SentencePieceProcessor, piece: str) -> bool:
     "Whether a model has a piece of this spelling"
     return sp.piece_to_id(piece) != sp.unk_id() or piece == sp.id_to_piece(sp.unk_id())
 
-
+# %% ../../nbs/data/01_tokenizer.ipynb #fe3c9c8f
 def _known_marks(sp: spm.SentencePieceProcessor) -> dict[str, str]:  # mark -> piece
     """The marks that a model has
 
@@ -158,7 +162,8 @@ def _known_marks(sp: spm.SentencePieceProcessor) -> dict[str, str]:  # mark -> p
 
 # %% ../../nbs/data/01_tokenizer.ipynb #5bca756d
 class Vocabulary:
-    """The pieces of a SentencePiece model and the signs that were added to it; `bos_id`, `eos_id`, `unk_id`, `pad_id` are -1 where there is none
+    """The pieces of a SentencePiece model and the signs that were added to it; `bos_id`, `eos_id`, `unk_id`, `pad_id`
+    are -1 where there is none
 
     Args:
         path: the `.model` file
@@ -419,8 +424,14 @@ def train_tokenizer(
             pad_id=-1,
         )
     except Exception as error:
-        advice = "raise vocab_size, or lower character_coverage" if "required_chars" in str(error) else "give more text or a smaller vocab_size"
-        raise ValueError(f"no tokenizer of {vocab_size} pieces can be trained on these texts ({error}): {advice}") from error
+        advice = (
+            "raise vocab_size, or lower character_coverage"
+            if "required_chars" in str(error)
+            else "give more text or a smaller vocab_size"
+        )
+        raise ValueError(
+            f"no tokenizer of {vocab_size} pieces can be trained on these texts ({error}): {advice}"
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -17,7 +17,8 @@ __all__ = ['TokenFileError', 'token_line', 'token_lines', 'parse_line', 'num_tar
 
 # %% ../../nbs/data/07_tokenline.ipynb #88637e54
 class TokenFileError(ValueError):
-    """A fault in a token file: `path`, `line` (from 1; None when it is about the whole file) and `fault`, what is wrong and what to do.
+    """A fault in a token file: `path`, `line` (from 1; None when it is about the whole file) and `fault`, what is wrong
+    and what to do.
 
     Args:
         path: the file
@@ -72,7 +73,10 @@ def token_lines(
     spell = _spellings(vocab_size).__getitem__
     head = '{"tokens": [' + "".join(f"{id}, " for id in before)
     tail = "".join(f", {id}" for id in behind) + "]}\n"
-    return [head + ", ".join(map(spell, row)) + tail if row else token_line([*before, *behind]).decode("ascii") for row in rows]
+    return [
+        head + ", ".join(map(spell, row)) + tail if row else token_line([*before, *behind]).decode("ascii")
+        for row in rows
+    ]
 
 # %% ../../nbs/data/07_tokenline.ipynb #a9af9e3d
 _HEAD, _TAIL = b'{"tokens": [', b"]}\n"
@@ -90,7 +94,7 @@ def _plain_numbers(body: bytes) -> bool:
     signs = body.count(b"-")
     return not signs or (signs == body.count(b" -") + body.startswith(b"-") and b"-," not in body)
 
-
+# %% ../../nbs/data/07_tokenline.ipynb #844a7034
 def parse_line(
     line: bytes,  # one line of a `.bin` file, its line break included
 ) -> np.ndarray:

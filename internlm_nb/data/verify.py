@@ -108,7 +108,7 @@ def check_stretch(
             found.first_untaught = found.first_untaught or f"{path}, line {row + 1}"
     return found
 
-
+# %% ../../nbs/data/11_verify.ipynb #265974a7
 def _stretches(files: list[Path], faults: list[TokenFileError]) -> Iterator[tuple[Path, int, int]]:
     for path in files:
         try:
@@ -161,7 +161,7 @@ def survey(
     result.faults.sort(key=lambda fault: (fault.path, fault.line or 0))
     return result
 
-
+# %% ../../nbs/data/11_verify.ipynb #9e7d6b37
 def _in_order(work: list[tuple[Path, int, int]], vocab_size: int | None, count: int) -> Iterator[Survey]:
     "What each stretch holds, in order, by this process or by `count` others"
     if count <= 1:

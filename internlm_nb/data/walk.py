@@ -110,7 +110,7 @@ def walk(
     found.files.sort()
     return found
 
-
+# %% ../../nbs/data/03_walk.ipynb #effddeea
 def _look_into(folder: Path, wanted: Callable[[str], bool], above: tuple[tuple[int, int], ...], found: Walk) -> None:
     try:
         here = os.stat(folder)

@@ -37,10 +37,13 @@ def whole_number(
     value = config.get(field)
     if value is None:
         return default
-    require(type(value) is int and 0 < value < 2**31, f"{field} is {str(value)[:40]!r}: it must be a whole number from 1 to {2**31 - 1:,}")
+    require(
+        type(value) is int and 0 < value < 2**31,
+        f"{field} is {str(value)[:40]!r}: it must be a whole number from 1 to {2**31 - 1:,}",
+    )
     return value
 
-
+# %% ../../nbs/hub/03_hf_config.ipynb #f5f554ed
 def real_number(
     config: Mapping[str, Any],  # of config.json
     field: str,  # its name
@@ -61,19 +64,29 @@ def real_number(
     return float(value)
 
 # %% ../../nbs/hub/03_hf_config.ipynb #b542cff5
-_ROPE_TYPES: dict[str, RopeScaling] = {"default": "none", "origin": "none", "none": "none", "linear": "linear", "dynamic": "dynamic"}
+_ROPE_TYPES: dict[str, RopeScaling] = {
+    "default": "none",
+    "origin": "none",
+    "none": "none",
+    "linear": "linear",
+    "dynamic": "dynamic",
+}
 
 
 def _rope_kind(word: Any, field: str) -> RopeScaling:
     "One of the three kinds of scaling; ValueError naming the field for another"
-    require(isinstance(word, str) and word in _ROPE_TYPES, f"{field} is {word!r}, which is not supported: only default, linear and dynamic are")
+    require(
+        isinstance(word, str) and word in _ROPE_TYPES,
+        f"{field} is {word!r}, which is not supported: only default, linear and dynamic are",
+    )
     return _ROPE_TYPES[word]
 
-
+# %% ../../nbs/hub/03_hf_config.ipynb #eb25f8a1
 def read_rope(
     config: Mapping[str, Any],  # of config.json
 ) -> dict[str, Any]:  # fields of `ModelConfig`: rope_base, rope_scaling, rope_factor
-    """Rotary base and scaling, from any of the three spellings; raises `ValueError` naming the field that is not supported or contradicts another
+    """Rotary base and scaling, from any of the three spellings; raises `ValueError` naming the field that is not
+    supported or contradicts another
 
     Args:
         config: of config.json
@@ -91,27 +104,60 @@ def read_rope(
         rope = config.get(field) or {}
         if not rope:
             continue
-        require(all(not isinstance(v, dict) for v in rope.values()), f"{field} differs by layer, which is not supported")
-        require(rope.get("partial_rotary_factor", 1) == 1, f"{field}.partial_rotary_factor is {rope.get('partial_rotary_factor')}, which is not supported: only 1 is")
+        require(
+            all(not isinstance(v, dict) for v in rope.values()), f"{field} differs by layer, which is not supported"
+        )
+        require(
+            rope.get("partial_rotary_factor", 1) == 1,
+            f"{field}.partial_rotary_factor is {rope.get('partial_rotary_factor')}, which is not supported: only 1 is",
+        )
         known = {"rope_type", "type", "factor", "rope_theta", "partial_rotary_factor"}
         kind = _rope_kind(rope.get("rope_type", rope.get("type", "default")), f"{field}.rope_type")
-        require(not set(rope) - known, f"{field}.{min(set(rope) - known, default='')} is not known: only {', '.join(sorted(known))} are")
+        require(
+            not set(rope) - known,
+            f"{field}.{min(set(rope) - known, default='')} is not known: only {', '.join(sorted(known))} are",
+        )
         base = real_number(rope, "rope_theta", real_number(config, "rope_theta", 10_000.0))
-        found.append(dict(rope_base=base, rope_scaling=kind, rope_factor=real_number(rope, "factor", 1.0) if kind != "none" else 1.0))
+        found.append(
+            dict(
+                rope_base=base,
+                rope_scaling=kind,
+                rope_factor=real_number(rope, "factor", 1.0) if kind != "none" else 1.0,
+            )
+        )
     if not found:
         return dict(rope_base=real_number(config, "rope_theta", 10_000.0), rope_scaling="none", rope_factor=1.0)
-    require(all(f == found[0] for f in found), f"rope_parameters {config.get('rope_parameters')} and rope_scaling {config.get('rope_scaling')} contradict each other")
+    require(
+        all(f == found[0] for f in found),
+        f"rope_parameters {config.get('rope_parameters')} and rope_scaling {config.get('rope_scaling')} contradict each"
+        " other",
+    )
     theta = config.get("rope_theta")
-    require(theta is None or float(theta) == found[0]["rope_base"], f"rope_theta {theta} and rope_parameters {config.get('rope_parameters')} contradict each other")
+    require(
+        theta is None or float(theta) == found[0]["rope_base"],
+        f"rope_theta {theta} and rope_parameters {config.get('rope_parameters')} contradict each other",
+    )
     return found[0]
 
 # %% ../../nbs/hub/03_hf_config.ipynb #29cc0fec
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"), "sliding_window": (None,), "use_sliding_window": (False, None), "mlp_bias": (False, None),
-    "partial_rotary_factor": (1, None), "rope_interleaved": (False, None), "quantization_config": (None,), "num_local_experts": (None,),
-    "num_experts": (None,), "layer_types": (None,), "is_encoder_decoder": (False, None), "add_cross_attention": (False, None),
-    "attention_multiplier": (1, None), "logits_scaling": (1, None), "residual_multiplier": (1, None), "embedding_multiplier": (1, None),
-}  # fmt: skip
+    "hidden_act": ("silu", "swish"),
+    "sliding_window": (None,),
+    "use_sliding_window": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False, None),
+    "quantization_config": (None,),
+    "num_local_experts": (None,),
+    "num_experts": (None,),
+    "layer_types": (None,),
+    "is_encoder_decoder": (False, None),
+    "add_cross_attention": (False, None),
+    "attention_multiplier": (1, None),
+    "logits_scaling": (1, None),
+    "residual_multiplier": (1, None),
+    "embedding_multiplier": (1, None),
+}
 
 
 def refuse_unsupported(
@@ -132,7 +178,18 @@ def refuse_unsupported(
         require(value in allowed, f"{field} is {str(value)[:80]!r}, which is not supported: it must be {words}")
 
 # %% ../../nbs/hub/03_hf_config.ipynb #a7809426
-_OWN = ("family", "mlp_ratio", "multiple_of", "intermediate_size", "qk_interleaved", "qkv_bias", "out_bias", "embed_grad_scale", "init_std", "init_std_embedding")
+_OWN = (
+    "family",
+    "mlp_ratio",
+    "multiple_of",
+    "intermediate_size",
+    "qk_interleaved",
+    "qkv_bias",
+    "out_bias",
+    "embed_grad_scale",
+    "init_std",
+    "init_std_embedding",
+)
 _NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
@@ -143,13 +200,21 @@ def _width(hidden: int, ffn: int) -> dict[str, Any]:
             return dict(mlp_ratio=ratio)
     return dict(mlp_ratio=ffn / hidden, intermediate_size=ffn)
 
-
+# %% ../../nbs/hub/03_hf_config.ipynb #e05b3e13
 def _own(config: Mapping[str, Any], ffn: int, biases: dict[str, bool]) -> dict[str, Any]:
     "Our own key, as far as it agrees with the rest of the file"
     own = {k: v for k, v in (config.get("internlm_nb") or {}).items() if k in _OWN}
     if biases["qkv_bias"] != biases["out_bias"] or not all(biases.values()):
         own = {k: v for k, v in own.items() if k not in biases}
-    shape: dict[str, Any] = dict(family="llama", vocab_size=1, hidden_size=config["hidden_size"], num_layers=1, num_heads=1, num_kv_heads=1, head_dim_override=4)
+    shape: dict[str, Any] = dict(
+        family="llama",
+        vocab_size=1,
+        hidden_size=config["hidden_size"],
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim_override=4,
+    )
     width = ("mlp_ratio", "multiple_of", "intermediate_size")
     try:
         same = ModelConfig(**shape, **{k: own[k] for k in width}).ffn_size == ffn
@@ -162,7 +227,7 @@ def _both(switch: Any) -> dict[str, bool]:
     "One switch for the biases of q, k, v and o"
     return dict(qkv_bias=bool(switch), out_bias=bool(switch))
 
-
+# %% ../../nbs/hub/03_hf_config.ipynb #459c945c
 def read_config(
     config: Mapping[str, Any],  # of config.json
 ) -> tuple[ModelConfig, KeyLayout]:  # architecture, and whose tensor names the folder has
@@ -186,20 +251,30 @@ def read_config(
     if layout == "llama":
         biases = _both(config.get("attention_bias", False))
     elif layout == "internlm3":
-        require(not config.get("bias"), "bias is true, which in internlm3 means a bias in the feed-forward too: that is not supported")
+        require(
+            not config.get("bias"),
+            "bias is true, which in internlm3 means a bias in the feed-forward too: that is not supported",
+        )
         biases = dict(qkv_bias=bool(config.get("qkv_bias", False)), out_bias=False)
     else:
         biases = _both(config.get("bias", True))
     values: dict[str, Any] = dict(
-        family=layout, vocab_size=vocab, hidden_size=hidden, num_layers=layers, num_heads=heads,
-        num_kv_heads=whole_number(config, "num_key_value_heads", heads), head_dim_override=None if head_dim is None or head_dim * heads == hidden else head_dim,
-        max_position_embeddings=whole_number(config, "max_position_embeddings", 2048), norm_eps=real_number(config, "rms_norm_eps", 1e-6),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)), init_std=real_number(config, "initializer_range", 0.02) if config.get("initializer_range") != 0 else 0.0,
-    )  # fmt: skip
+        family=layout,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=whole_number(config, "num_key_value_heads", heads),
+        head_dim_override=None if head_dim is None or head_dim * heads == hidden else head_dim,
+        max_position_embeddings=whole_number(config, "max_position_embeddings", 2048),
+        norm_eps=real_number(config, "rms_norm_eps", 1e-6),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        init_std=real_number(config, "initializer_range", 0.02) if config.get("initializer_range") != 0 else 0.0,
+    )
     values |= {**_width(hidden, ffn), **read_rope(config), **biases, **_own(config, ffn, biases)}
     return ModelConfig(**values), layout
 
-
+# %% ../../nbs/hub/03_hf_config.ipynb #2e7a26e9
 def load_config(
     folder: str | Path,  # with config.json
 ) -> tuple[ModelConfig, KeyLayout, dict[str, Any]]:  # architecture, layout, and the file as it is
@@ -234,15 +309,26 @@ def check_layout(
     """
     say = f"which layout {layout!r} cannot say: use layout='llama'"
     if layout == "internlm":
-        require(cfg.num_kv_heads == cfg.num_heads, f"num_kv_heads {cfg.num_kv_heads} differs from num_heads {cfg.num_heads}, {say}")
+        require(
+            cfg.num_kv_heads == cfg.num_heads,
+            f"num_kv_heads {cfg.num_kv_heads} differs from num_heads {cfg.num_heads}, {say}",
+        )
         require(cfg.rope_scaling != "linear", f"rope_scaling is 'linear', {say}")
     if layout in ("internlm", "internlm2"):
-        require(cfg.head_dim * cfg.num_heads == cfg.hidden_size, f"head_dim {cfg.head_dim} is not hidden_size / num_heads, {say}")
+        require(
+            cfg.head_dim * cfg.num_heads == cfg.hidden_size,
+            f"head_dim {cfg.head_dim} is not hidden_size / num_heads, {say}",
+        )
     if layout == "internlm3":
         require(not cfg.out_bias, f"out_bias is set, {say}")
 
 # %% ../../nbs/hub/03_hf_config.ipynb #c78afae5
-_CLASSES = {"llama": "LlamaForCausalLM", "internlm": "InternLMForCausalLM", "internlm2": "InternLM2ForCausalLM", "internlm3": "InternLM3ForCausalLM"}
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "internlm": "InternLMForCausalLM",
+    "internlm2": "InternLM2ForCausalLM",
+    "internlm3": "InternLM3ForCausalLM",
+}
 
 
 def _rope_words(cfg: ModelConfig, layout: KeyLayout) -> dict[str, Any]:
@@ -251,13 +337,19 @@ def _rope_words(cfg: ModelConfig, layout: KeyLayout) -> dict[str, Any]:
         kind = "origin" if cfg.rope_scaling == "none" else cfg.rope_scaling
         return dict(rotary=dict(base=cfg.rope_base, type=kind, scaling_factor=cfg.rope_factor))
     scaled = cfg.rope_scaling != "none"
-    scaling = {("type" if layout == "internlm2" else "rope_type"): cfg.rope_scaling, "factor": cfg.rope_factor} if scaled else None
+    scaling = (
+        {("type" if layout == "internlm2" else "rope_type"): cfg.rope_scaling, "factor": cfg.rope_factor}
+        if scaled
+        else None
+    )
     words: dict[str, Any] = dict(rope_theta=cfg.rope_base, rope_scaling=scaling)
     if layout == "llama":  # version 4 reads the two above, version 5 this
-        words["rope_parameters"] = dict(rope_type=cfg.rope_scaling if scaled else "default", rope_theta=cfg.rope_base) | (dict(factor=cfg.rope_factor) if scaled else {})
+        words["rope_parameters"] = dict(
+            rope_type=cfg.rope_scaling if scaled else "default", rope_theta=cfg.rope_base
+        ) | (dict(factor=cfg.rope_factor) if scaled else {})
     return words
 
-
+# %% ../../nbs/hub/03_hf_config.ipynb #d1dcec53
 def write_config(
     cfg: ModelConfig,  # architecture
     layout: KeyLayout = "llama",  # in whose words
@@ -278,13 +370,31 @@ def write_config(
     check_layout(cfg, layout)
     own = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name in _OWN}
     biased = cfg.qkv_bias or cfg.out_bias
-    biases = {"llama": dict(attention_bias=biased, mlp_bias=False), "internlm3": dict(qkv_bias=cfg.qkv_bias, bias=False)}.get(layout, dict(bias=biased))
+    biases = {
+        "llama": dict(attention_bias=biased, mlp_bias=False),
+        "internlm3": dict(qkv_bias=cfg.qkv_bias, bias=False),
+    }.get(layout, dict(bias=biased))
     grouped = {} if layout == "internlm" else dict(num_key_value_heads=cfg.num_kv_heads)
     return {
-        "architectures": [_CLASSES[layout]], "model_type": layout, "vocab_size": cfg.vocab_size, "hidden_size": cfg.hidden_size,
-        "intermediate_size": cfg.ffn_size, "num_hidden_layers": cfg.num_layers, "num_attention_heads": cfg.num_heads, **grouped,
-        **(dict(head_dim=cfg.head_dim) if layout in ("llama", "internlm3") else {}), "hidden_act": "silu",
-        "max_position_embeddings": cfg.max_position_embeddings, **_rope_words(cfg, layout), **biases, "rms_norm_eps": cfg.norm_eps,
-        "tie_word_embeddings": cfg.tie_embeddings and not cfg.norm_head, "initializer_range": cfg.init_std, "use_cache": True,
-        **(tokens or {}), "dtype": dtype, "torch_dtype": dtype, "internlm_nb": own,
-    }  # fmt: skip
+        "architectures": [_CLASSES[layout]],
+        "model_type": layout,
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.hidden_size,
+        "intermediate_size": cfg.ffn_size,
+        "num_hidden_layers": cfg.num_layers,
+        "num_attention_heads": cfg.num_heads,
+        **grouped,
+        **(dict(head_dim=cfg.head_dim) if layout in ("llama", "internlm3") else {}),
+        "hidden_act": "silu",
+        "max_position_embeddings": cfg.max_position_embeddings,
+        **_rope_words(cfg, layout),
+        **biases,
+        "rms_norm_eps": cfg.norm_eps,
+        "tie_word_embeddings": cfg.tie_embeddings and not cfg.norm_head,
+        "initializer_range": cfg.init_std,
+        "use_cache": True,
+        **(tokens or {}),
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "internlm_nb": own,
+    }

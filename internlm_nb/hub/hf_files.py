@@ -44,7 +44,7 @@ class TensorPlace:
         "Its bytes"
         return math.prod(self.shape) * self.dtype.itemsize
 
-
+# %% ../../nbs/hub/06_hf_files.ipynb #1f2642aa
 _DTYPES = {name: dtype for dtype, name in SAFE_NAMES.items()}
 _MAX_HEADER = 100 << 20  # as other readers have it
 
@@ -76,20 +76,29 @@ def read_header(
     places: dict[str, TensorPlace] = {}
     for name, dtype, shape, begin, end in items:
         if not isinstance(dtype, str) or dtype not in _DTYPES:
-            raise CheckpointError(f"{path}: {name} is of type {dtype}, which is not supported: only {', '.join(_DTYPES)} are")
+            raise CheckpointError(
+                f"{path}: {name} is of type {dtype}, which is not supported: only {', '.join(_DTYPES)} are"
+            )
         if not all(type(n) is int and n >= 0 for n in (begin, end, *shape)):
             raise CheckpointError(f"{path}: {name} has a place or shape that cannot be")
         place = TensorPlace(path, _DTYPES[dtype], shape, 8 + length + begin)
         if end - begin != place.size_bytes or 8 + length + end > size:
-            raise CheckpointError(f"{path}: {name} does not fit into its place: the file was cut short or damaged, copy it again")
+            raise CheckpointError(
+                f"{path}: {name} does not fit into its place: the file was cut short or damaged, copy it again"
+            )
         places[name] = place
-    in_order = sorted((place.begin, place.begin + place.size_bytes, name) for name, place in places.items() if place.size_bytes)
+    in_order = sorted(
+        (place.begin, place.begin + place.size_bytes, name) for name, place in places.items() if place.size_bytes
+    )
     for (_, end, first), (begin, _, second) in pairwise(in_order):
         if begin < end:
-            raise CheckpointError(f"{path}: {first} and {second} share bytes, so the file claims to hold more than it does: do not trust it")
+            raise CheckpointError(
+                f"{path}: {first} and {second} share bytes, so the file claims to hold more than it does: do not"
+                " trust it"
+            )
     return places
 
-
+# %% ../../nbs/hub/06_hf_files.ipynb #fe8ad4a1
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     "An object of JSON; ValueError for a key that stands twice"
     found = dict(pairs)
@@ -122,7 +131,8 @@ def check_plain(
     tensors: Mapping[str, Tensor],  # as a torch file gave them
     path: str | Path,  # of the file, for the message
 ) -> None:
-    """CheckpointError for a tensor that is not plain numbers in its file: one that claims more elements than it has bytes, is sparse, or is on no device
+    """CheckpointError for a tensor that is not plain numbers in its file: one that claims more elements than it has
+    bytes, is sparse, or is on no device
 
     Args:
         tensors: as a torch file gave them
@@ -130,9 +140,14 @@ def check_plain(
     """
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            raise CheckpointError(f"{path}: {name} is no plain tensor ({tensor.layout} on {tensor.device.type}): take a safetensors file")
+            raise CheckpointError(
+                f"{path}: {name} is no plain tensor ({tensor.layout} on {tensor.device.type}): take a safetensors file"
+            )
         if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise CheckpointError(f"{path}: {name} claims shape {tuple(tensor.shape)}, which is more than its bytes in the file: do not trust it")
+            raise CheckpointError(
+                f"{path}: {name} claims shape {tuple(tensor.shape)}, which is more than its bytes in the file: do not"
+                " trust it"
+            )
 
 # %% ../../nbs/hub/06_hf_files.ipynb #7a67af05
 def load_bin(
@@ -150,7 +165,10 @@ def load_bin(
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{path}: is not read, because it holds more than tensors, or is damaged or too old ({reason[0][:200]}): take a safetensors file") from error
+        raise CheckpointError(
+            f"{path}: is not read, because it holds more than tensors, or is damaged or too old ({reason[0][:200]}):"
+            " take a safetensors file"
+        ) from error
     if not isinstance(loaded, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in loaded.items()):
         raise CheckpointError(f"{path}: holds something else than named tensors")
     check_plain(loaded, path)
@@ -158,11 +176,14 @@ def load_bin(
 
 # %% ../../nbs/hub/06_hf_files.ipynb #e3532177
 _OTHERS = {
-    "*.gguf": "llama.cpp's format: convert it back first", "consolidated*.pth": "Meta's own layout: convert it with transformers first",
-    "*.ckpt": "a pickle: load it where you trust it, and save safetensors", "*.pt": "a pickle: load it where you trust it, and save safetensors",
-    "*.msgpack": "of Flax: save it as safetensors first", "*.h5": "of TensorFlow: save it as safetensors first",
+    "*.gguf": "llama.cpp's format: convert it back first",
+    "consolidated*.pth": "Meta's own layout: convert it with transformers first",
+    "*.ckpt": "a pickle: load it where you trust it, and save safetensors",
+    "*.pt": "a pickle: load it where you trust it, and save safetensors",
+    "*.msgpack": "of Flax: save it as safetensors first",
+    "*.h5": "of TensorFlow: save it as safetensors first",
     "adapter_model.*": "an adapter, not a model: merge it into its model first",
-}  # fmt: skip
+}
 
 
 def _inside(
@@ -176,9 +197,11 @@ def _inside(
         name: a plain file name
     """
     real, home = (folder / name).resolve(), folder.resolve()
-    return real.is_relative_to(home) or (home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs")
+    return real.is_relative_to(home) or (
+        home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    )
 
-
+# %% ../../nbs/hub/06_hf_files.ipynb #ea59679a
 def _shards(
     index: Path,  # model.safetensors.index.json
     ending: str,  # safetensors or bin
@@ -198,20 +221,32 @@ def _shards(
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index}: has no readable weight_map ({error}): copy it again") from error
     for name in names:
-        plain = isinstance(name, str) and name == Path(name).name and "\\" not in name and "\0" not in name and name.endswith(f".{ending}")
+        plain = (
+            isinstance(name, str)
+            and name == Path(name).name
+            and "\\" not in name
+            and "\0" not in name
+            and name.endswith(f".{ending}")
+        )
         if not plain:
-            raise CheckpointError(f"{index}: names the file {name!r}, which is not the plain name of a .{ending} file in this folder: do not trust this folder")
+            raise CheckpointError(
+                f"{index}: names the file {name!r}, which is not the plain name of a .{ending} file in this folder: do"
+                " not trust this folder"
+            )
         if not (index.parent / name).is_file():
             raise CheckpointError(f"{index.parent / name}: missing, but {index.name} names it: copy the whole folder")
         if not _inside(index.parent, name):
-            raise CheckpointError(f"{index.parent / name}: is a link that leads out of its folder: put the file itself there")
+            raise CheckpointError(
+                f"{index.parent / name}: is a link that leads out of its folder: put the file itself there"
+            )
     return names, where
 
-
+# %% ../../nbs/hub/06_hf_files.ipynb #0b0f873b
 def weight_files(
     folder: str | Path,  # a Hugging Face folder
 ) -> tuple[list[Path], dict[str, str]]:  # its files, and the index's tensor -> file name; empty without an index
-    """The files with weights: safetensors where there are any, else .bin; CheckpointError when there are none, when they contradict each other, or the index is not to be trusted
+    """The files with weights: safetensors where there are any, else .bin; CheckpointError when there are none, when
+    they contradict each other, or the index is not to be trusted
 
     Args:
         folder: a Hugging Face folder
@@ -229,13 +264,15 @@ def weight_files(
         names, where = _shards(index, ending)
         if single.is_file() and single.name not in names:
             raise CheckpointError(
-                f"{folder}: has {single.name}, and {index.name} with other files ({some(names)}): one of the two is left over from an older save, "
-                "and readers disagree on which is meant; move the older one away"
+                f"{folder}: has {single.name}, and {index.name} with other files ({some(names)}): one of the two is"
+                " left over from an older save, and readers disagree on which is meant; move the older one away"
             )
         return [folder / name for name in names], where
     others = [f"{path.name} is {what}" for pattern, what in _OTHERS.items() for path in sorted(folder.glob(pattern))]
     hint = f" ({some(others, 2)})" if others else ": is it a Hugging Face folder?"
-    raise CheckpointError(f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of several{hint}")
+    raise CheckpointError(
+        f"{folder}: has neither model.safetensors nor pytorch_model.bin, nor an index of several{hint}"
+    )
 
 # %% ../../nbs/hub/06_hf_files.ipynb #fc41e291
 class WeightFolder:
@@ -254,16 +291,28 @@ class WeightFolder:
         self._places: dict[str, TensorPlace] = {}
         self._open: tuple[Path, dict[str, Tensor]] | None = None  # of .bin files the last one
         for file in files:
-            found = read_header(file) if file.suffix == ".safetensors" else {n: TensorPlace(file, t.dtype, tuple(t.shape), 0) for n, t in self._bin(file).items()}
+            found = (
+                read_header(file)
+                if file.suffix == ".safetensors"
+                else {n: TensorPlace(file, t.dtype, tuple(t.shape), 0) for n, t in self._bin(file).items()}
+            )
             for name in found:
                 if name in self._places:
-                    raise CheckpointError(f"{name}: stands in {self._places[name].file.name} and in {file.name}: keep one of them")
+                    raise CheckpointError(
+                        f"{name}: stands in {self._places[name].file.name} and in {file.name}: keep one of them"
+                    )
                 if where and where.get(name) != file.name:
-                    raise CheckpointError(f"{name}: stands in {file}, and the index puts it in {where.get(name, 'no file')}: index and files do not belong together")
+                    raise CheckpointError(
+                        f"{name}: stands in {file}, and the index puts it in {where.get(name, 'no file')}: index and"
+                        " files do not belong together"
+                    )
             self._places |= found
         lost = [name for name in where if name not in self._places]
         if lost:
-            raise CheckpointError(f"{lost[0]}: the index puts it in {where[lost[0]]}, and it is not there: index and files do not belong together")
+            raise CheckpointError(
+                f"{lost[0]}: the index puts it in {where[lost[0]]}, and it is not there: index and files do not belong"
+                " together"
+            )
 
     def _bin(self, file: Path) -> dict[str, Tensor]:
         "A .bin file, kept open until another one is asked for"
@@ -328,26 +377,32 @@ def cut_shards(
         shards[-1].append(spec)
     return shards
 
-
+# %% ../../nbs/hub/06_hf_files.ipynb #f0290531
 def _header(shard: Sequence[Spec]) -> bytes:
     "Length and header of a safetensors file"
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for spec in shard:
-        entries[spec.name] = {"dtype": SAFE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [at, at + spec.size_bytes]}
+        entries[spec.name] = {
+            "dtype": SAFE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [at, at + spec.size_bytes],
+        }
         at += spec.size_bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
-
+# %% ../../nbs/hub/06_hf_files.ipynb #430b91ed
 def write_sharded(
     folder: str | Path,  # exists
     specs: Sequence[Spec],  # of all tensors
     tensors: Iterable[tuple[str, Tensor]],  # in the order of `specs`; taken one at a time
     shard_bytes: int = 5 << 30,  # size of a file
 ) -> list[str]:  # names of the files
-    """Write model.safetensors, or several with an index, flushed to disk. CheckpointError when a tensor is not as its spec
+    """Write model.safetensors, or several with an index, flushed to disk
+
+    CheckpointError when a tensor is not as its spec
 
     Args:
         folder: exists
@@ -366,7 +421,9 @@ def write_sharded(
             for spec in shard:
                 found, tensor = next(source)
                 if (found, tuple(tensor.shape), tensor.dtype) != (spec.name, spec.shape, spec.dtype):
-                    raise CheckpointError(f"{found}: is {tensor.dtype} {tuple(tensor.shape)} where {spec} was announced")
+                    raise CheckpointError(
+                        f"{found}: is {tensor.dtype} {tuple(tensor.shape)} where {spec} was announced"
+                    )
                 file.write(raw(tensor))
                 where[spec.name] = name
             file.flush()

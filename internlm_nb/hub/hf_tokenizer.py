@@ -20,7 +20,8 @@ from ..data.json_tokenizer import JsonTokenizer, load_tokenizer, tokenizer_files
 from ..data.tokenizer import MARKS, OLDER_MARKS, Tokenizer
 
 # %% ../../nbs/hub/05_hf_tokenizer.ipynb #ae6b6b45
-_all_ = ["JsonTokenizer", "load_tokenizer", "Model", "Piece", "read_model"]  # that tokenizers of folders need, in one place
+# that tokenizers of folders need, in one place
+_all_ = ["JsonTokenizer", "load_tokenizer", "Model", "Piece", "read_model"]
 
 # %% ../../nbs/hub/05_hf_tokenizer.ipynb #0ed81278
 def merges(
@@ -48,7 +49,7 @@ def _added(id: int, text: str, special: bool) -> dict[str, Any]:
     "One added token: found in the text before anything else, as it stands"
     return dict(id=id, content=text, single_word=False, lstrip=False, rstrip=False, normalized=False, special=special)
 
-
+# %% ../../nbs/hub/05_hf_tokenizer.ipynb #53b97377
 def bos_processor(
     file: Mapping[str, Any],  # of tokenizer.json
     bos: str,  # the piece
@@ -66,7 +67,11 @@ def bos_processor(
     Returns:
         the same file
     """
-    first, text, other = dict(SpecialToken=dict(id=bos, type_id=0)), dict(Sequence=dict(id="A", type_id=0)), dict(Sequence=dict(id="B", type_id=1))
+    first, text, other = (
+        dict(SpecialToken=dict(id=bos, type_id=0)),
+        dict(Sequence=dict(id="A", type_id=0)),
+        dict(Sequence=dict(id="B", type_id=1)),
+    )
     known = {bos: dict(id=bos, ids=[id], tokens=[bos])}
     old = file.get("post_processor")
     steps = list(old["processors"]) if old and old["type"] == "Sequence" else [old] if old else []
@@ -78,8 +83,13 @@ def bos_processor(
             step[key] = [first] * add + rest
         steps[at] = step | {"special_tokens": step["special_tokens"] | (known if add else {})}
     elif add:
-        steps.append(dict(type="TemplateProcessing", single=[first, text], pair=[first, text, other], special_tokens=known))
-    return {**file, "post_processor": dict(type="Sequence", processors=steps) if len(steps) > 1 else steps[0] if steps else None}
+        steps.append(
+            dict(type="TemplateProcessing", single=[first, text], pair=[first, text, other], special_tokens=known)
+        )
+    return {
+        **file,
+        "post_processor": dict(type="Sequence", processors=steps) if len(steps) > 1 else steps[0] if steps else None,
+    }
 
 # %% ../../nbs/hub/05_hf_tokenizer.ipynb #a474731d
 def _refuse_inexact(tokenizer: Tokenizer) -> list[Piece]:
@@ -93,16 +103,18 @@ def _refuse_inexact(tokenizer: Tokenizer) -> list[Piece]:
     ):
         if used:
             raise ValueError(
-                f"{tokenizer.path} uses {what}, for which tokenizer.json has no exact word: export without a tokenizer (--tokenizer none), and put the .model file beside"
+                f"{tokenizer.path} uses {what}, for which tokenizer.json has no exact word: export without a tokenizer"
+                " (--tokenizer none), and put the .model file beside"
             )
     return model.pieces
 
-
+# %% ../../nbs/hub/05_hf_tokenizer.ipynb #ccb1c51d
 def fast_tokenizer(
     tokenizer: Tokenizer,  # a SentencePiece model with its marks
     add_bos: bool = False,  # put bos in front of every text, where there is one
 ) -> dict[str, Any]:  # for tokenizer.json
-    """A tokenizer.json that cuts text as SentencePiece does; raises ValueError for a model with settings it has no word for
+    """A tokenizer.json that cuts text as SentencePiece does; raises ValueError for a model with settings it has no word
+    for
 
     Args:
         tokenizer: a SentencePiece model with its marks
@@ -118,14 +130,29 @@ def fast_tokenizer(
     found = [(i, p.type in (2, 3) or i in names) for i, p in enumerate(pieces) if p.type in (2, 3, 4) or i in names]
     added = [_added(i, texts[i], special) for i, special in found] + [_added(i, fresh[i], True) for i in sorted(fresh)]
     bpe = dict(
-        type="BPE", dropout=None, unk_token=texts[tokenizer.sp.unk_id()], continuing_subword_prefix=None, end_of_word_suffix=None, fuse_unk=True,
-        byte_fallback=True, ignore_merges=False, vocab={text: i for i, text in enumerate(texts)}, merges=[list(m) for m in merges(pieces)],
-    )  # fmt: skip
+        type="BPE",
+        dropout=None,
+        unk_token=texts[tokenizer.sp.unk_id()],
+        continuing_subword_prefix=None,
+        end_of_word_suffix=None,
+        fuse_unk=True,
+        byte_fallback=True,
+        ignore_merges=False,
+        vocab={text: i for i, text in enumerate(texts)},
+        merges=[list(m) for m in merges(pieces)],
+    )
     space = [dict(type="Replace", pattern=dict(String="▁"), content=" "), dict(type="ByteFallback"), dict(type="Fuse")]
     file = dict(
-        version="1.0", truncation=None, padding=None, added_tokens=added, normalizer=dict(type="Replace", pattern=dict(String=" "), content="▁"),
-        pre_tokenizer=None, post_processor=None, decoder=dict(type="Sequence", decoders=space), model=bpe,
-    )  # fmt: skip
+        version="1.0",
+        truncation=None,
+        padding=None,
+        added_tokens=added,
+        normalizer=dict(type="Replace", pattern=dict(String=" "), content="▁"),
+        pre_tokenizer=None,
+        post_processor=None,
+        decoder=dict(type="Sequence", decoders=space),
+        model=bpe,
+    )
     if add_bos and tokenizer.bos_id >= 0:
         return bos_processor(file, tokenizer.id_to_piece(tokenizer.bos_id), tokenizer.bos_id, True)
     return file
@@ -144,14 +171,18 @@ def chat_template(
     roles = TEMPLATES[style].roles
     quote = lambda s: json.dumps(s, ensure_ascii=False)  # noqa: E731
     branches = "".join(
-        f"{{% {'if' if i == 0 else 'elif'} message['role'] == {quote(role)} %}}{{{{ {quote(before)} + message['content'] + {quote(behind)} }}}}"
+        f"{{% {'if' if i == 0 else 'elif'} message['role'] == {quote(role)} %}}{{{{ {quote(before)} +"
+        f" message['content'] + {quote(behind)} }}}}"
         for i, (role, (before, behind)) in enumerate(roles.items())
     )
-    unknown = f"{{% else %}}{{{{ raise_exception({quote(f'chat template {style} knows the roles ' + ', '.join(roles))}) }}}}{{% endif %}}"
+    unknown = (
+        f"{{% else %}}{{{{ raise_exception({quote(f'chat template {style} knows the roles ' + ', '.join(roles))})"
+        " }}{% endif %}"
+    )
     begin = f"{{% if add_generation_prompt %}}{{{{ {quote(roles['assistant'][0])} }}}}{{% endif %}}"
     return f"{'{{ bos_token }}' * bos}{{% for message in messages %}}{branches}{unknown}{{% endfor %}}{begin}"
 
-
+# %% ../../nbs/hub/05_hf_tokenizer.ipynb #e5316960
 def chat_style(
     tokenizer: Tokenizer | JsonTokenizer,  # any
 ) -> str | None:  # "v1", "v2", or None
@@ -186,12 +217,14 @@ def special_ids(
     ends = [*(old if isinstance(old, list) else [old]), tokenizer.eos_id]
     ends += [tokenizer.marks[m] for m in ("<|im_end|>", "<eoa>") if m in tokenizer.marks]
     ends = list(dict.fromkeys(i for i in ends if type(i) is int and i >= 0))
-    pad = next((i for i in (tokenizer.pad_id, given.get("pad_token_id"), tokenizer.eos_id) if type(i) is int and i >= 0), None)
+    pad = next(
+        (i for i in (tokenizer.pad_id, given.get("pad_token_id"), tokenizer.eos_id) if type(i) is int and i >= 0), None
+    )
     bos = tokenizer.bos_id if tokenizer.bos_id >= 0 else None
     found = dict(bos_token_id=bos, eos_token_id=ends[0] if len(ends) == 1 else ends or None, pad_token_id=pad)
     return {k: v for k, v in found.items() if v is not None}
 
-
+# %% ../../nbs/hub/05_hf_tokenizer.ipynb #044f1574
 def generation_config(
     tokenizer: Tokenizer | JsonTokenizer | None,  # any
 ) -> dict[str, Any]:  # for generation_config.json; empty without a tokenizer
@@ -212,7 +245,11 @@ def generation_config(
 # %% ../../nbs/hub/05_hf_tokenizer.ipynb #16852794
 def _write_config(tokenizer: Tokenizer | JsonTokenizer, folder: Path, add_bos: bool) -> None:
     "tokenizer_config.json and a chat template"
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "model_max_length": 10**30}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,
+    }
     pad = tokenizer.pad_id if tokenizer.pad_id >= 0 else tokenizer.eos_id
     names = dict(bos_token=tokenizer.bos_id, eos_token=tokenizer.eos_id, unk_token=tokenizer.unk_id, pad_token=pad)
     config |= {name: tokenizer.id_to_piece(id) for name, id in names.items() if id >= 0}
@@ -223,13 +260,15 @@ def _write_config(tokenizer: Tokenizer | JsonTokenizer, folder: Path, add_bos: b
         write_file(folder / "chat_template.jinja", config["chat_template"])
     write_file(folder / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=1))
 
-
+# %% ../../nbs/hub/05_hf_tokenizer.ipynb #42b38755
 def write_tokenizer(
     tokenizer: Tokenizer | JsonTokenizer,  # any
     folder: str | Path,  # exists, and is not the tokenizer's own
-    add_bos: bool | None = None,  # put bos in front of every text; None: of a SentencePiece model yes, otherwise as its own file does
+    # put bos in front of every text; None: of a SentencePiece model yes, otherwise as its own file does
+    add_bos: bool | None = None,
 ) -> None:
-    """Write tokenizer.json, tokenizer_config.json, chat_template.jinja and tokenizer.model; of a tokenizer that came in such a folder, its own files
+    """Write tokenizer.json, tokenizer_config.json, chat_template.jinja and tokenizer.model; of a tokenizer that came in
+    such a folder, its own files
 
     Args:
         tokenizer: any
@@ -249,7 +288,7 @@ def write_tokenizer(
     if add_bos is not None and files.keys() & {"tokenizer.json", "tokenizer_config.json"} and tokenizer.bos_id >= 0:
         _set_bos(folder, tokenizer, add_bos)
 
-
+# %% ../../nbs/hub/05_hf_tokenizer.ipynb #38efbaeb
 def copy_tokenizer(
     tokenizer: Tokenizer | JsonTokenizer,  # any
     folder: str | Path,  # of weights, or a run's

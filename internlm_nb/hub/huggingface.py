@@ -59,22 +59,31 @@ def check_folder(
     extra = [n for n in files.places if n not in shapes and n != tied_head and not n.endswith(_IGNORED)]
     faults = [f"missing: {some(missing)}"] * bool(missing) + [f"too much: {some(extra)}"] * bool(extra)
     found = {n: files.places[n] for n in shapes if n in files.places}
-    faults += [f"{n}: has shape {p.shape}, and {shapes[n]} is needed" for n, p in found.items() if p.shape != shapes[n]][:4]
-    faults += [f"{n}: is {p.dtype}, which is no type of weights (a quantised model?)" for n, p in found.items() if p.dtype not in _FLOATS][:4]
+    faults += [
+        f"{n}: has shape {p.shape}, and {shapes[n]} is needed" for n, p in found.items() if p.shape != shapes[n]
+    ][:4]
+    faults += [
+        f"{n}: is {p.dtype}, which is no type of weights (a quantised model?)"
+        for n, p in found.items()
+        if p.dtype not in _FLOATS
+    ][:4]
     if not faults and tied_head is not None and tied_head in files.places:
         embedding = table[0].outside[0]
-        if files.places[tied_head].shape != shapes[embedding] or not torch.equal(files.read(tied_head), files.read(embedding)):
+        if files.places[tied_head].shape != shapes[embedding] or not torch.equal(
+            files.read(tied_head), files.read(embedding)
+        ):
             faults.append(f"{tied_head}: differs from {embedding}, and config.json ties them (tie_word_embeddings)")
     if faults:
         raise CheckpointError(f"{files.folder} does not fit its config.json:\n  " + "\n  ".join(faults))
     return {p.dtype for p in found.values()}
 
-
+# %% ../../nbs/hub/07_huggingface.ipynb #eea7bb64
 def one_dtype(
     kinds: set[torch.dtype],  # of a folder's tensors
     config: Mapping[str, Any],  # its config.json
 ) -> torch.dtype:  # to read all of them as
-    """The type of the tensors; of several the one that config.json names, as transformers has it, else one that holds all of them
+    """The type of the tensors; of several the one that config.json names, as transformers has it, else one that holds
+    all of them
 
     Args:
         kinds: of a folder's tensors
@@ -90,7 +99,9 @@ def one_dtype(
 
 # %% ../../nbs/hub/07_huggingface.ipynb #8d15b121
 class HFCheckpoint(TensorSource):
-    """A Hugging Face folder, read lazily by our names. Opening it fails where its tensors are not those that its config.json needs
+    """A Hugging Face folder, read lazily by our names
+
+    Opening it fails where its tensors are not those that its config.json needs
 
     Args:
         folder: with config.json and weights
@@ -100,14 +111,18 @@ class HFCheckpoint(TensorSource):
     def __init__(
         self,
         folder: str | Path,  # with config.json and weights
-        dtype: torch.dtype | None = None,  # to read the tensors as; None: as they are, and of several types the one that config.json names
+        # to read the tensors as; None: as they are, and of several types the one that config.json names
+        dtype: torch.dtype | None = None,
     ):
         self.folder = Path(folder)
         found, self.layout, self.file = load_config(self.folder)
         self._files = WeightFolder(self.folder)
         held = len(self._files.places)
         if found.num_layers > held:  # before a table of so many layers is made
-            raise CheckpointError(f"{self.folder}: config.json says num_hidden_layers {found.num_layers}, but the files hold {held} tensors")
+            raise CheckpointError(
+                f"{self.folder}: config.json says num_hidden_layers {found.num_layers}, but the files hold {held}"
+                " tensors"
+            )
         head = "output.weight" if self.layout == "internlm2" else "lm_head.weight"
         kinds = check_folder(self._files, entries(found, self.layout), head if found.tie_embeddings else None)
         self._dtype = dtype or one_dtype(kinds, self.file)
@@ -176,10 +191,12 @@ class HFCheckpoint(TensorSource):
 # %% ../../nbs/hub/07_huggingface.ipynb #ce98294e
 def from_hf(
     folder: str | Path,  # a Hugging Face folder: llama, internlm, internlm2 or internlm3
-    dtype: torch.dtype | None = None,  # of the parameters; None: as in the files, and of several types the one that config.json names
+    # of the parameters; None: as in the files, and of several types the one that config.json names
+    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",  # where the model goes
 ) -> tuple[Transformer, Tokenizer | JsonTokenizer | None]:  # None, with a warning, where there is no readable tokenizer
-    """Model and tokenizer of a folder; CheckpointError or ValueError with the name of the tensor or field that does not fit
+    """Model and tokenizer of a folder; CheckpointError or ValueError with the name of the tensor or field that does not
+    fit
 
     Args:
         folder: a Hugging Face folder: llama, internlm, internlm2 or internlm3
@@ -196,7 +213,7 @@ def from_hf(
     tokenizer = load_tokenizer(folder)
     return model, tokenizer.for_model(model.cfg.vocab_size) if tokenizer is not None else None
 
-
+# %% ../../nbs/hub/07_huggingface.ipynb #87f53ddd
 def hf_to_native(
     src: str | Path,  # a Hugging Face folder
     dst: str | Path,  # the native checkpoint to be; never one that exists
@@ -227,7 +244,9 @@ def hf_to_native(
     files = {name: Path(src) / name for name in TOKENIZER_FILES if (Path(src) / name).is_file()}
     for name, path in files.items():
         write_file(made / name, path.read_bytes())
-    ends = {k: source.file[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if source.file.get(k) is not None}
+    ends = {
+        k: source.file[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if source.file.get(k) is not None
+    }
     if files and "generation_config.json" not in files and ends:
         write_file(made / "generation_config.json", json.dumps(ends, indent=1) + "\n")
     return made
@@ -257,12 +276,14 @@ def new_folder(
             folder.rmdir()  # an error if something has come into it
         publish(folder)
     except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error}); nothing was left there") from error
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error.strerror or error}); nothing was left there"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             remove_tree(beside)
 
-
+# %% ../../nbs/hub/07_huggingface.ipynb #721888ff
 def _export(
     folder: str | Path,
     cfg: ModelConfig,
@@ -281,7 +302,8 @@ def _export(
     """
     if tokenizer is not None and tokenizer.base_size > cfg.vocab_size:
         raise ValueError(
-            f"{tokenizer.path} has {tokenizer.base_size} pieces, and the model's vocab_size is {cfg.vocab_size}: it is another model's tokenizer"
+            f"{tokenizer.path} has {tokenizer.base_size} pieces, and the model's vocab_size is {cfg.vocab_size}: it is"
+            " another model's tokenizer"
         )
     generation = generation_config(tokenizer)
     tokens = {k: generation[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in generation}
@@ -290,12 +312,23 @@ def _export(
 
     def tensors(bar: Any) -> Iterator[tuple[str, Tensor]]:
         for entry in table:
-            for name, tensor in zip(entry.outside, entry.export(read(entry.name) if entry.name is not None else torch.empty(0))):
+            for name, tensor in zip(
+                entry.outside, entry.export(read(entry.name) if entry.name is not None else torch.empty(0))
+            ):
                 yield name, tensor.to(dtype)
                 bar.update(tensor.numel() * dtype.itemsize)
 
     total = sum(s.size_bytes for s in specs)
-    with new_folder(folder) as beside, tqdm(total=total, desc=f"write {Path(folder).name}", unit="B", unit_scale=True, disable=None if progress else True) as bar:
+    with (
+        new_folder(folder) as beside,
+        tqdm(
+            total=total,
+            desc=f"write {Path(folder).name}",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,
+        ) as bar,
+    ):
         write_sharded(beside, specs, tensors(bar), shard_bytes)
         write_file(beside / "config.json", json.dumps(config, indent=1) + "\n")
         write_file(beside / "generation_config.json", json.dumps(generation, indent=1) + "\n")
@@ -310,11 +343,15 @@ def to_hf(
     folder: str | Path,  # a new one
     dtype: torch.dtype | None = None,  # of the files; None: the model's
     shard_bytes: int = 5 << 30,  # size of a file
-    layout: KeyLayout = "llama",  # "internlm", "internlm2", "internlm3": names as released, which need the code of the release to run
-    add_bos: bool | None = None,  # the tokenizer puts bos in front of every text; None: of a SentencePiece model yes, otherwise as its file does
+    # "internlm", "internlm2", "internlm3": names as released, which need the code of the release to run
+    layout: KeyLayout = "llama",
+    # the tokenizer puts bos in front of every text; None: of a SentencePiece model yes, otherwise as its file does
+    add_bos: bool | None = None,
     progress: bool = False,  # a bar over the bytes
 ) -> Path:  # the folder
-    """Write a model as a Hugging Face folder. ValueError names a field that the layout cannot say; CheckpointError when the folder exists or cannot be written
+    """Write a model as a Hugging Face folder
+
+    ValueError names a field that the layout cannot say; CheckpointError when the folder exists or cannot be written
 
     Args:
         model: on any device
@@ -333,18 +370,33 @@ def to_hf(
     kinds = {name: t.dtype for name, t in state.items()}
     if dtype is None and len(set(kinds.values())) > 1:
         odd = next(n for n in kinds if kinds[n] != kinds["embedding.weight"])
-        raise ValueError(f"{odd} is {kinds[odd]} and embedding.weight {kinds['embedding.weight']}: say which dtype the files should have")
-    return _export(folder, model.cfg, lambda n: state[n].cpu(), dtype or kinds["embedding.weight"], tokenizer, layout, shard_bytes, add_bos, progress)
+        raise ValueError(
+            f"{odd} is {kinds[odd]} and embedding.weight {kinds['embedding.weight']}: say which dtype the files should"
+            " have"
+        )
+    return _export(
+        folder,
+        model.cfg,
+        lambda n: state[n].cpu(),
+        dtype or kinds["embedding.weight"],
+        tokenizer,
+        layout,
+        shard_bytes,
+        add_bos,
+        progress,
+    )
 
-
+# %% ../../nbs/hub/07_huggingface.ipynb #4540f426
 def native_to_hf(
     src: str | Path,  # a native checkpoint's folder
     dst: str | Path,  # a new Hugging Face folder
-    tokenizer: Tokenizer | JsonTokenizer | Literal["none"] | None = None,  # None: the checkpoint's or its run's own, if there is one
+    # None: the checkpoint's or its run's own, if there is one
+    tokenizer: Tokenizer | JsonTokenizer | Literal["none"] | None = None,
     dtype: torch.dtype | None = None,  # of the files; None: as in the checkpoint
     shard_bytes: int = 5 << 30,  # size of a file
     layout: KeyLayout = "llama",  # as in `to_hf`
-    add_bos: bool | None = None,  # the tokenizer puts bos in front of every text; None: as the run's data has it, else as in `to_hf`
+    # the tokenizer puts bos in front of every text; None: as the run's data has it, else as in `to_hf`
+    add_bos: bool | None = None,
     progress: bool = False,  # a bar over the bytes
 ) -> Path:  # the folder
     """Convert from disk to disk, tensor by tensor; errors as in `to_hf`
@@ -365,14 +417,23 @@ def native_to_hf(
     source = Checkpoint(src)
     cfg = native_config(source)
     needed = {f"model.{e.name}": e.shape for e in entries(cfg, layout) if e.name is not None}
-    wrong = [f"{n}: has shape {source.shape(n)}, and {s} is needed" for n, s in needed.items() if n in source and source.shape(n) != s]
+    wrong = [
+        f"{n}: has shape {source.shape(n)}, and {s} is needed"
+        for n, s in needed.items()
+        if n in source and source.shape(n) != s
+    ]
     names = difference([n for n in source.names if n.startswith("model.")], needed)
     if names or wrong:
         raise CheckpointError(f"{src} does not fit its configuration: {'; '.join(filter(None, [names, *wrong[:4]]))}")
     kinds = {source.dtype(n) for n in needed}
     if dtype is None and len(kinds) > 1:
-        raise ValueError(f"{src} holds weights of {', '.join(sorted(map(str, kinds)))}: say which dtype the files should have (dtype=, --dtype)")
-    own = find_tokenizer(source.folder, source.state) if tokenizer is None else None if tokenizer == "none" else tokenizer
+        raise ValueError(
+            f"{src} holds weights of {', '.join(sorted(map(str, kinds)))}: say which dtype the files should have"
+            " (dtype=, --dtype)"
+        )
+    own = (
+        find_tokenizer(source.folder, source.state) if tokenizer is None else None if tokenizer == "none" else tokenizer
+    )
     if add_bos is None and own is not None:
         add_bos = trained_with_bos(own, source.state)
 

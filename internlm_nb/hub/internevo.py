@@ -34,7 +34,9 @@ def from_internevo(
     allow_incomplete: bool = False,  # read a folder without its `.step` file
     progress: bool = False,  # a bar over the tensors
 ) -> Transformer:
-    """A model from a checkpoint of the older system. CheckpointError names the file or tensor that is missing, too much, or of a wrong shape
+    """A model from a checkpoint of the older system
+
+    CheckpointError names the file or tensor that is missing, too much, or of a wrong shape
 
     Args:
         folder: of one step
@@ -51,7 +53,7 @@ def from_internevo(
     source.release()
     return model
 
-
+# %% ../../nbs/hub/11_internevo.ipynb #23c49cae
 def internevo_to_native(
     src: str | Path,  # a checkpoint of the older system
     dst: str | Path,  # the new native checkpoint
@@ -79,7 +81,16 @@ def internevo_to_native(
     facts = {name: (source.shape(name), source.dtype(name)) for name in source.names}
     counters = source.context()
     limit = min(shard_bytes, source.largest_file_bytes)
-    return write_native(dst, source.cfg, facts, source.read, {"step": counters["step_count"], "internevo": counters}, source.release, limit, progress)
+    return write_native(
+        dst,
+        source.cfg,
+        facts,
+        source.read,
+        {"step": counters["step_count"], "internevo": counters},
+        source.release,
+        limit,
+        progress,
+    )
 
 # %% ../../nbs/hub/11_internevo.ipynb #7f4d16bc
 def write_pt(
@@ -97,12 +108,13 @@ def write_pt(
         file.flush()
         os.fsync(file.fileno())
 
-
+# %% ../../nbs/hub/11_internevo.ipynb #fb5c9d56
 def write_internevo(
     folder: str | Path,  # the new checkpoint, usually named by its step; never one that exists
     cfg: ModelConfig,  # architecture
     dtype: torch.dtype,  # for the model section
-    read_box: Callable[[str, tuple[int, ...], tuple[int, ...]], Tensor],  # (name, offsets, sizes) -> that box of a logical tensor
+    # (name, offsets, sizes) -> that box of a logical tensor
+    read_box: Callable[[str, tuple[int, ...], tuple[int, ...]], Tensor],
     tp: int = 1,  # tensor-parallel ranks
     pp: int = 1,  # pipeline stages
     ffn_order: FfnOrder = "new",  # old: internlm with w3 as the down projection
@@ -110,7 +122,8 @@ def write_internevo(
     counters: Mapping[str, int] | None = None,  # for context.pt; step_count names the `.step` file
     progress: bool = False,  # a bar over the shards' tensors
 ) -> Path:  # the folder
-    """Write a checkpoint of the older system, complete or not at all, one shard in memory; ValueError for what cannot be cut or has no word there
+    """Write a checkpoint of the older system, complete or not at all, one shard in memory; ValueError for what cannot
+    be cut or has no word there
 
     Args:
         folder: the new checkpoint, usually named by its step; never one that exists
@@ -130,7 +143,9 @@ def write_internevo(
     section = section_from_config(cfg, dtype, embed_split_hidden)
     check_cuts(cfg, tp, embed_split_hidden)
     stages = [stage_parts(cfg, layers, ffn_order) for layers in stage_layers(cfg.num_layers, pp)]
-    zeros = dict(batch_count=0, num_consumed_samples_in_epoch=0, num_consumed_tokens=0, inf_nan_skip_batches=0, step_count=0)
+    zeros = dict(
+        batch_count=0, num_consumed_samples_in_epoch=0, num_consumed_tokens=0, inf_nan_skip_batches=0, step_count=0
+    )
     context = zeros | {name: int(value) for name, value in (counters or {}).items() if name in zeros}
     folder = Path(folder)
     if os.path.lexists(standing(folder)):
@@ -139,12 +154,24 @@ def write_internevo(
     try:
         remove_tree(saving)  # what a killed conversion left
         saving.mkdir(parents=True)
-        with tqdm(total=tp * sum(map(len, stages)), desc=f"write {folder.name}", unit="tensor", disable=None if progress else True) as bar:
+        with tqdm(
+            total=tp * sum(map(len, stages)),
+            desc=f"write {folder.name}",
+            unit="tensor",
+            disable=None if progress else True,
+        ) as bar:
             for stage, parts in enumerate(stages):
                 for rank in range(tp):
                     shard: dict[str, Tensor] = {}
                     for part in parts:
-                        shard |= cut(part, cfg, rank, tp, lambda at, sizes, name=part.name: read_box(name, at, sizes), embed_split_hidden)
+                        shard |= cut(
+                            part,
+                            cfg,
+                            rank,
+                            tp,
+                            lambda at, sizes, name=part.name: read_box(name, at, sizes),
+                            embed_split_hidden,
+                        )
                         bar.update()
                     write_pt(saving / f"model_tp{rank}_pp{stage}.pt", shard)
                     del shard
@@ -154,13 +181,16 @@ def write_internevo(
         publish(folder)
     except OSError as error:
         remove_tree(saving)
-        raise CheckpointError(f"{folder}: writing failed ({error.strerror or error}); nothing was left: free some space or choose another folder") from error
+        raise CheckpointError(
+            f"{folder}: writing failed ({error.strerror or error}); nothing was left: free some space or choose another"
+            " folder"
+        ) from error
     except BaseException:
         remove_tree(saving)
         raise
     return folder
 
-
+# %% ../../nbs/hub/11_internevo.ipynb #03a63966
 def step_in_name(
     folder: str | Path,  # of a checkpoint; it need not exist
 ) -> int:
@@ -171,7 +201,7 @@ def step_in_name(
     """
     return int(Path(folder).name) if Path(folder).name.isdigit() else 0
 
-
+# %% ../../nbs/hub/11_internevo.ipynb #e13e213e
 def to_internevo(
     model: Transformer,  # on any device
     folder: str | Path,  # the new checkpoint, usually named by its step
@@ -181,7 +211,8 @@ def to_internevo(
     embed_split_hidden: bool = True,  # the embedding is cut by hidden, or else by vocabulary
     progress: bool = False,  # a bar over the tensors
 ) -> Path:  # the folder
-    """Write a model as a checkpoint of the older system, for tp x pp ranks; ValueError when it cannot be cut so, or the older system has no such model
+    """Write a model as a checkpoint of the older system, for tp x pp ranks; ValueError when it cannot be cut so, or the
+    older system has no such model
 
     Args:
         model: on any device
@@ -202,9 +233,20 @@ def to_internevo(
         return torch.empty(sizes, dtype=view.dtype).copy_(view)
 
     dtype = state["model.head.weight"].dtype if "model.head.weight" in state else torch.float32
-    return write_internevo(folder, model.cfg, dtype, box, tp, pp, ffn_order, embed_split_hidden, {"step_count": step_in_name(folder)}, progress)
+    return write_internevo(
+        folder,
+        model.cfg,
+        dtype,
+        box,
+        tp,
+        pp,
+        ffn_order,
+        embed_split_hidden,
+        {"step_count": step_in_name(folder)},
+        progress,
+    )
 
-
+# %% ../../nbs/hub/11_internevo.ipynb #0e2ec40a
 def native_to_internevo(
     src: str | Path,  # a native checkpoint: of weights, or of a run
     dst: str | Path,  # the new folder
@@ -214,7 +256,9 @@ def native_to_internevo(
     embed_split_hidden: bool = True,  # the embedding is cut by hidden, or else by vocabulary
     progress: bool = False,  # a bar over the tensors
 ) -> Path:  # dst
-    """Convert native weights to a checkpoint of the older system without a model in memory. CheckpointError, ValueError name what cannot be done
+    """Convert native weights to a checkpoint of the older system without a model in memory
+
+    CheckpointError, ValueError name what cannot be done
 
     Args:
         src: a native checkpoint: of weights, or of a run
@@ -230,10 +274,22 @@ def native_to_internevo(
     """
     checkpoint = Checkpoint(src)
     cfg = native_config(checkpoint)
-    wanted = {part.name: part.shape for part in stage_parts(cfg, range(cfg.num_layers), ffn_order)} if cfg.family != "internlm3" else {}
+    wanted = (
+        {part.name: part.shape for part in stage_parts(cfg, range(cfg.num_layers), ffn_order)}
+        if cfg.family != "internlm3"
+        else {}
+    )
     faults = [f"{name} is missing" for name in wanted if name not in checkpoint]
-    faults += [f"{name} has shape {checkpoint.shape(name)}, not {shape}" for name, shape in wanted.items() if name in checkpoint and checkpoint.shape(name) != shape]
-    faults += [f"{name} has no place in this model" for name in checkpoint.names if name.startswith("model.") and wanted and name not in wanted]
+    faults += [
+        f"{name} has shape {checkpoint.shape(name)}, not {shape}"
+        for name, shape in wanted.items()
+        if name in checkpoint and checkpoint.shape(name) != shape
+    ]
+    faults += [
+        f"{name} has no place in this model"
+        for name in checkpoint.names
+        if name.startswith("model.") and wanted and name not in wanted
+    ]
     if faults and not cfg.tie_embeddings:
         raise CheckpointError(f"{checkpoint.folder}: " + "; ".join(faults[:8]))
     state, run = checkpoint.state, checkpoint.state.get("train") or {}

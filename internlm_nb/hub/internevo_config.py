@@ -24,7 +24,9 @@ SECTION_CLASS = "internlm.core.context.parallel_context.Config"  # a dict with a
 def load_pt(
     path: str | Path,  # a file of torch.save
 ) -> Any:  # tensors are views of the mapped file, on the CPU
-    """Content of a `.pt` file, as data: CheckpointError when it is missing, damaged, or holds more than data. No code of it is run
+    """Content of a `.pt` file, as data: CheckpointError when it is missing, damaged, or holds more than data
+
+    No code of it is run
 
     Args:
         path: a file of torch.save
@@ -39,30 +41,95 @@ def load_pt(
         with torch.serialization.safe_globals([(dict, SECTION_CLASS)]):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        found = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line or "Can only" in line), "an unknown instruction")
-        raise CheckpointError(f"{path}: holds more than tensors and plain values ({found[:200]}); it was not run and is not read: save it again with plain values only") from None
+        found = next(
+            (
+                line.strip()
+                for line in str(error).splitlines()
+                if "GLOBAL" in line or "Unsupported" in line or "Can only" in line
+            ),
+            "an unknown instruction",
+        )
+        raise CheckpointError(
+            f"{path}: holds more than tensors and plain values ({found[:200]}); it was not run and is not read: save it"
+            " again with plain values only"
+        ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, OSError) as error:
         told = str(error).strip().splitlines()
         if told and "_use_new_zipfile_serialization" in told[0]:
             told = ["not a zip archive as torch.save has written since 1.6"]
-        raise CheckpointError(f"{path}: cannot be read ({told[0][:200] if told else type(error).__name__}); copy it again, or take another checkpoint") from error
+        raise CheckpointError(
+            f"{path}: cannot be read ({told[0][:200] if told else type(error).__name__}); copy it again, or take"
+            " another checkpoint"
+        ) from error
 
 # %% ../../nbs/hub/08_internevo_config.ipynb #da4c0576
-MODEL_TYPES: dict[str, Family] = {"INTERNLM": "internlm", "INTERNLM2_PUBLIC": "internlm2", "INTERNLM2": "internlm2", "LLAMA2": "llama", "LLAMA": "llama"}
+MODEL_TYPES: dict[str, Family] = {
+    "INTERNLM": "internlm",
+    "INTERNLM2_PUBLIC": "internlm2",
+    "INTERNLM2": "internlm2",
+    "LLAMA2": "llama",
+    "LLAMA": "llama",
+}
 SIZES = ("num_layers", "hidden_size", "vocab_size", "num_attention_heads", "mlp_ratio")  # never left out
 MEANT = {  # entry -> the one value that can be translated
-    "norm_type": "rmsnorm", "use_swiglu": True, "apply_post_layer_norm": False, "is_reward": False, "deepnorm": False, "num_chunks": 1,
-    "num_experts": 1, "mlp_layer_fusion": False, "mlp_bias": False, "rotary_emb_scale_base": 0, "rope_scaling_factor": 1, "attn_drop_rate": 0, "drop_rate": 0,
-}  # fmt: skip
+    "norm_type": "rmsnorm",
+    "use_swiglu": True,
+    "apply_post_layer_norm": False,
+    "is_reward": False,
+    "deepnorm": False,
+    "num_chunks": 1,
+    "num_experts": 1,
+    "mlp_layer_fusion": False,
+    "mlp_bias": False,
+    "rotary_emb_scale_base": 0,
+    "rope_scaling_factor": 1,
+    "attn_drop_rate": 0,
+    "drop_rate": 0,
+}
 OPTIONAL = (
-    "num_kv_attention_heads", "multiple_of", "layer_norm_epsilon", "rope_base", "max_position_embeddings", "use_dynamic_ntk_rope",
-    "norm_head", "adapt_hf", "qk_interleaved", "no_bias", "qkv_bias", "o_bias", "embed_grad_scale", "model_type",
-)  # fmt: skip
+    "num_kv_attention_heads",
+    "multiple_of",
+    "layer_norm_epsilon",
+    "rope_base",
+    "max_position_embeddings",
+    "use_dynamic_ntk_rope",
+    "norm_head",
+    "adapt_hf",
+    "qk_interleaved",
+    "no_bias",
+    "qkv_bias",
+    "o_bias",
+    "embed_grad_scale",
+    "model_type",
+)
 TRAINING = (  # concerns the run, not the weights
-    "checkpoint", "checkpoint_fraction", "dtype", "embed_split_hidden", "parallel_output", "residual_in_fp32", "dropout_selective_checkpoint", "use_scaled_init",
-    "use_flash_attn", "init_type", "embedding_init_std", "attn_wqkv_init_std", "attn_other_init_std", "ffn_uplayer_init_std", "ffn_other_init_std",
-    "out_head_init_std", "tp_mode", "moe_use_residual", "moe_type", "moe_gate_k", "enable_qkv_fusion", "checkpoint_tp_no_comm", "device", "first", "last", "start_layer_idx",
-)  # fmt: skip
+    "checkpoint",
+    "checkpoint_fraction",
+    "dtype",
+    "embed_split_hidden",
+    "parallel_output",
+    "residual_in_fp32",
+    "dropout_selective_checkpoint",
+    "use_scaled_init",
+    "use_flash_attn",
+    "init_type",
+    "embedding_init_std",
+    "attn_wqkv_init_std",
+    "attn_other_init_std",
+    "ffn_uplayer_init_std",
+    "ffn_other_init_std",
+    "out_head_init_std",
+    "tp_mode",
+    "moe_use_residual",
+    "moe_type",
+    "moe_gate_k",
+    "enable_qkv_fusion",
+    "checkpoint_tp_no_comm",
+    "device",
+    "first",
+    "last",
+    "start_layer_idx",
+)
 
 
 def check_section(
@@ -76,16 +143,25 @@ def check_section(
         where: file, for messages
     """
     if not isinstance(section, Mapping):
-        raise CheckpointError(f"{where}: holds {type(section).__name__}, not the model section, a dictionary of settings")
+        raise CheckpointError(
+            f"{where}: holds {type(section).__name__}, not the model section, a dictionary of settings"
+        )
     faults = [f"{name} is missing" for name in SIZES if section.get(name) is None]
-    faults += [f"{name} is {section[name]!r}, and only {value!r} can be translated" for name, value in MEANT.items() if name in section and section[name] != value]
+    faults += [
+        f"{name} is {section[name]!r}, and only {value!r} can be translated"
+        for name, value in MEANT.items()
+        if name in section and section[name] != value
+    ]
     unknown = [str(name) for name in section if name not in (*SIZES, *MEANT, *OPTIONAL, *TRAINING)]
     if unknown:
-        faults.append(f"unknown {', '.join(sorted(unknown))}: what it does to the model cannot be known here; remove it if it does nothing")
+        faults.append(
+            f"unknown {', '.join(sorted(unknown))}: what it does to the model cannot be known here; remove it if it"
+            " does nothing"
+        )
     if faults:
         raise CheckpointError(f"{where}: " + "; ".join(faults))
 
-
+# %% ../../nbs/hub/08_internevo_config.ipynb #fe977c56
 def config_from_section(
     section: Mapping[str, Any],  # the model section
     family: Family,  # the parameters' names say it; an entry `model_type` must not contradict
@@ -112,19 +188,31 @@ def config_from_section(
     fields: dict[str, Any] = family_defaults(family)
     try:
         fields |= dict(
-            vocab_size=section["vocab_size"], hidden_size=section["hidden_size"], num_layers=section["num_layers"], num_heads=heads,
-            num_kv_heads=get("num_kv_attention_heads", heads), mlp_ratio=float(section["mlp_ratio"]), multiple_of=get("multiple_of", 256),
-            max_position_embeddings=get("max_position_embeddings", 2048), rope_base=float(get("rope_base", 10000)),
-            rope_scaling="dynamic" if get("use_dynamic_ntk_rope", False) else "none", norm_eps=float(get("layer_norm_epsilon", 1e-5)),
+            vocab_size=section["vocab_size"],
+            hidden_size=section["hidden_size"],
+            num_layers=section["num_layers"],
+            num_heads=heads,
+            num_kv_heads=get("num_kv_attention_heads", heads),
+            mlp_ratio=float(section["mlp_ratio"]),
+            multiple_of=get("multiple_of", 256),
+            max_position_embeddings=get("max_position_embeddings", 2048),
+            rope_base=float(get("rope_base", 10000)),
+            rope_scaling="dynamic" if get("use_dynamic_ntk_rope", False) else "none",
+            norm_eps=float(get("layer_norm_epsilon", 1e-5)),
             qkv_bias=bool(get("qkv_bias", qkv_bias if no_bias is None else not no_bias)),
             out_bias=bool(get("o_bias", out_bias if no_bias is None else not no_bias)),
-            norm_head=bool(get("norm_head", False)), qk_interleaved=bool(pairs), embed_grad_scale=float(get("embed_grad_scale", 1.0)),
-        )  # fmt: skip
+            norm_head=bool(get("norm_head", False)),
+            qk_interleaved=bool(pairs),
+            embed_grad_scale=float(get("embed_grad_scale", 1.0)),
+        )
         cfg = ModelConfig(**fields)
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{where}: {error}") from error
     if family == "internlm" and cfg.num_kv_heads != cfg.num_heads:
-        raise CheckpointError(f"{where}: num_kv_attention_heads is {cfg.num_kv_heads}, but internlm has no grouped heads: its {cfg.num_heads} heads have a key and a value each")
+        raise CheckpointError(
+            f"{where}: num_kv_attention_heads is {cfg.num_kv_heads}, but internlm has no grouped heads: its"
+            f" {cfg.num_heads} heads have a key and a value each"
+        )
     return cfg
 
 # %% ../../nbs/hub/08_internevo_config.ipynb #80b9965f
@@ -142,13 +230,14 @@ def width_ratio(
     if cfg.intermediate_size is None:
         return cfg.mlp_ratio, cfg.multiple_of
     for multiple in (256, 1):
-        for ratio in (cfg.ffn_size / cfg.hidden_size, (cfg.ffn_size + 0.5) / cfg.hidden_size):  # the second where the first is rounded down
+        # the second where the first is rounded down
+        for ratio in (cfg.ffn_size / cfg.hidden_size, (cfg.ffn_size + 0.5) / cfg.hidden_size):
             width = multiple * -(-int(cfg.hidden_size * ratio) // multiple)
             if width == cfg.ffn_size:
                 return ratio, multiple
     raise AssertionError("the second ratio with multiple 1 always fits")
 
-
+# %% ../../nbs/hub/08_internevo_config.ipynb #04b8157d
 def check_translatable(
     cfg: ModelConfig,  # to be exported
 ) -> None:
@@ -158,22 +247,42 @@ def check_translatable(
         cfg: to be exported
     """
     if cfg.num_experts:
-        raise ValueError(f"num_experts is {cfg.num_experts}: models with experts are not translated; keep them in this library's own checkpoints")
+        raise ValueError(
+            f"num_experts is {cfg.num_experts}: models with experts are not translated; keep them in this library's own"
+            " checkpoints"
+        )
     v1 = cfg.family == "internlm"
     faults = [
-        (cfg.family not in MODEL_TYPES.values(), f"family {cfg.family}: it knows {', '.join(dict.fromkeys(MODEL_TYPES.values()))}"),
+        (
+            cfg.family not in MODEL_TYPES.values(),
+            f"family {cfg.family}: it knows {', '.join(dict.fromkeys(MODEL_TYPES.values()))}",
+        ),
         (cfg.tie_embeddings, "tie_embeddings: its head always has a weight of its own"),
-        (cfg.rope_scaling == "linear" or cfg.rope_factor != 1, f"rope_scaling {cfg.rope_scaling} with rope_factor {cfg.rope_factor}: it knows none, and dynamic with factor 1"),
-        (cfg.num_heads * cfg.head_dim != cfg.hidden_size, f"head_dim_override {cfg.head_dim_override}: its heads share hidden_size {cfg.hidden_size} among them"),
+        (
+            cfg.rope_scaling == "linear" or cfg.rope_factor != 1,
+            (
+                f"rope_scaling {cfg.rope_scaling} with rope_factor {cfg.rope_factor}: it knows none, and dynamic with"
+                " factor 1"
+            ),
+        ),
+        (
+            cfg.num_heads * cfg.head_dim != cfg.hidden_size,
+            f"head_dim_override {cfg.head_dim_override}: its heads share hidden_size {cfg.hidden_size} among them",
+        ),
         (cfg.qkv_bias != cfg.out_bias, f"qkv_bias {cfg.qkv_bias} with out_bias {cfg.out_bias}: it has both or none"),
-        (v1 and cfg.num_kv_heads != cfg.num_heads, f"num_kv_heads {cfg.num_kv_heads}: in internlm each head has its own key and value"),
+        (
+            v1 and cfg.num_kv_heads != cfg.num_heads,
+            f"num_kv_heads {cfg.num_kv_heads}: in internlm each head has its own key and value",
+        ),
         (v1 and cfg.qk_interleaved, "qk_interleaved: in internlm q and k are split in halves"),
         (v1 and cfg.norm_head, "norm_head: internlm has none"),
     ]
     if told := [f"  {text}" for wrong, text in faults if wrong]:
-        raise ValueError("the older system has no word for\n" + "\n".join(told) + "\nexport it as a Hugging Face folder instead")
+        raise ValueError(
+            "the older system has no word for\n" + "\n".join(told) + "\nexport it as a Hugging Face folder instead"
+        )
 
-
+# %% ../../nbs/hub/08_internevo_config.ipynb #fa619774
 def section_from_config(
     cfg: ModelConfig,  # of the model
     dtype: torch.dtype,  # of the weights
@@ -192,15 +301,29 @@ def section_from_config(
     check_translatable(cfg)
     ratio, multiple = width_ratio(cfg)
     section: dict[str, Any] = dict(
-        num_chunks=1, checkpoint=False, dtype=str(dtype), embed_split_hidden=embed_split_hidden, num_layers=cfg.num_layers, hidden_size=cfg.hidden_size,
-        vocab_size=cfg.vocab_size, embed_grad_scale=cfg.embed_grad_scale, parallel_output=True, num_attention_heads=cfg.num_heads, mlp_ratio=ratio,
-        norm_type="rmsnorm", apply_post_layer_norm=False, layer_norm_epsilon=cfg.norm_eps, max_position_embeddings=cfg.max_position_embeddings,
+        num_chunks=1,
+        checkpoint=False,
+        dtype=str(dtype),
+        embed_split_hidden=embed_split_hidden,
+        num_layers=cfg.num_layers,
+        hidden_size=cfg.hidden_size,
+        vocab_size=cfg.vocab_size,
+        embed_grad_scale=cfg.embed_grad_scale,
+        parallel_output=True,
+        num_attention_heads=cfg.num_heads,
+        mlp_ratio=ratio,
+        norm_type="rmsnorm",
+        apply_post_layer_norm=False,
+        layer_norm_epsilon=cfg.norm_eps,
+        max_position_embeddings=cfg.max_position_embeddings,
         use_dynamic_ntk_rope=cfg.rope_scaling == "dynamic",
-    )  # fmt: skip
+    )
     if cfg.family != "internlm" or not cfg.qkv_bias:
         section["no_bias"] = not cfg.qkv_bias
     if cfg.family != "internlm":
-        section |= dict(num_kv_attention_heads=cfg.num_kv_heads, adapt_hf=not cfg.qk_interleaved, norm_head=cfg.norm_head)
+        section |= dict(
+            num_kv_attention_heads=cfg.num_kv_heads, adapt_hf=not cfg.qk_interleaved, norm_head=cfg.norm_head
+        )
     if cfg.family != "internlm" or cfg.rope_base != 10000:
         section["rope_base"] = int(cfg.rope_base) if cfg.rope_base == int(cfg.rope_base) else cfg.rope_base
     if multiple != 256:

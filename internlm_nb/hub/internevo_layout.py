@@ -54,12 +54,17 @@ def ffn_names(
         of up and down projection
     """
     if ffn_order not in ("new", "old"):
-        raise ValueError(f"ffn_order is {ffn_order!r}: choose new, or old for internlm checkpoints from before 2024-01-30")
+        raise ValueError(
+            f"ffn_order is {ffn_order!r}: choose new, or old for internlm checkpoints from before 2024-01-30"
+        )
     if ffn_order == "old" and cfg.family != "internlm":
-        raise ValueError(f"ffn_order is old, but these are parameters of {cfg.family}: only internlm ever had w2 and w3 the other way round")
+        raise ValueError(
+            f"ffn_order is old, but these are parameters of {cfg.family}: only internlm ever had w2 and w3 the other"
+            " way round"
+        )
     return ("w3", "w2") if ffn_order == "new" else ("w2", "w3")
 
-
+# %% ../../nbs/hub/09_internevo_layout.ipynb #3ee4da5a
 def block_parts(
     cfg: ModelConfig,  # architecture
     layer: int,  # index in the whole model
@@ -83,17 +88,34 @@ def block_parts(
     up, down = ffn_names(cfg, ffn_order)
     return [
         StagePart(ours + "attention_norm.weight", (theirs + norms[0] + ".weight",), (hidden,), "same"),
-        StagePart(ours + "attention.wqkv.weight", tuple(f"{attention}{x}.weight" for x in qkv), (cfg.qkv_size, hidden), "heads"),
-        *([StagePart(ours + "attention.wqkv.bias", tuple(f"{attention}{x}.bias" for x in qkv), (cfg.qkv_size,), "heads")] if cfg.qkv_bias else []),
+        StagePart(
+            ours + "attention.wqkv.weight",
+            tuple(f"{attention}{x}.weight" for x in qkv),
+            (cfg.qkv_size, hidden),
+            "heads",
+        ),
+        *(
+            [
+                StagePart(
+                    ours + "attention.wqkv.bias", tuple(f"{attention}{x}.bias" for x in qkv), (cfg.qkv_size,), "heads"
+                )
+            ]
+            if cfg.qkv_bias
+            else []
+        ),
         StagePart(ours + "attention.wo.weight", (f"{attention}{out}.weight",), (hidden, inner), "columns"),
-        *([StagePart(ours + "attention.wo.bias", (f"{attention}{out}.bias",), (hidden,), "rank 0")] if cfg.out_bias else []),
+        *(
+            [StagePart(ours + "attention.wo.bias", (f"{attention}{out}.bias",), (hidden,), "rank 0")]
+            if cfg.out_bias
+            else []
+        ),
         StagePart(ours + "ffn_norm.weight", (theirs + norms[1] + ".weight",), (hidden,), "same"),
         StagePart(ours + "feed_forward.w1.weight", (feed_forward + "w1.weight",), (ffn, hidden), "rows"),
         StagePart(ours + "feed_forward.w2.weight", (feed_forward + down + ".weight",), (hidden, ffn), "columns"),
         StagePart(ours + "feed_forward.w3.weight", (feed_forward + up + ".weight",), (ffn, hidden), "rows"),
     ]
 
-
+# %% ../../nbs/hub/09_internevo_layout.ipynb #a887ae22
 def stage_parts(
     cfg: ModelConfig,  # architecture
     layers: range,  # of the stage
@@ -110,7 +132,12 @@ def stage_parts(
     parts = [part for index, layer in enumerate(layers) for part in block_parts(cfg, layer, index, ffn_order)]
     if layers.start == 0:
         name = "embedding." if v1 else "tok_embeddings."
-        parts.insert(0, StagePart("model.embedding.weight", (name + "weight",), table, "embedding", (name + "word_embeddings.weight",)))
+        parts.insert(
+            0,
+            StagePart(
+                "model.embedding.weight", (name + "weight",), table, "embedding", (name + "word_embeddings.weight",)
+            ),
+        )
     if layers.stop == cfg.num_layers:
         parts.append(StagePart("model.head.norm.weight", ("norm.weight",), (cfg.hidden_size,), "same"))
         parts.append(StagePart("model.head.weight", ("head.weight" if v1 else "output.weight",), table, "rows"))
@@ -151,7 +178,7 @@ def head_sizes(
     kv_heads = rows // ((cfg.num_heads // cfg.num_kv_heads + 2) * cfg.head_dim)
     return kv_heads * (cfg.num_heads // cfg.num_kv_heads), kv_heads
 
-
+# %% ../../nbs/hub/09_internevo_layout.ipynb #a81100a1
 def sliced_dim(
     part: StagePart,  # what is looked for
     cfg: ModelConfig,  # architecture
@@ -174,20 +201,44 @@ def sliced_dim(
     elif part.cut == "heads":
         sizes = [[shape[0] for shape in shapes] for shapes in shards]
         whole = [head_sizes(cfg, sum(rows)) for rows in sizes]  # heads of each rank
-        asked = [[q * cfg.head_dim, kv * cfg.head_dim, kv * cfg.head_dim] if len(part.disk) == 3 else [(q + 2 * kv) * cfg.head_dim] for q, kv in whole]
-        if sizes == asked and sum(kv for _, kv in whole) == cfg.num_kv_heads and all(shape[1:] == part.shape[1:] for shapes in shards for shape in shapes):
+        asked = [
+            (
+                [q * cfg.head_dim, kv * cfg.head_dim, kv * cfg.head_dim]
+                if len(part.disk) == 3
+                else [(q + 2 * kv) * cfg.head_dim]
+            )
+            for q, kv in whole
+        ]
+        if (
+            sizes == asked
+            and sum(kv for _, kv in whole) == cfg.num_kv_heads
+            and all(shape[1:] == part.shape[1:] for shapes in shards for shape in shapes)
+        ):
             return 0
     else:
         dims = {"rows": (0,), "columns": (1,), "embedding": (1, 0)}[part.cut]
         for dim in dims:
             rest = [shape[:dim] + shape[dim + 1 :] for (shape,) in shards if len(shape) == 2]
-            if len(rest) == len(shards) and set(rest) == {part.shape[:dim] + part.shape[dim + 1 :]} and sum(shape[dim] for (shape,) in shards) == part.shape[dim]:
+            if (
+                len(rest) == len(shards)
+                and set(rest) == {part.shape[:dim] + part.shape[dim + 1 :]}
+                and sum(shape[dim] for (shape,) in shards) == part.shape[dim]
+            ):
                 return dim
     told = ", ".join(" and ".join(str(shape) for shape in shapes) for shapes in shards)
-    how = {"rows": "cut on dim 0", "columns": "cut on dim 1", "embedding": "cut on dim 1 or dim 0", "heads": "cut by heads", "same": "the same in each", "rank 0": "held by rank 0"}
-    raise ValueError(f"{' + '.join(part.disk)}: the ranks hold {told}; they should make up {part.shape}, {how[part.cut]}")
+    how = {
+        "rows": "cut on dim 0",
+        "columns": "cut on dim 1",
+        "embedding": "cut on dim 1 or dim 0",
+        "heads": "cut by heads",
+        "same": "the same in each",
+        "rank 0": "held by rank 0",
+    }
+    raise ValueError(
+        f"{' + '.join(part.disk)}: the ranks hold {told}; they should make up {part.shape}, {how[part.cut]}"
+    )
 
-
+# %% ../../nbs/hub/09_internevo_layout.ipynb #e3838b9e
 def join(
     part: StagePart,  # what it is
     cfg: ModelConfig,  # architecture
@@ -232,7 +283,7 @@ def check_cuts(
     if bad := [f"{name} {size}" for name, size in sizes.items() if size % tp]:
         raise ValueError(f"tp {tp} does not divide {', '.join(bad)}: choose another number of ranks")
 
-
+# %% ../../nbs/hub/09_internevo_layout.ipynb #4ecadea2
 def cut(
     part: StagePart,  # what it is
     cfg: ModelConfig,  # architecture
@@ -257,7 +308,14 @@ def cut(
     if part.cut == "rank 0" and rank:
         return {}
     offsets, sizes = [0] * len(part.shape), list(part.shape)
-    dim = {"rows": 0, "heads": 0, "columns": 1, "embedding": 1 if embed_split_hidden else 0, "same": None, "rank 0": None}[part.cut]
+    dim = {
+        "rows": 0,
+        "heads": 0,
+        "columns": 1,
+        "embedding": 1 if embed_split_hidden else 0,
+        "same": None,
+        "rank 0": None,
+    }[part.cut]
     if dim is not None:
         sizes[dim] //= tp
         offsets[dim] = rank * sizes[dim]
@@ -266,5 +324,7 @@ def cut(
         heads, kv_heads = head_sizes(cfg, mine.shape[0])
         mine = stack_groups(mine, heads, kv_heads)
         if len(part.disk) == 3:
-            return dict(zip(part.disk, (x.clone() for x in mine.split([n * cfg.head_dim for n in (heads, kv_heads, kv_heads)]))))
+            return dict(
+                zip(part.disk, (x.clone() for x in mine.split([n * cfg.head_dim for n in (heads, kv_heads, kv_heads)])))
+            )
     return {part.disk[0]: mine}

@@ -37,18 +37,33 @@ def shard_grid(
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
-    found = {(int(m[2]), int(m[1])): path for path in folder.iterdir() if (m := re.fullmatch(r"model_tp(\d+)_pp(\d+)\.pt", path.name))}
+    found = {
+        (int(m[2]), int(m[1])): path
+        for path in folder.iterdir()
+        if (m := re.fullmatch(r"model_tp(\d+)_pp(\d+)\.pt", path.name))
+    }
     if not found:
-        isp = " (model_wp… are shards of its weight-parallel mode isp, which are not known here)" if any(folder.glob("model_wp*.pt")) else ""
-        raise CheckpointError(f"{folder}: has no model_tp0_pp0.pt{isp}; give the folder of one step of the older system")
+        isp = (
+            " (model_wp… are shards of its weight-parallel mode isp, which are not known here)"
+            if any(folder.glob("model_wp*.pt"))
+            else ""
+        )
+        raise CheckpointError(
+            f"{folder}: has no model_tp0_pp0.pt{isp}; give the folder of one step of the older system"
+        )
     stages, ranks = (max(at) + 1 for at in zip(*found))
     grid = [[folder / f"model_tp{rank}_pp{stage}.pt" for rank in range(ranks)] for stage in range(stages)]
     missing = [path.name for row in grid for path in row if not path.is_file()]
     if missing:
-        raise CheckpointError(f"{folder}: {', '.join(missing)} missing ({ranks} ranks of {stages} stages are named by the files there): copy the whole folder")
+        raise CheckpointError(
+            f"{folder}: {', '.join(missing)} missing ({ranks} ranks of {stages} stages are named by the files there):"
+            " copy the whole folder"
+        )
     if not allow_incomplete and not any(re.fullmatch(r"\d+\.step", path.name) for path in folder.iterdir()):
         raise CheckpointError(
-            f"{folder}: has no STEP.step file, which is written last: this save was not finished. Take an earlier step, or, if you know the files to be whole, ask for it to be read all the same (allow_incomplete, --allow-incomplete)"
+            f"{folder}: has no STEP.step file, which is written last: this save was not finished. Take an earlier step,"
+            " or, if you know the files to be whole, ask for it to be read all the same (allow_incomplete,"
+            " --allow-incomplete)"
         )
     return grid
 
@@ -71,9 +86,13 @@ def facts_of(
     if bad:
         raise CheckpointError(f"{path}: {some(bad)}: not a tensor")
     check_plain(content, path)
-    return {str(name): (tuple(value.shape), value.dtype) for name, value in content.items() if not str(name).endswith("rotary_emb.inv_freq")}
+    return {
+        str(name): (tuple(value.shape), value.dtype)
+        for name, value in content.items()
+        if not str(name).endswith("rotary_emb.inv_freq")
+    }
 
-
+# %% ../../nbs/hub/10_internevo_reader.ipynb #3ac4da9a
 def family_of(
     facts: Facts,  # of a shard
     where: Path,  # the file
@@ -84,15 +103,24 @@ def family_of(
         facts: of a shard
         where: the file
     """
-    marks: dict[str, Family] = {r"blocks\.\d+\.mixer\.Wqkv\.weight": "internlm", r"layers\.\d+\.attention\.wqkv\.weight": "internlm2", r"layers\.\d+\.attention\.wq\.weight": "llama"}
+    marks: dict[str, Family] = {
+        r"blocks\.\d+\.mixer\.Wqkv\.weight": "internlm",
+        r"layers\.\d+\.attention\.wqkv\.weight": "internlm2",
+        r"layers\.\d+\.attention\.wq\.weight": "llama",
+    }
     for pattern, family in marks.items():
         if any(re.fullmatch(pattern, name) for name in facts):
             return family
-    raise CheckpointError(f"{where}: no attention of internlm (blocks.0.mixer.Wqkv.weight), internlm2 (layers.0.attention.wqkv.weight) or llama (layers.0.attention.wq.weight) among {', '.join(list(facts)[:4])} ...")
+    raise CheckpointError(
+        f"{where}: no attention of internlm (blocks.0.mixer.Wqkv.weight), internlm2 (layers.0.attention.wqkv.weight) or"
+        f" llama (layers.0.attention.wq.weight) among {', '.join(list(facts)[:4])} ..."
+    )
 
-
+# %% ../../nbs/hub/10_internevo_reader.ipynb #e1c60aa3
 class InternEvoFolder(TensorSource):
-    """A checkpoint of the older system, opened: tensors by our names, in our order of rows, read one at a time. CheckpointError tells all that is amiss
+    """A checkpoint of the older system, opened: tensors by our names, in our order of rows, read one at a time
+
+    CheckpointError tells all that is amiss
 
     Args:
         folder: of one step
@@ -115,7 +143,9 @@ class InternEvoFolder(TensorSource):
         self.cfg = self._config(family_of(first, self._grid[0][0])) if config is None else config
         self._stages = self._parts(ffn_order)
         self._check()
-        self._where: dict[str, tuple[int, StagePart]] = {part.name: (stage, part) for stage, parts in enumerate(self._stages) for part in parts}
+        self._where: dict[str, tuple[int, StagePart]] = {
+            part.name: (stage, part) for stage, parts in enumerate(self._stages) for part in parts
+        }
         self._open: dict[Path, Mapping[str, Tensor]] = {}
 
     def _config(self, family: Family) -> ModelConfig:
@@ -123,47 +153,78 @@ class InternEvoFolder(TensorSource):
         if not path.is_file():
             raise CheckpointError(f"{path}: missing; copy it, or say which model it is (config=, --model)")
         found = {name for row in self._facts for facts in row for name in facts}
-        biases = (any(re.search(rf"\.({names})\.bias$", name) for name in found) for names in ("Wqkv|wqkv|wq", "out_proj|wo"))
+        biases = (
+            any(re.search(rf"\.({names})\.bias$", name) for name in found) for names in ("Wqkv|wqkv|wq", "out_proj|wo")
+        )
         return config_from_section(load_pt(path), family, *biases, where=str(path))
 
     def _parts(self, ffn_order: FfnOrder) -> list[list[StagePart]]:
         "What each stage should hold; its files say how many blocks that is"
-        counts = [len({m[1] for name in row[0] if (m := re.match(r"(?:blocks|layers)\.(\d+)\.", name))}) for row in self._facts]
+        counts = [
+            len({m[1] for name in row[0] if (m := re.match(r"(?:blocks|layers)\.(\d+)\.", name))})
+            for row in self._facts
+        ]
         if sum(counts) != self.cfg.num_layers:
-            raise CheckpointError(f"{self.folder}: its stages have {' + '.join(map(str, counts))} blocks, but num_layers is {self.cfg.num_layers}: a stage's files are missing, or the section is another model's")
+            raise CheckpointError(
+                f"{self.folder}: its stages have {' + '.join(map(str, counts))} blocks, but num_layers is"
+                f" {self.cfg.num_layers}: a stage's files are missing, or the section is another model's"
+            )
         starts = [sum(counts[:stage]) for stage in range(len(counts))]
-        return [self._renamed(stage_parts(self.cfg, range(a, a + n), ffn_order), row[0]) for a, n, row in zip(starts, counts, self._facts)]
+        return [
+            self._renamed(stage_parts(self.cfg, range(a, a + n), ffn_order), row[0])
+            for a, n, row in zip(starts, counts, self._facts)
+        ]
 
     @staticmethod
     def _renamed(parts: list[StagePart], facts: Facts) -> list[StagePart]:
         "With the older name of a tensor where the file has that"
-        names = [next((old for old in part.older if old in facts and part.disk[0] not in facts), None) for part in parts]
-        return [part if name is None else StagePart(part.name, (name,), part.shape, part.cut) for part, name in zip(parts, names)]
+        names = [
+            next((old for old in part.older if old in facts and part.disk[0] not in facts), None) for part in parts
+        ]
+        return [
+            part if name is None else StagePart(part.name, (name,), part.shape, part.cut)
+            for part, name in zip(parts, names)
+        ]
 
     def _check(self) -> None:
         faults = [fault for stage in range(len(self._stages)) for fault in self._faults(stage)]
         if faults:
             told = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
-            raise CheckpointError(f"{self.folder} does not fit a model of {self.cfg.family} with {self.cfg.num_layers} layers of width {self.cfg.hidden_size}:\n  {told}")
+            raise CheckpointError(
+                f"{self.folder} does not fit a model of {self.cfg.family} with {self.cfg.num_layers} layers of width"
+                f" {self.cfg.hidden_size}:\n  {told}"
+            )
 
     def _faults(self, stage: int) -> list[str]:
         faults, row = [], self._facts[stage]
         for part in self._stages[stage]:
             holders = row[:1] if part.cut == "rank 0" else row
-            missing = [f"{self._grid[stage][rank].name}: {name} is missing" for rank, facts in enumerate(holders) for name in part.disk if name not in facts]
+            missing = [
+                f"{self._grid[stage][rank].name}: {name} is missing"
+                for rank, facts in enumerate(holders)
+                for name in part.disk
+                if name not in facts
+            ]
             faults += missing
             if missing:
                 continue
             kinds = {facts[name][1] for facts in holders for name in part.disk}
             if len(kinds) > 1:
-                faults.append(f"{part.disk[0]}: of different types, {', '.join(sorted(map(str, kinds)))}, in the files of stage {stage}")
+                faults.append(
+                    f"{part.disk[0]}: of different types, {', '.join(sorted(map(str, kinds)))}, in the files of stage"
+                    f" {stage}"
+                )
             try:
                 sliced_dim(part, self.cfg, [[facts[name][0] for name in part.disk] for facts in holders])
             except ValueError as error:
                 faults.append(f"stage {stage}: {error}{self._swapped(part, row)}")
         known = {name for part in self._stages[stage] for name in part.disk}
         for path, facts in zip(self._grid[stage], row):
-            faults += [f"{path.name}: {name} {facts[name][0]} has no place in this model" for name in facts if name not in known]
+            faults += [
+                f"{path.name}: {name} {facts[name][0]} has no place in this model"
+                for name in facts
+                if name not in known
+            ]
         return faults
 
     def _swapped(self, part: StagePart, row: list[Facts]) -> str:
@@ -176,7 +237,10 @@ class InternEvoFolder(TensorSource):
         except (KeyError, ValueError):
             return ""
         order = "new" if part.name.endswith("w2.weight") == part.disk[0].endswith("w3.weight") else "old"
-        return f"; {other} has that shape, so the files are of the other feed-forward order: ask for ffn_order {order} (convert.py from-internevo --ffn-order {order})"
+        return (
+            f"; {other} has that shape, so the files are of the other feed-forward order: ask for ffn_order {order}"
+            f" (convert.py from-internevo --ffn-order {order})"
+        )
 
     @property
     def names(self) -> list[str]:

@@ -112,7 +112,9 @@ def head_entries(
         return []
     shape = (cfg.vocab_size, cfg.hidden_size)
     name = "embedding.weight" if cfg.tie_embeddings else "head.weight"
-    return [Entry(name, shape, (outside,), (shape,), (lambda x: (normalised(x),)) if cfg.norm_head else (lambda x: (x,)))]
+    return [
+        Entry(name, shape, (outside,), (shape,), (lambda x: (normalised(x),)) if cfg.norm_head else (lambda x: (x,)))
+    ]
 
 # %% ../../nbs/hub/02_keys.ipynb #c33c3387
 KeyLayout = Literal["llama", "internlm", "internlm2", "internlm3"]
@@ -122,7 +124,7 @@ def _plain(name: str, outside: str, *shape: int) -> Entry:
     "An entry that changes nothing but the name"
     return Entry(name, shape, (outside,), (shape,))
 
-
+# %% ../../nbs/hub/02_keys.ipynb #84768b8c
 def llama_entries(
     cfg: ModelConfig,  # architecture
     one_switch: bool = True,  # biases on all of q, k, v, o or on none; False: q, k, v and o apart
@@ -214,5 +216,8 @@ def entries(
     if layout not in get_args(KeyLayout):
         raise ValueError(f"layout is {layout!r}: choose one of {', '.join(get_args(KeyLayout))}")
     if cfg.num_experts:
-        raise ValueError(f"num_experts is {cfg.num_experts}: models with experts have no layout outside yet; keep them in this library's own checkpoints")
+        raise ValueError(
+            f"num_experts is {cfg.num_experts}: models with experts have no layout outside yet; keep them in this"
+            " library's own checkpoints"
+        )
     return internlm2_entries(cfg) if layout == "internlm2" else llama_entries(cfg, one_switch=layout != "internlm3")

@@ -34,7 +34,9 @@ def build_model(
     device: torch.device | str = "cpu",  # where the model runs
     dtype: torch.dtype | None = None,  # of its parameters; None: as saved
 ) -> Transformer:  # without gradients
-    """A model with a folder's weights. CheckpointError names a tensor that is missing, too much or of a wrong shape, before memory is asked for
+    """A model with a folder's weights
+
+    CheckpointError names a tensor that is missing, too much or of a wrong shape, before memory is asked for
 
     Args:
         weights: an open folder, which says what its tensors are of
@@ -46,12 +48,16 @@ def build_model(
     """
     if weights.config is None:
         raise CheckpointError(
-            f"{weights.folder}: its index does not say which model it holds; take a checkpoint of a run, or a folder made by convert.py"
+            f"{weights.folder}: its index does not say which model it holds; take a checkpoint of a run, or a folder"
+            " made by convert.py"
         )
     model = Transformer(weights.config, device="meta", dtype=dtype or weights.dtype("model.embedding.weight"))
     needed = {f"model.{name}": p for name, p in model.named_parameters()}
     if names := difference([name for name in weights.names if name.startswith("model.")], needed):
-        raise CheckpointError(f"{weights.folder} does not fit its own architecture: {names}; it is damaged or was changed, take another one")
+        raise CheckpointError(
+            f"{weights.folder} does not fit its own architecture: {names}; it is damaged or was changed, take"
+            " another one"
+        )
     for name, p in needed.items():
         weights.require(name, p, cast=True)
     allocate(model, device)
@@ -76,11 +82,13 @@ def given_stop_ids(
     given = read_object(path).get("eos_token_id") if path else None
     return [id for id in (given if isinstance(given, list) else [given]) if type(id) is int and id >= 0]
 
-
+# %% ../../nbs/hub/13_load.ipynb #618177ff
 def default_system(
     folder: Path,  # of the Hugging Face layout
 ) -> str | None:  # None: there is none
-    """The system text that a folder's own chat template begins with when the user gives none. The template is only searched, never run
+    """The system text that a folder's own chat template begins with when the user gives none
+
+    The template is only searched, never run
 
     Args:
         folder: of the Hugging Face layout
@@ -139,12 +147,13 @@ def is_huggingface(
     """
     return kind_of(folder) == "huggingface"
 
-
+# %% ../../nbs/hub/13_load.ipynb #f88ede10
 def fit_tokenizer(
     tokenizer: Tokenizer | JsonTokenizer,  # any
     vocab_size: int,  # ids of the model
 ) -> Tokenizer | JsonTokenizer:  # for this model: ids without a piece decode to nothing
-    """ValueError for the tokenizer of another, larger model; a warning where signs were added that the model does not have
+    """ValueError for the tokenizer of another, larger model; a warning where signs were added that the model does not
+    have
 
     Args:
         tokenizer: any
@@ -155,20 +164,23 @@ def fit_tokenizer(
     """
     if tokenizer.base_size > vocab_size:
         raise ValueError(
-            f"the tokenizer {tokenizer.path} has {tokenizer.base_size} pieces, the model {vocab_size}: it belongs to another model; name the right one"
+            f"the tokenizer {tokenizer.path} has {tokenizer.base_size} pieces, the model {vocab_size}: it belongs to"
+            " another model; name the right one"
         )
     if tokenizer.vocab_size > vocab_size:
         holes = set(tokenizer.missing_ids(tokenizer.vocab_size))
         more = [tokenizer.id_to_piece(id) for id in range(vocab_size, tokenizer.vocab_size) if id not in holes]
         warnings.warn(
-            f"{tokenizer.path}: {some(more)} were added to the tokenizer, and the model has no ids for them: it cannot read or write them",
+            f"{tokenizer.path}: {some(more)} were added to the tokenizer, and the model has no ids for them: it cannot"
+            " read or write them",
             stacklevel=3,
         )
     return tokenizer.for_model(vocab_size)
 
 # %% ../../nbs/hub/13_load.ipynb #664c796c
 def load_model(
-    folder: str | Path,  # a native checkpoint, a run (its newest checkpoint), a Hugging Face folder, or a step of the older system
+    # a native checkpoint, a run (its newest checkpoint), a Hugging Face folder, or a step of the older system
+    folder: str | Path,
     device: torch.device | str = "cpu",  # where the model runs
     dtype: torch.dtype | None = None,  # of its parameters; None: as saved
     tokenizer: str | Path | None = None,  # a file or folder; None: look for one
@@ -183,7 +195,9 @@ def load_model(
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: no such folder; give a run, a checkpoint (RUN/checkpoints/STEP) or a Hugging Face folder")
+        raise FileNotFoundError(
+            f"{folder}: no such folder; give a run, a checkpoint (RUN/checkpoints/STEP) or a Hugging Face folder"
+        )
     kind = kind_of(folder)
     own = open_tokenizer(tokenizer) if tokenizer else None  # a wrong name is found before the weights are read
     weights = open_weights(folder, say=_log.warning, dtype=dtype)
@@ -195,4 +209,11 @@ def load_model(
         own = fit_tokenizer(own, weights.config.vocab_size)
     model = build_model(weights, device, dtype)
     system = default_system(weights.folder) if kind == "huggingface" else None
-    return Loaded(model, own, weights.folder, "native" if isinstance(weights.source, Checkpoint) else kind, system, tuple(given_stop_ids(own)))
+    return Loaded(
+        model,
+        own,
+        weights.folder,
+        "native" if isinstance(weights.source, Checkpoint) else kind,
+        system,
+        tuple(given_stop_ids(own)),
+    )

@@ -114,16 +114,25 @@ def native_config(
     state = checkpoint.state
     found = state.get("model") or (state.get("run") or {}).get("model")
     if not isinstance(found, dict):
-        raise CheckpointError(f"{checkpoint.folder}: its index does not say which model it holds; take a checkpoint of a run, or a folder made by convert.py")
+        raise CheckpointError(
+            f"{checkpoint.folder}: its index does not say which model it holds; take a checkpoint of a run, or a folder"
+            " made by convert.py"
+        )
     unknown = sorted(set(found) - {f.name for f in fields(ModelConfig)})
     if unknown:
-        raise CheckpointError(f"{checkpoint.folder}: unknown model field {', '.join(unknown)}; it was written by a newer version of this library: update it")
+        raise CheckpointError(
+            f"{checkpoint.folder}: unknown model field {', '.join(unknown)}; it was written by a newer version of this"
+            " library: update it"
+        )
     try:
         cfg = ModelConfig(**found)
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{checkpoint.folder}: the model in its index cannot be: {error}") from error
     if cfg.num_layers > len(checkpoint.names):
-        raise CheckpointError(f"{checkpoint.folder}: num_layers is {cfg.num_layers}, but it holds {len(checkpoint.names)} tensors: it is damaged")
+        raise CheckpointError(
+            f"{checkpoint.folder}: num_layers is {cfg.num_layers}, but it holds {len(checkpoint.names)} tensors: it is"
+            " damaged"
+        )
     return cfg
 
 # %% ../../nbs/hub/04_native.ipynb #26fd6b78
@@ -147,7 +156,7 @@ def deal(
         held += size
     return groups
 
-
+# %% ../../nbs/hub/04_native.ipynb #ad0c9bb6
 def write_native(
     folder: str | Path,  # the new checkpoint's; never one that exists
     cfg: ModelConfig,  # what the weights are of
@@ -158,7 +167,8 @@ def write_native(
     shard_bytes: int = 1 << 30,  # of one file, and so of what is held in memory
     progress: bool = False,  # a bar over the bytes
 ) -> Path:  # the folder
-    """Write weights as a native checkpoint, group by group; CheckpointError when it cannot be done, and then nothing is left
+    """Write weights as a native checkpoint, group by group; CheckpointError when it cannot be done, and then nothing is
+    left
 
     Args:
         folder: the new checkpoint's; never one that exists
@@ -177,7 +187,13 @@ def write_native(
     groups = deal(sizes.items(), shard_bytes)
     with (
         Writer(folder, 0, len(groups)) as whole,
-        tqdm(total=sum(sizes.values()), desc=f"write {Path(folder).name}", unit="B", unit_scale=True, disable=None if progress else True) as bar,
+        tqdm(
+            total=sum(sizes.values()),
+            desc=f"write {Path(folder).name}",
+            unit="B",
+            unit_scale=True,
+            disable=None if progress else True,
+        ) as bar,
     ):
         for rank in reversed(range(len(groups))):  # rank 0 last: it is kept to commit, and would keep its group
             writer = Writer(folder, rank, len(groups)) if rank else whole
@@ -215,7 +231,7 @@ def train_folders(
     data = ((state.get("run") or {}).get("data") or {}).get("train_folder") or ()
     return [Path(folder) for folder, _ in parse_folders(data)] if data else []
 
-
+# %% ../../nbs/hub/04_native.ipynb #67ec326a
 def find_tokenizer(
     checkpoint: Path,  # a checkpoint's folder
     state: Mapping[str, Any],  # of its index
@@ -230,7 +246,8 @@ def find_tokenizer(
         None: there is none
     """
     up = checkpoint.absolute().parents
-    home = next((i for i in range(min(2, len(up))) if up[i].name == "checkpoints"), -1)  # RUN/checkpoints/STEP, or …/snapshot/0
+    # RUN/checkpoints/STEP, or …/snapshot/0
+    home = next((i for i in range(min(2, len(up))) if up[i].name == "checkpoints"), -1)
     places = [checkpoint, *up[: home + 2]] if home >= 0 else [checkpoint]
     for folder in train_folders(state):
         places += [folder, folder.parent]
@@ -239,7 +256,7 @@ def find_tokenizer(
             return load_tokenizer(place)
     return None
 
-
+# %% ../../nbs/hub/04_native.ipynb #83c8cb28
 def trained_with_bos(
     tokenizer: Tokenizer | JsonTokenizer,  # of the run
     state: Mapping[str, Any],  # of a checkpoint's index

@@ -28,10 +28,16 @@ def split_groups(
     """
     rest, group = wqkv.shape[1:], num_heads // num_kv_heads
     if num_heads % num_kv_heads or wqkv.shape[0] % (num_heads + 2 * num_kv_heads):
-        raise ValueError(f"{wqkv.shape[0]} rows are not those of {num_heads} query heads and twice {num_kv_heads} key/value heads")
+        raise ValueError(
+            f"{wqkv.shape[0]} rows are not those of {num_heads} query heads and twice {num_kv_heads} key/value heads"
+        )
     head_dim = wqkv.shape[0] // (num_heads + 2 * num_kv_heads)
     groups = wqkv.reshape(num_kv_heads, group + 2, head_dim, *rest)
-    return groups[:, :group].reshape(-1, *rest), groups[:, group].reshape(-1, *rest), groups[:, group + 1].reshape(-1, *rest)
+    return (
+        groups[:, :group].reshape(-1, *rest),
+        groups[:, group].reshape(-1, *rest),
+        groups[:, group + 1].reshape(-1, *rest),
+    )
 
 # %% ../../nbs/hub/01_rows.ipynb #0fed5327
 def join_groups(
@@ -40,7 +46,8 @@ def join_groups(
     v: Tensor,  # (kv_heads * head_dim, ...)
     num_kv_heads: int,  # key and value heads
 ) -> Tensor:  # ((heads + 2 kv_heads) * head_dim, ...), by group
-    """q, k and v by head -> fused rows by group: the inverse of `split_groups`; raises `ValueError` when the sizes do not fit together
+    """q, k and v by head -> fused rows by group: the inverse of `split_groups`; raises `ValueError` when the sizes do
+    not fit together
 
     Args:
         q: (heads * head_dim, ...)
@@ -52,7 +59,9 @@ def join_groups(
         ((heads + 2 kv_heads) * head_dim, ...), by group
     """
     if k.shape != v.shape or q.shape[1:] != k.shape[1:] or q.shape[0] % k.shape[0] or k.shape[0] % num_kv_heads:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not of {num_kv_heads} key/value heads")
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} are not of {num_kv_heads} key/value heads"
+        )
     parts = [x.reshape(num_kv_heads, -1, *q.shape[1:]) for x in (q, k, v)]
     return torch.cat(parts, dim=1).reshape(-1, *q.shape[1:])
 

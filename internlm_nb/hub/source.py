@@ -69,12 +69,15 @@ class Weights(TensorSource):
         for field in ("num_heads", "num_kv_heads", "head_dim"):
             if getattr(found, field) != getattr(cfg, field):
                 raise CheckpointError(
-                    f"{self.folder}: {field} is {getattr(found, field)} there, and {getattr(cfg, field)} is asked for; the architectures differ"
+                    f"{self.folder}: {field} is {getattr(found, field)} there, and {getattr(cfg, field)} is asked for;"
+                    " the architectures differ"
                 )
         if found.qk_interleaved != cfg.qk_interleaved:
             self._move = groups_to_halves if found.qk_interleaved else groups_to_pairs
         differ = [field for field in _MEANING if getattr(found, field) != getattr(cfg, field)]
-        self.notes = [f"{field} is {getattr(found, field)} in {self.folder}, and {getattr(cfg, field)} here" for field in differ]
+        self.notes = [
+            f"{field} is {getattr(found, field)} in {self.folder}, and {getattr(cfg, field)} here" for field in differ
+        ]
 
     @property
     def names(self) -> list[str]:
@@ -154,7 +157,9 @@ def open_weights(
     say: Callable[[str], object] = print,  # is told of damaged checkpoints that were passed over
     dtype: torch.dtype | None = None,  # that a Hugging Face folder is read as; None: as its files and config.json say
 ) -> Weights:
-    """A reader over a folder of any kind. CheckpointError or ValueError names what is missing, does not fit, or is of no known kind
+    """A reader over a folder of any kind
+
+    CheckpointError or ValueError names what is missing, does not fit, or is of no known kind
 
     Args:
         folder: native checkpoint or run, Hugging Face folder, or a step of the older system

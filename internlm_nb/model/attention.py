@@ -51,7 +51,7 @@ def causal_mask(
     late = torch.cat([torch.full((nq,), nk - nq, device=device) for nq, nk in zip(queries.lengths, keys.lengths)])
     return mask & (keys.indexes()[None, :] <= (queries.indexes() + late)[:, None])
 
-
+# %% ../../nbs/model/04_attention.ipynb #2ed65411
 def reference_attention(
     q: Tensor,  # (query tokens, heads, head_dim)
     k: Tensor,  # (key tokens, kv_heads, head_dim)
@@ -107,20 +107,30 @@ def one_shape(
         mask = torch.ones(nq, nk, dtype=torch.bool, device=q.device).tril(nk - nq)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and nq == nk and nq > 1, scale=scale, enable_gqa=grouped)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal and nq == nk and nq > 1, scale=scale, enable_gqa=grouped
+    )
     return out.transpose(1, 2)
 
-
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
-    "PyTorch's scaled_dot_product_attention, one call for each document, or one for all when they are equally long; arguments as `reference_attention`"
+# %% ../../nbs/model/04_attention.ipynb #1579da0a
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float
+) -> Tensor:
+    """PyTorch's scaled_dot_product_attention, one call for each document, or one for all when they are equally long;
+    arguments as `reference_attention`
+    """
     n = len(queries.lengths)
     if len(set(queries.lengths)) == 1 and len(set(keys.lengths)) == 1 and queries.max_seqlen > 0:
-        return one_shape(q.unflatten(0, (n, -1)), k.unflatten(0, (n, -1)), v.unflatten(0, (n, -1)), causal, scale).flatten(0, 1)
+        return one_shape(
+            q.unflatten(0, (n, -1)), k.unflatten(0, (n, -1)), v.unflatten(0, (n, -1)), causal, scale
+        ).flatten(0, 1)
     parts = zip(q.split(queries.lengths), k.split(keys.lengths), v.split(keys.lengths))
     return torch.cat([one_shape(a[None], b[None], c[None], causal, scale)[0] for a, b, c in parts if a.shape[0]])
 
 # %% ../../nbs/model/04_attention.ipynb #1067f00f
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float
+) -> Tensor:
     "The flash_attn package's kernel for packs; arguments as `reference_attention`"
     from flash_attn import flash_attn_varlen_func  # type: ignore[reportMissingImports]  # optional
 
@@ -136,7 +146,9 @@ def torch_varlen() -> tuple[Callable[..., Any], bool]:
     return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def varlen_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float
+) -> Tensor:
     "PyTorch's own kernel for packs; arguments as `reference_attention`"
     kernel, grouped = torch_varlen()
     options: dict = dict(scale=scale, window_size=(-1, 0) if causal else (-1, -1))
@@ -147,9 +159,13 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: S
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
     return kernel(q, k, v, queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen, **options)
 
-
-def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
-    "`sdpa_attention` with NVIDIA's cuDNN as its kernel, for packs of equally long documents; arguments as `reference_attention`"
+# %% ../../nbs/model/04_attention.ipynb #a7f0c99e
+def cudnn_attention(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float
+) -> Tensor:
+    """`sdpa_attention` with NVIDIA's cuDNN as its kernel, for packs of equally long documents; arguments as
+    `reference_attention`
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
@@ -159,8 +175,13 @@ def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Se
 FLASH_INSTALLED = importlib.util.find_spec("flash_attn") is not None  # a fact of the installation
 
 # %% ../../nbs/model/04_attention.ipynb #99251362
-def chunked_attention(q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float) -> Tensor:
-    "Batched products over rows of documents; with a cache or without causality PyTorch's kernel. Arguments as `reference_attention`"
+def chunked_attention(
+    q: Tensor, k: Tensor, v: Tensor, queries: Segments, keys: Segments, causal: bool, scale: float
+) -> Tensor:
+    """Batched products over rows of documents; with a cache or without causality PyTorch's kernel
+
+    Arguments as `reference_attention`
+    """
     if keys is not queries or not causal:
         return sdpa_attention(q, k, v, queries, keys, causal, scale)
     return attend_by_chunks(q, k, v, queries.lengths, scale)
@@ -216,7 +237,7 @@ def why_not(
         return "this build of PyTorch has no cuDNN"
     return None
 
-
+# %% ../../nbs/model/04_attention.ipynb #c6b789ef
 def why_pass(
     backend: str,  # one of `BACKENDS`
     device: torch.device | str,  # of queries, keys and values
@@ -258,9 +279,11 @@ def choose_backend(
     Returns:
         name of a backend
     """
-    return next(name for name in BACKENDS if why_pass(name, device, dtype, head_dim) is None and (training or name != "chunked"))
+    return next(
+        name for name in BACKENDS if why_pass(name, device, dtype, head_dim) is None and (training or name != "chunked")
+    )
 
-
+# %% ../../nbs/model/04_attention.ipynb #d129d067
 def describe_backend(
     device: torch.device | str,  # of queries, keys and values
     dtype: torch.dtype,  # their type
@@ -279,7 +302,11 @@ def describe_backend(
     chosen = choose_backend(device, dtype, head_dim)
     passed = itertools.takewhile(lambda name: name != chosen, BACKENDS)
     reasons = "; ".join(f"not {name}: {why_pass(name, device, dtype, head_dim)}" for name in passed)
-    without = "" if (other := choose_backend(device, dtype, head_dim, training=False)) == chosen else f" in training, {other} without gradients"
+    without = (
+        ""
+        if (other := choose_backend(device, dtype, head_dim, training=False)) == chosen
+        else f" in training, {other} without gradients"
+    )
     return f"attention backend {chosen}{without}" + (f" ({reasons})" if reasons else "")
 
 # %% ../../nbs/model/04_attention.ipynb #0c724ad8
@@ -295,7 +322,8 @@ def attention(
 ) -> Tensor:  # (query tokens, heads, head_dim)
     """Attention within each sequence of a pack; queries are the last tokens of their sequence's keys
 
-    Raises `ValueError` when shapes and segments do not fit together, and `RuntimeError` when a named backend cannot run here.
+    Raises `ValueError` when shapes and segments do not fit together, and `RuntimeError` when a named backend cannot run
+    here.
 
     Args:
         q: (query tokens, heads, head_dim)
@@ -312,11 +340,19 @@ def attention(
     """
     keys = key_segments or segments
     if q.shape[0] != segments.tokens or k.shape[0] != keys.tokens or k.shape != v.shape:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit segments of {segments.tokens} queries and {keys.tokens} keys")
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit segments of {segments.tokens}"
+            f" queries and {keys.tokens} keys"
+        )
     if q.shape[1] % k.shape[1]:
         raise ValueError(f"{k.shape[1]} key heads do not divide {q.shape[1]} query heads")
-    if keys is not segments and (len(keys.lengths) != len(segments.lengths) or any(nk < nq for nq, nk in zip(segments.lengths, keys.lengths))):
-        raise ValueError(f"key_segments {keys.lengths} do not cover the queries' {segments.lengths}: each sequence needs at least as many keys as queries")
+    if keys is not segments and (
+        len(keys.lengths) != len(segments.lengths) or any(nk < nq for nq, nk in zip(segments.lengths, keys.lengths))
+    ):
+        raise ValueError(
+            f"key_segments {keys.lengths} do not cover the queries' {segments.lengths}: each sequence needs at least as"
+            " many keys as queries"
+        )
     training = q.requires_grad and torch.is_grad_enabled() and causal and keys is segments
     name = choose_backend(q.device, q.dtype, q.shape[-1], training) if backend == "auto" else backend
     if backend != "auto" and (reason := why_not(name, q.device, q.dtype, q.shape[-1])):
@@ -339,10 +375,11 @@ def split_heads(
     Returns:
         q (tokens, groups * group, head_dim), k and v (tokens, groups, head_dim)
     """
-    q, k, v = qkv.unflatten(-1, (-1, group + 2, head_dim)).split([group, 1, 1], 2)  # split, not slices: their gradients are joined by one cat
+    # split, not slices: their gradients are joined by one cat
+    q, k, v = qkv.unflatten(-1, (-1, group + 2, head_dim)).split([group, 1, 1], 2)
     return q.flatten(1, 2), k.squeeze(2), v.squeeze(2)
 
-
+# %% ../../nbs/model/04_attention.ipynb #963892a7
 class Attention(nn.Module):
     """Causal grouped-query attention with rotary positions over packed sequences
 
@@ -383,9 +420,15 @@ class Attention(nn.Module):
             (tokens, hidden)
         """
         turning, v = self.wqkv(x).unflatten(-1, (-1, self.group + 2, self.head_dim)).split([self.group + 1, 1], 2)
-        q, k = apply_rope(turning, positions.cos, positions.sin, self.interleaved).split([self.group, 1], 2)  # turned together: one pass
+        # turned together: one pass
+        q, k = apply_rope(turning, positions.cos, positions.sin, self.interleaved).split([self.group, 1], 2)
         q, k, v = q.flatten(1, 2), k.squeeze(2), v.squeeze(2)  # (tokens, heads, head_dim)
-        if cache is not None and positions.step is not None and self.backend in ("auto", "sdpa") and self.attend is attention:
+        if (
+            cache is not None
+            and positions.step is not None
+            and self.backend in ("auto", "sdpa")
+            and self.attend is attention
+        ):
             out = decode_attention(q, *cache.put(self.layer, k.unsqueeze(1), v.unsqueeze(1)), positions.step.mask)
             return self.wo(out.flatten(1))
         if cache is not None:

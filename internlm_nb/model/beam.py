@@ -32,7 +32,7 @@ class Beam:
     score: float  # log-probability of all new tokens, stop token included, over their number ** length_penalty
     stopped: bool  # whether it ended with a stop token rather than at the longest length
 
-
+# %% ../../nbs/model/11_beam.ipynb #d01a914c
 @dataclass
 class Search:
     """The state of one prompt's search, on the host
@@ -55,7 +55,8 @@ class Search:
 
     def step(
         self,
-        candidates: Sequence[tuple[float, int, int]],  # (log-probability, beam it continues, its next token), best first
+        # (log-probability, beam it continues, its next token), best first
+        candidates: Sequence[tuple[float, int, int]],
         stops: frozenset[int],  # tokens that end a text
         last: bool,  # whether no text may grow further
     ) -> list[tuple[int, int]]:  # of each beam that goes on: the one it continues, and its next token
@@ -95,7 +96,8 @@ def beam_search(
     stop_ids: Sequence[int] = (),  # tokens that end a text
     suppress_ids: Sequence[int] = (),  # tokens that are never chosen, such as ids without a piece
 ) -> list[list[Beam]]:  # for each prompt its texts, best first
-    """The likeliest continuations of each prompt; raises ValueError for a prompt that cannot be and for numbers below 1, FloatingPointError for logits that are not finite
+    """The likeliest continuations of each prompt; raises ValueError for a prompt that cannot be and for numbers below
+    1, FloatingPointError for logits that are not finite
 
     Args:
         model: in the state it should run in
@@ -123,12 +125,20 @@ def beam_search(
     seen = None if repetition_penalty == 1 else seen_tokens(prompts, vocab, device)
     fed, lengths = [token for prompt in prompts for token in prompt], [len(prompt) for prompt in prompts]
     for step in range(max_new_tokens):
-        logits = model(torch.tensor(fed).to(device, non_blocking=True), Segments.from_lengths(lengths, device), cache=cache, last_only=True)
+        logits = model(
+            torch.tensor(fed).to(device, non_blocking=True),
+            Segments.from_lengths(lengths, device),
+            cache=cache,
+            last_only=True,
+        )
         wide = logits.to(wide_dtype(logits.dtype))
-        scores = (wide if never is None else wide.masked_fill(never, float("-inf"))).log_softmax(-1)  # (all beams, vocab)
+        # (all beams, vocab)
+        scores = (wide if never is None else wide.masked_fill(never, float("-inf"))).log_softmax(-1)
         if seen is not None:
             scores = penalise(scores, seen, [repetition_penalty] * len(scores))
-        past = torch.tensor([logp for p in active for logp, _ in searches[p].running], dtype=scores.dtype).to(device, non_blocking=True)
+        past = torch.tensor([logp for p in active for logp, _ in searches[p].running], dtype=scores.dtype).to(
+            device, non_blocking=True
+        )
         widths = [len(searches[p].running) for p in active]
         keep = max(2, 1 + len(stops)) * beams
         best = [part.flatten().topk(min(keep, part.numel())) for part in (scores + past.unsqueeze(1)).split(widths)]
@@ -136,7 +146,11 @@ def beam_search(
         indices, at = torch.cat([b.indices for b in best]).tolist(), 0
         order, fed, first = [], [], 0
         for p, width, found in zip(active, widths, best):
-            mine = [(v, i // vocab, i % vocab) for v, i in zip(values[at:], indices[at : at + len(found.values)]) if v != float("-inf")]
+            mine = [
+                (v, i // vocab, i % vocab)
+                for v, i in zip(values[at:], indices[at : at + len(found.values)])
+                if v != float("-inf")
+            ]
             if not mine or not all(math.isfinite(v) for v, _, _ in mine):
                 raise not_finite(model, p, step)
             going = searches[p].step(mine, stops, last=step + 1 == max_new_tokens)

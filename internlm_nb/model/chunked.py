@@ -20,7 +20,8 @@ from .fused_ops import wide_dtype
 
 # %% ../../nbs/model/14_chunked.ipynb #d2684357
 CHUNK = 128  # queries computed together; measured best of 64, 128 and 256 for documents up to 2048 tokens
-KEEP = 512  # tokens of the longest row whose probabilities are kept for backward: at most 1 KiB a token and head in bfloat16
+# tokens of the longest row whose probabilities are kept for backward: at most 1 KiB a token and head in bfloat16
+KEEP = 512
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Group:
     length: int  # tokens of a row
     rows: tuple[tuple[tuple[int, int], ...], ...]  # documents of each row, one behind the other from its beginning
 
-
+# %% ../../nbs/model/14_chunked.ipynb #0ab77988
 def lay_out(
     lengths: Sequence[int],  # tokens of each document
     chunk: int = CHUNK,  # queries computed together
@@ -117,7 +118,9 @@ class Rows:
             if token >= 0:
                 place[token] = cell
         gather = torch.tensor([max(token, 0) for token in cells])
-        return cls(groups, gather, None if all(filled) else torch.tensor(filled)[:, None, None], torch.tensor(place), masks)
+        return cls(
+            groups, gather, None if all(filled) else torch.tensor(filled)[:, None, None], torch.tensor(place), masks
+        )
 
     def enter(
         self,
@@ -153,7 +156,7 @@ class Rows:
         cells = parts[0] if len(parts) == 1 else torch.cat(parts)
         return cells if self.place is None else cells.index_select(0, self.place)
 
-
+# %% ../../nbs/model/14_chunked.ipynb #f5a2d879
 def own_mask(
     group: Group,  # rows of equal length
     chunk: int,  # queries computed together
@@ -196,7 +199,8 @@ def heads_first(
     Returns:
         (length / chunk, rows * kv_heads, chunk * share, head_dim), contiguous
     """
-    x = x.unflatten(0, (-1, length // chunk, chunk)).unflatten(3, (-1, share))  # (rows, chunks, chunk, kv_heads, share, head_dim)
+    # (rows, chunks, chunk, kv_heads, share, head_dim)
+    x = x.unflatten(0, (-1, length // chunk, chunk)).unflatten(3, (-1, share))
     return x.permute(1, 0, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2).contiguous()
 
 
@@ -218,7 +222,7 @@ def tokens_first(
     x = x.unflatten(1, (-1, kv_heads)).unflatten(3, (-1, share))  # (chunks, rows, kv_heads, chunk, share, head_dim)
     return x.permute(1, 0, 3, 2, 4, 5).flatten(3, 4).flatten(0, 2)
 
-
+# %% ../../nbs/model/14_chunked.ipynb #738e0b77
 def probabilities(
     q: Tensor,  # (batch, queries, head_dim), scaled: queries of one chunk
     k: Tensor,  # (batch, keys, head_dim): all keys up to the chunk's end
@@ -271,15 +275,19 @@ class ChunkedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]
         saved = iter(ctx.saved_tensors)  # asked for once: under recomputation each is given once
         parts: tuple[list[Tensor], ...] = ([], [], [])
-        for group, mask, grad, count in zip(ctx.rows.groups, ctx.rows.masks, ctx.rows.enter(grads[0], blank=True).split(ctx.cells), ctx.counts):
+        for group, mask, grad, count in zip(
+            ctx.rows.groups, ctx.rows.masks, ctx.rows.enter(grads[0], blank=True).split(ctx.cells), ctx.counts
+        ):
             q, k, v, *p = itertools.islice(saved, count)
-            grad_q, *grad_kv = grads_of_group(heads_first(grad, group.length, ctx.share, q.shape[2] // ctx.share), q, k, v, p, mask)
+            grad_q, *grad_kv = grads_of_group(
+                heads_first(grad, group.length, ctx.share, q.shape[2] // ctx.share), q, k, v, p, mask
+            )
             parts[0].append(tokens_first(grad_q.mul_(ctx.scale), ctx.share, ctx.kv_heads))
             for part, g in zip(parts[1:], grad_kv):
                 part.append(tokens_first(g[None], 1, ctx.kv_heads))
         return *(ctx.rows.leave(part) for part in parts), None, None, None
 
-
+# %% ../../nbs/model/14_chunked.ipynb #04d2be09
 def grads_of_group(
     grad: Tensor,  # (chunks, batch, chunk * share, head_dim), of the output
     q: Tensor,  # (chunks, batch, chunk * share, head_dim), scaled

@@ -81,64 +81,127 @@ class ModelConfig:
     qk_interleaved: bool = False  # rotary pairs are neighbours (2i, 2i+1) rather than (i, i + head_dim/2)
     tie_embeddings: bool = False  # the head uses the embedding's weight
     embed_grad_scale: float = 1.0  # share of the gradient that reaches the embedding
-    init_std: float = 0.02  # standard deviation of the projections; wo and w2 of block i get it divided by sqrt(2(i + 1))
+    # standard deviation of the projections; wo and w2 of block i get it divided by sqrt(2(i + 1))
+    init_std: float = 0.02
     init_std_embedding: float | None = None  # of embedding and head; None: init_std
     num_experts: int = 0  # feed-forward networks of each block, of which a gate chooses; 0: one, for every token
     experts_per_token: int = 2  # how many of them a token goes to; their weights sum to 1
     num_shared_experts: int = 0  # beside them, for every token: one network of so many times ffn_size
-    capacity_factor: float = 0.0  # an expert takes at most this times its even share of a pack when training; 0: every token that comes
+    # an expert takes at most this times its even share of a pack when training; 0: every token that comes
+    capacity_factor: float = 0.0
     aux_loss_coef: float = 0.01  # of the loss that balances experts (0.01: Switch Transformer)
     z_loss_coef: float = 0.0  # of the loss that keeps the gate's logits small (ST-MoE has 0.001)
 
     def __post_init__(self):
         check_fields(self, "--model.")
-        for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "multiple_of", "max_position_embeddings"):
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "multiple_of",
+            "max_position_embeddings",
+        ):
             value = getattr(self, field)
             require(value > 0, f"{field} is {value!r}: it must be a positive integer")
         for field in ("mlp_ratio", "rope_base", "norm_eps"):
             require(getattr(self, field) > 0, f"{field} is {getattr(self, field)}: it must be positive")
         for field in ("intermediate_size", "head_dim_override"):
             value = getattr(self, field)
-            require(value is None or value > 0, f"{field} is {value!r}: it must be a positive integer, or None to derive it")
+            require(
+                value is None or value > 0, f"{field} is {value!r}: it must be a positive integer, or None to derive it"
+            )
         require(self.num_layers <= MOST_LAYERS, f"num_layers is {self.num_layers}: it must be at most {MOST_LAYERS:,}")
-        for field in ("vocab_size", "hidden_size", "num_heads", "multiple_of", "intermediate_size", "head_dim_override", "max_position_embeddings"):
-            require((getattr(self, field) or 0) <= MOST_SIZE, f"{field} is {getattr(self, field)}: it must be at most {MOST_SIZE:,}")
+        for field in (
+            "vocab_size",
+            "hidden_size",
+            "num_heads",
+            "multiple_of",
+            "intermediate_size",
+            "head_dim_override",
+            "max_position_embeddings",
+        ):
+            require(
+                (getattr(self, field) or 0) <= MOST_SIZE,
+                f"{field} is {getattr(self, field)}: it must be at most {MOST_SIZE:,}",
+            )
         for field in ("num_experts", "experts_per_token", "num_shared_experts"):
-            require(getattr(self, field) <= MOST_EXPERTS, f"{field} is {getattr(self, field)}: it must be at most {MOST_EXPERTS:,}")
+            require(
+                getattr(self, field) <= MOST_EXPERTS,
+                f"{field} is {getattr(self, field)}: it must be at most {MOST_EXPERTS:,}",
+            )
         require(self.mlp_ratio <= MOST_SIZE, f"mlp_ratio is {self.mlp_ratio}: it must be at most {MOST_SIZE:,}")
-        require(self.ffn_size <= MOST_SIZE, f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} makes a feed-forward of {self.ffn_size}: at most {MOST_SIZE:,} will do")
-        require(self.ffn_size > 0, f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} leaves the feed-forward no width: make it larger")
+        require(
+            self.ffn_size <= MOST_SIZE,
+            f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} makes a feed-forward of {self.ffn_size}: at"
+            f" most {MOST_SIZE:,} will do",
+        )
+        require(
+            self.ffn_size > 0,
+            f"mlp_ratio {self.mlp_ratio} of hidden_size {self.hidden_size} leaves the feed-forward no width: make it"
+            " larger",
+        )
         require(
             self.head_dim_override is not None or self.hidden_size % self.num_heads == 0,
-            f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}: change one of them, or give head_dim_override",
+            f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}: change one of them, or give"
+            " head_dim_override",
         )
-        require(self.num_heads % self.num_kv_heads == 0, f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: use a divisor of it")
-        require(self.head_dim % 2 == 0, f"head_dim {self.head_dim} is odd, but rotary positions turn pairs: change num_heads or head_dim_override")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}: use a divisor of it",
+        )
+        require(
+            self.head_dim % 2 == 0,
+            f"head_dim {self.head_dim} is odd, but rotary positions turn pairs: change num_heads or head_dim_override",
+        )
         require(
             self.rope_scaling != "dynamic" or self.head_dim > 2,
-            f"head_dim {self.head_dim} is too small for rope_scaling 'dynamic': its exponent is head_dim / (head_dim - 2)",
+            f"head_dim {self.head_dim} is too small for rope_scaling 'dynamic': its exponent is head_dim / (head_dim"
+            " - 2)",
         )
-        require(self.rope_factor >= 1, f"rope_factor is {self.rope_factor}: it stretches positions, so it must be at least 1")
+        require(
+            self.rope_factor >= 1,
+            f"rope_factor is {self.rope_factor}: it stretches positions, so it must be at least 1",
+        )
         require(
             self.rope_factor == 1 or self.rope_scaling != "none",
-            f"rope_factor is {self.rope_factor} but rope_scaling is 'none': choose linear or dynamic, or leave the factor at 1",
+            f"rope_factor is {self.rope_factor} but rope_scaling is 'none': choose linear or dynamic, or leave the"
+            " factor at 1",
         )
-        require(0 <= self.embed_grad_scale <= 1, f"embed_grad_scale is {self.embed_grad_scale}: it is a share, between 0 and 1")
+        require(
+            0 <= self.embed_grad_scale <= 1,
+            f"embed_grad_scale is {self.embed_grad_scale}: it is a share, between 0 and 1",
+        )
         for field in ("init_std", "init_std_embedding"):
             value = getattr(self, field)
             require(value is None or value >= 0, f"{field} is {value}: a standard deviation is not negative")
         for field in ("num_experts", "num_shared_experts"):
             value = getattr(self, field)
             require(type(value) is int and value >= 0, f"{field} is {value!r}: it must be an integer, 0 for none")
-        require(type(self.experts_per_token) is int and self.experts_per_token > 0, f"experts_per_token is {self.experts_per_token!r}: it must be a positive integer")
+        require(
+            type(self.experts_per_token) is int and self.experts_per_token > 0,
+            f"experts_per_token is {self.experts_per_token!r}: it must be a positive integer",
+        )
         require(
             self.num_experts == 0 or self.experts_per_token <= self.num_experts,
-            f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}: a token goes to an expert once, so make it smaller",
+            f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}: a token goes to"
+            " an expert once, so make it smaller",
         )
-        require(self.num_experts > 0 or self.num_shared_experts == 0, f"num_shared_experts is {self.num_shared_experts}, but num_experts is 0: without a gate there is nothing to share")
+        require(
+            self.num_experts > 0 or self.num_shared_experts == 0,
+            f"num_shared_experts is {self.num_shared_experts}, but num_experts is 0: without a gate there is nothing to"
+            " share",
+        )
         for field in ("capacity_factor", "aux_loss_coef", "z_loss_coef"):
-            require(0 <= getattr(self, field) < math.inf, f"{field} is {getattr(self, field)}: it must be 0 (off) or positive")
-        require(self.num_experts > 0 or self.capacity_factor == 0, f"capacity_factor is {self.capacity_factor}, but num_experts is 0: there is nothing that could be full")
+            require(
+                0 <= getattr(self, field) < math.inf,
+                f"{field} is {getattr(self, field)}: it must be 0 (off) or positive",
+            )
+        require(
+            self.num_experts > 0 or self.capacity_factor == 0,
+            f"capacity_factor is {self.capacity_factor}, but num_experts is 0: there is nothing that could be full",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -148,7 +211,9 @@ class ModelConfig:
     @property
     def ffn_size(self) -> int:
         "Width of the feed-forward network"
-        return self.intermediate_size or self.multiple_of * math.ceil(int(self.hidden_size * self.mlp_ratio) / self.multiple_of)
+        return self.intermediate_size or self.multiple_of * math.ceil(
+            int(self.hidden_size * self.mlp_ratio) / self.multiple_of
+        )
 
     @property
     def qkv_size(self) -> int:
@@ -219,7 +284,13 @@ def family_defaults(
     """
     shared: dict[str, dict] = {
         "internlm": dict(
-            vocab_size=103168, mlp_ratio=8 / 3, qkv_bias=True, out_bias=True, rope_scaling="dynamic", init_std=0.006, init_std_embedding=0.0052
+            vocab_size=103168,
+            mlp_ratio=8 / 3,
+            qkv_bias=True,
+            out_bias=True,
+            rope_scaling="dynamic",
+            init_std=0.006,
+            init_std_embedding=0.0052,
         ),
         "internlm2": dict(vocab_size=92544, rope_base=1_000_000.0, max_position_embeddings=32768),
         "internlm3": dict(vocab_size=128512, mlp_ratio=2.5, rope_base=50_000_000.0, max_position_embeddings=32768),
@@ -235,19 +306,44 @@ def presets() -> dict[str, dict]:  # name -> fields of `ModelConfig`
         name -> fields of `ModelConfig`
     """
     return {
-        "internlm-7b": family_defaults("internlm") | dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32),
-        "internlm-7b-moe4": family_defaults("internlm")
-        | dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32, mlp_ratio=4 / 3, num_experts=4, experts_per_token=2, aux_loss_coef=0.1),
-        "internlm-20b": family_defaults("internlm") | dict(hidden_size=5120, num_layers=60, num_heads=40, num_kv_heads=40),
-        "internlm2-1.8b": family_defaults("internlm2") | dict(hidden_size=2048, num_layers=24, num_heads=16, num_kv_heads=8, mlp_ratio=4.0, norm_head=True),
-        "internlm2-7b": family_defaults("internlm2")
-        | dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, mlp_ratio=3.5, qk_interleaved=True),
-        "internlm2-20b": family_defaults("internlm2") | dict(hidden_size=6144, num_layers=48, num_heads=48, num_kv_heads=8, mlp_ratio=8 / 3),
-        "internlm3-8b": family_defaults("internlm3") | dict(hidden_size=4096, num_layers=48, num_heads=32, num_kv_heads=2),
+        "internlm-7b": (
+            family_defaults("internlm") | dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32)
+        ),
+        "internlm-7b-moe4": (
+            family_defaults("internlm")
+            | dict(
+                hidden_size=4096,
+                num_layers=32,
+                num_heads=32,
+                num_kv_heads=32,
+                mlp_ratio=4 / 3,
+                num_experts=4,
+                experts_per_token=2,
+                aux_loss_coef=0.1,
+            )
+        ),
+        "internlm-20b": (
+            family_defaults("internlm") | dict(hidden_size=5120, num_layers=60, num_heads=40, num_kv_heads=40)
+        ),
+        "internlm2-1.8b": (
+            family_defaults("internlm2")
+            | dict(hidden_size=2048, num_layers=24, num_heads=16, num_kv_heads=8, mlp_ratio=4.0, norm_head=True)
+        ),
+        "internlm2-7b": (
+            family_defaults("internlm2")
+            | dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8, mlp_ratio=3.5, qk_interleaved=True)
+        ),
+        "internlm2-20b": (
+            family_defaults("internlm2")
+            | dict(hidden_size=6144, num_layers=48, num_heads=48, num_kv_heads=8, mlp_ratio=8 / 3)
+        ),
+        "internlm3-8b": (
+            family_defaults("internlm3") | dict(hidden_size=4096, num_layers=48, num_heads=32, num_kv_heads=2)
+        ),
         "llama2-7b": family_defaults("llama") | dict(hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=32),
     }
 
-
+# %% ../../nbs/model/01_config.ipynb #b153d69c
 def preset(
     name: str,  # one of `presets()`
 ) -> ModelConfig:  # the published architecture

@@ -96,7 +96,7 @@ def put(
     buffer[:, :, column:end] = new.transpose(1, 2)
     return buffer
 
-
+# %% ../../nbs/model/12_decode.ipynb #afbc9ca9
 def take_rows(
     buffer: Tensor,  # (sequences, kv_heads, columns, head_dim)
     rows: Sequence[int],  # to keep, in their new order; a row may be repeated
@@ -120,7 +120,8 @@ def take_rows(
     moved = [(i, r) for i, r in enumerate(rows) if i != r]
     if moved:
         to, source = torch.tensor(list(zip(*moved))).to(device, non_blocking=True)
-        buffer[to, :, begin:end] = buffer[source, :, begin:end]  # the right side is copied first, so rows may change places
+        # the right side is copied first, so rows may change places
+        buffer[to, :, begin:end] = buffer[source, :, begin:end]
     return buffer[:count]
 
 # %% ../../nbs/model/12_decode.ipynb #6cd6caef
@@ -201,13 +202,20 @@ def thin_linear(
     """
     rows = x.shape[0]
     most = 16 if weight.shape[0] >= weight.shape[1] else 4
-    if not 0 < rows <= most or x.dtype != torch.float32 or x.device.type != "cpu" or x.dim() != 2 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if (
+        not 0 < rows <= most
+        or x.dtype != torch.float32
+        or x.device.type != "cpu"
+        or x.dim() != 2
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+    ):
         return F.linear(x, weight, bias)
     columns = (x if rows > 1 else x.expand(2, -1)).contiguous().t()  # (in, tokens)
     out = torch.mm(weight, columns)[:, :rows].t().contiguous()
     return out if bias is None else out.add_(bias)
 
-
+# %% ../../nbs/model/12_decode.ipynb #b6104b84
 class Linear(nn.Linear):
     "`nn.Linear` that is fast for a few tokens too"
 

@@ -45,7 +45,8 @@ def linear_flops(
         of one block, of the head
     """
     inner = cfg.num_heads * cfg.head_dim
-    networks = cfg.experts_per_token + cfg.num_shared_experts if cfg.num_experts else 1  # of which a token meets so many, and a gate
+    # of which a token meets so many, and a gate
+    networks = cfg.experts_per_token + cfg.num_shared_experts if cfg.num_experts else 1
     block = 2 * cfg.hidden_size * (cfg.qkv_size + inner + 3 * cfg.ffn_size * networks + cfg.num_experts)
     return block, 2 * cfg.hidden_size * cfg.vocab_size
 
@@ -81,7 +82,7 @@ class StepFlops(NamedTuple):
     causal: float  # only the attention that documents and causality leave: for `mfu_causal`
     hardware: float  # `model` and what is recomputed: for `hfu`
 
-
+# %% ../../nbs/model/08_flops.ipynb #48bfcbcf
 def step_flops(
     cfg: ModelConfig,  # architecture
     lengths: Sequence[int],  # tokens of each document of the step
@@ -104,7 +105,8 @@ def step_flops(
     causal = attention_flops(cfg, sum(n * (n + 1) / 2 for n in lengths))
     again = math.floor(layers * recompute_fraction + 1e-9) if recompute_policy == "full" else 0
     forward = tokens * (layers * block + head)
-    unneeded = cfg.num_shared_experts if cfg.num_experts else 1  # last products that backward can do without: what an expert gives is needed for the gate's gradient
+    # last products that backward can do without: what an expert gives is needed for the gate's gradient
+    unneeded = cfg.num_shared_experts if cfg.num_experts else 1
     model = 3 * (forward + layers * full)
     return StepFlops(
         published=tokens * published_flops_per_token(cfg, seq_len, recomputed=again > 0),

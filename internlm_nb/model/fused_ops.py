@@ -100,7 +100,7 @@ def apply_rotary(
     out.select(-2, 1).addcmul_(wide.select(-2, 0), sin)
     return out.flatten(-2).to(x.dtype)
 
-
+# %% ../../nbs/model/13_fused_ops.ipynb #a4946d15
 class RopeNode(torch.autograd.Function):
     "Forward turns, backward turns back"
 

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .sampling import GREEDY, Sampling, check_prompts, choose, not_finite, penalise, seen_tokens, suppress_mask
+from .sampling import GREEDY, Sampling, check_prompts, choose, not_finite, penalise, seen_tokens
+from .sampling import suppress_mask
 from .segments import KVCache, Segments
 from .transformer import Transformer
 
@@ -44,7 +45,8 @@ def stream(
     stop_ids: Sequence[int] = (),  # tokens that end a sequence
     suppress_ids: Sequence[int] = (),  # tokens that are never drawn, such as ids without a piece
 ) -> Iterator[dict[int, int]]:  # in each step: row -> its new token, for rows that go on
-    """Generate step by step; raises ValueError for a prompt that cannot be, FloatingPointError for logits that are not finite
+    """Generate step by step; raises ValueError for a prompt that cannot be, FloatingPointError for logits that are not
+    finite
 
     Args:
         model: in the state it should run in
@@ -87,7 +89,7 @@ def stream(
         rows, chosen, lengths = [rows[i] for i in going], [chosen[i] for i in going], [1] * len(going)
         yield dict(zip(rows, chosen))
 
-
+# %% ../../nbs/model/10_generate.ipynb #c0bbe6ed
 def generate(
     model: Transformer,  # in the state it should run in
     prompts: Sequence[Sequence[int]],  # token ids of each prompt, at least one

@@ -27,7 +27,8 @@ def normal_slice(
     stop: int,  # one past the last
     std: float,  # standard deviation
 ) -> Tensor:  # (stop - start,) float32 on the CPU
-    """Elements `start:stop` of the normal numbers that belong to a parameter; raises `ValueError` for a slice that is none
+    """Elements `start:stop` of the normal numbers that belong to a parameter; raises `ValueError` for a slice that is
+    none
 
     Args:
         seed: of the run
@@ -58,7 +59,8 @@ def parameter_std(
 ) -> float | None:  # standard deviation; None: a norm's weight, all ones
     """Spread of a parameter's first values; 0 for biases; raises `ValueError` for a name it does not know
 
-    That what is added to the residual stream starts smaller is from GPT-2 (Radford et al. 2019), here by depth: 1/sqrt(2(i + 1)) in block i.
+    That what is added to the residual stream starts smaller is from GPT-2 (Radford et al. 2019), here by depth:
+    1/sqrt(2(i + 1)) in block i.
 
     Args:
         cfg: architecture
@@ -73,7 +75,11 @@ def parameter_std(
         return 0.0
     if name in ("embedding.weight", "head.weight"):
         return cfg.init_std if cfg.init_std_embedding is None else cfg.init_std_embedding
-    if match := re.fullmatch(r"blocks\.(\d+)\.(attention\.(?:wqkv|wo)|feed_forward\.(?:shared\.|experts\.)?w[123]|feed_forward\.gate)(?:\.weight)?", name):
+    if match := re.fullmatch(
+        r"blocks\.(\d+)\."
+        r"(attention\.(?:wqkv|wo)|feed_forward\.(?:shared\.|experts\.)?w[123]|feed_forward\.gate)(?:\.weight)?",
+        name,
+    ):
         residual = match[2].endswith(("wo", "w2"))
         return cfg.init_std * ((2 * (int(match[1]) + 1)) ** -0.5 if residual else 1.0)
     raise ValueError(f"no rule of initialisation for a parameter named {name!r}: add one to parameter_std")
@@ -86,7 +92,9 @@ def allocate(
     model: Model,  # whose parameters and buffers have shapes and no memory (device "meta")
     device: torch.device | str,  # where they are to lie
 ) -> Model:  # the same
-    """Memory of any content. `to_empty` does it too, and loads PyTorch's symbolic shapes for it: 0.7 s in every process that starts
+    """Memory of any content
+
+    `to_empty` does it too, and loads PyTorch's symbolic shapes for it: 0.7 s in every process that starts
 
     Args:
         model: whose parameters and buffers have shapes and no memory (device "meta")
@@ -105,7 +113,7 @@ def allocate(
             setattr(module, name, torch.empty(b.shape, dtype=b.dtype, device=device))
     return model
 
-
+# %% ../../nbs/model/06_init.ipynb #98b81c66
 @torch.no_grad()
 def init_weights(
     model: nn.Module,  # with an attribute `cfg` and logical parameter names

@@ -35,7 +35,7 @@ def rms_norm(
     wide = x.to(wide_dtype(x.dtype))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
-
+# %% ../../nbs/model/02_layers.ipynb #2f733b05
 class RMSNorm(nn.Module):
     """Root mean square normalisation with a learned scale (hidden,)
 
@@ -90,7 +90,9 @@ def linear(
     """
     made = Linear(in_features, out_features, bias=bias, device="meta", dtype=dtype)  # on meta nothing is drawn
     for name, p in list(made.named_parameters()):  # replaced one by one, which also works under fake tensors
-        setattr(made, name, nn.Parameter(torch.empty(p.shape, device=device or torch.get_default_device(), dtype=p.dtype)))
+        setattr(
+            made, name, nn.Parameter(torch.empty(p.shape, device=device or torch.get_default_device(), dtype=p.dtype))
+        )
     return made
 
 # %% ../../nbs/model/02_layers.ipynb #4ac9ff2b
@@ -167,14 +169,15 @@ def dynamic_base(
     stretch = cfg.rope_factor * length / cfg.max_position_embeddings - (cfg.rope_factor - 1)
     return cfg.rope_base * stretch ** (cfg.head_dim / (cfg.head_dim - 2))
 
-
+# %% ../../nbs/model/02_layers.ipynb #00ed6b02
 @torch.no_grad()
 def rope_tables(
     cfg: ModelConfig,  # architecture
     indexes: Tensor,  # (tokens,) position of each token in its sequence
     lengths: Sequence[int],  # tokens of each packed sequence, on the host
     dtype: torch.dtype = torch.float32,  # float64 for a float64 model
-    document_lengths: Sequence[int] | None = None,  # of the documents of which the sequences are pieces; None: they are whole
+    # of the documents of which the sequences are pieces; None: they are whole
+    document_lengths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:  # cos and sin, each (tokens, head_dim / 2)
     """Cosines and sines of all angles of a pack; made once for a forward pass and shared by all blocks
 

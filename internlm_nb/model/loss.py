@@ -35,14 +35,19 @@ class LossOutput(NamedTuple):
     loss_sum: Tensor  # () float32 or float64, sum over targets, smoothed if asked; the only one with a gradient
     token_loss: Tensor  # (tokens,) negative log likelihood in nats, 0 where ignored; detached
     correct: Tensor  # (tokens,) bool, no word was likelier than the target; False where ignored; detached
-    extra_sum: Tensor | None = None  # () what blocks add, coefficients and tokens multiplied in: (loss_sum + extra_sum) / targets is to be minimised; None: nothing
-    expert_tokens: Tensor | None = None  # (layers, experts) int64, how many of this rank's tokens chose an expert; None: no experts
+    # () what blocks add, coefficients and tokens multiplied in: (loss_sum + extra_sum) / targets is to be minimised;
+    # None: nothing
+    extra_sum: Tensor | None = None
+    # (layers, experts) int64, how many of this rank's tokens chose an expert; None: no experts
+    expert_tokens: Tensor | None = None
     expert_dropped: Tensor | None = None  # (layers,) int64, choices that found their expert full
 
 # %% ../../nbs/model/05_loss.ipynb #a636f6e8
 @dataclass(eq=False)
 class ExtraLosses:
-    """What blocks add to a pack's loss, beside the head: collected by layer in one forward pass. A block that is recomputed later adds nothing a second time
+    """What blocks add to a pack's loss, beside the head: collected by layer in one forward pass
+
+    A block that is recomputed later adds nothing a second time
 
     Args:
         terms: layer -> () with a gradient
@@ -75,7 +80,8 @@ class ExtraLosses:
                 self.terms[layer] = term
 
     def total(self) -> Tensor | None:  # () in float32 or float64; None where no layer added anything
-        """The sum over layers, with its gradient: what a pipeline stage without a head calls backward on, beside its output
+        """The sum over layers, with its gradient: what a pipeline stage without a head calls backward on, beside its
+        output
 
         Returns:
             () in float32 or float64; None where no layer added anything
@@ -93,7 +99,11 @@ class ExtraLosses:
         """
         if not self.tokens:
             return out
-        return out._replace(extra_sum=self.total(), expert_tokens=torch.stack(list(self.tokens.values())), expert_dropped=torch.stack(list(self.dropped.values())))
+        return out._replace(
+            extra_sum=self.total(),
+            expert_tokens=torch.stack(list(self.tokens.values())),
+            expert_dropped=torch.stack(list(self.dropped.values())),
+        )
 
 # %% ../../nbs/model/05_loss.ipynb #039a248f
 def cross_entropy_reference(
@@ -109,7 +119,9 @@ def cross_entropy_reference(
         label_smoothing: share of the target spread evenly over the vocabulary
     """
     wide = logits.to(wide_dtype(logits.dtype))
-    loss_sum = F.cross_entropy(wide, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing)
+    loss_sum = F.cross_entropy(
+        wide, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing
+    )
     token_loss = F.cross_entropy(wide.detach(), labels, ignore_index=IGNORE_INDEX, reduction="none")
     target_logit = logits.gather(1, labels.clamp(min=0).unsqueeze(1)).squeeze(1)
     return LossOutput(loss_sum, token_loss, (target_logit == logits.amax(-1)) & (labels != IGNORE_INDEX))
@@ -130,7 +142,10 @@ def check_labels(
     bad = ((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= vocab_size)
     if bad.any():
         at = int(bad.nonzero()[0, 0])
-        raise ValueError(f"label {int(labels[at])} of token {at} is outside the vocabulary of {vocab_size}: check the data's tokenizer and model.vocab_size")
+        raise ValueError(
+            f"label {int(labels[at])} of token {at} is outside the vocabulary of {vocab_size}: check the data's"
+            " tokenizer and model.vocab_size"
+        )
 
 # %% ../../nbs/model/05_loss.ipynb #5f489210
 def chunk_loss(
@@ -170,7 +185,8 @@ def chunk_loss(
     return loss, plain, correct
 
 # %% ../../nbs/model/05_loss.ipynb #bf29cb08
-SLAB_BYTES = 4 * 2**20  # wide logits that exist at one time on a CPU: inside the last cache level; 1 to 8 MiB measured alike
+# wide logits that exist at one time on a CPU: inside the last cache level; 1 to 8 MiB measured alike
+SLAB_BYTES = 4 * 2**20
 
 
 def slab_rows(
@@ -184,9 +200,13 @@ def slab_rows(
     Returns:
         rows that are computed together
     """
-    return max(1, SLAB_BYTES // (logits.shape[1] * wide_dtype(logits.dtype).itemsize)) if logits.device.type == "cpu" else max(1, logits.shape[0])
+    return (
+        max(1, SLAB_BYTES // (logits.shape[1] * wide_dtype(logits.dtype).itemsize))
+        if logits.device.type == "cpu"
+        else max(1, logits.shape[0])
+    )
 
-
+# %% ../../nbs/model/05_loss.ipynb #4cb59aa7
 def through_slabs(
     logits: Tensor,  # (chunk, vocab) in the model's type; overwritten with the gradient when that is wanted
     labels: Tensor,  # (chunk,)
@@ -204,7 +224,8 @@ def through_slabs(
         out: optimised loss, plain loss and correctness, each (chunk,): filled
     """
     rows, wide = slab_rows(logits), wide_dtype(logits.dtype)
-    room = logits if logits.dtype == wide else logits.new_empty(min(rows, len(logits)), logits.shape[1], dtype=wide)  # one slab's, used again
+    # one slab's, used again
+    room = logits if logits.dtype == wide else logits.new_empty(min(rows, len(logits)), logits.shape[1], dtype=wide)
     for part, label, *result in zip(logits.split(rows), labels.split(rows), *(o.split(rows) for o in out)):
         slab = part if room is logits else room[: len(part)].copy_(part)
         for target, value in zip(result, chunk_loss(slab, label, label_smoothing, want_grad)):
@@ -212,13 +233,20 @@ def through_slabs(
         if want_grad and slab is not part:
             part.copy_(slab)
 
-
+# %% ../../nbs/model/05_loss.ipynb #15a0a8ae
 class LinearCrossEntropy(torch.autograd.Function):
     "Forward: losses and, chunk by chunk, both gradients. Backward: multiply them by the upstream number"
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float, chunk: int, want_x: bool, want_weight: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        label_smoothing: float,
+        chunk: int,
+        want_x: bool,
+        want_weight: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype, tokens = wide_dtype(x.dtype), x.shape[0]
         losses, token_loss = (torch.empty(tokens, dtype=dtype, device=x.device) for _ in range(2))
@@ -228,7 +256,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         room = x.new_empty(min(chunk, tokens), weight.shape[0])  # one for all chunks
         for rows in (slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)):
             logits = torch.mm(x[rows], weight.T, out=room[: rows.stop - rows.start])
-            through_slabs(logits, labels[rows], label_smoothing, want_x or want_weight, (losses[rows], token_loss[rows], correct[rows]))
+            through_slabs(
+                logits,
+                labels[rows],
+                label_smoothing,
+                want_x or want_weight,
+                (losses[rows], token_loss[rows], correct[rows]),
+            )
             if grad_x is not None:
                 torch.mm(logits, weight, out=grad_x[rows])  # logits now hold their gradient
             if not want_weight:
@@ -248,9 +282,17 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]
         grad_x, grad_weight = ctx.saved_tensors
-        return times(grad_x, grads[0], None), times(grad_weight, grads[0], ctx.weight_dtype), None, None, None, None, None
+        return (
+            times(grad_x, grads[0], None),
+            times(grad_weight, grads[0], ctx.weight_dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
-
+# %% ../../nbs/model/05_loss.ipynb #da6e6d8e
 def times(
     grad: Tensor | None,  # (rows, columns)
     upstream: Tensor,  # () one number
@@ -277,7 +319,7 @@ def times(
             result.copy_(part * upstream)
     return out
 
-
+# %% ../../nbs/model/05_loss.ipynb #e48e9e02
 def linear_cross_entropy(
     x: Tensor,  # (tokens, hidden), normalised hidden states
     weight: Tensor,  # (vocab, hidden), the head
@@ -285,7 +327,8 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,  # share of the target spread evenly over the vocabulary
     chunk: int = 0,  # tokens whose logits exist at one time; 0: by `chunk_tokens`
 ) -> LossOutput:
-    """Cross entropy of `x @ weight.T` that never holds more than `chunk` rows of logits; raises `ValueError` for a label outside the vocabulary
+    """Cross entropy of `x @ weight.T` that never holds more than `chunk` rows of logits; raises `ValueError` for a
+    label outside the vocabulary
 
     Args:
         x: (tokens, hidden), normalised hidden states
@@ -295,10 +338,14 @@ def linear_cross_entropy(
         chunk: tokens whose logits exist at one time; 0: by `chunk_tokens`
     """
     if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}, but there are {x.shape[0]} tokens: give one label a token")
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, but there are {x.shape[0]} tokens: give one label a token"
+        )
     check_labels(labels, weight.shape[0])
     chunk = chunk or chunk_tokens(*weight.shape[:1])
     enabled = torch.is_grad_enabled()
     return LossOutput(
-        *LinearCrossEntropy.apply(x, weight, labels, label_smoothing, chunk, enabled and x.requires_grad, enabled and weight.requires_grad)
+        *LinearCrossEntropy.apply(
+            x, weight, labels, label_smoothing, chunk, enabled and x.requires_grad, enabled and weight.requires_grad
+        )
     )

@@ -40,7 +40,7 @@ class _WideProduct(torch.autograd.Function):
         of_x = (grad @ weight.to(grad.dtype)).to(x.dtype) if ctx.needs_input_grad[0] else None
         return of_x, (grad.T @ x.to(grad.dtype)).to(weight.dtype) if ctx.needs_input_grad[1] else None
 
-
+# %% ../../nbs/model/15_moe.ipynb #3e9b768f
 class Gate(nn.Module):
     """A score for each expert, (experts, hidden)
 
@@ -73,8 +73,10 @@ class Gate(nn.Module):
 def top_k(
     logits: Tensor,  # (tokens, experts), of the gate
     count: int,  # experts a token goes to
-) -> tuple[Tensor, Tensor, Tensor]:  # probabilities (tokens, experts); weights (tokens, count); choices (tokens, count) int64, the likeliest first
-    """Softmax over all experts, the likeliest few, and their probabilities divided by their sum; of one alone the probability itself
+) -> tuple[Tensor, Tensor, Tensor]:
+    # probabilities (tokens, experts); weights (tokens, count); choices (tokens, count) int64, the likeliest first
+    """Softmax over all experts, the likeliest few, and their probabilities divided by their sum; of one alone the
+    probability itself
 
     Args:
         logits: (tokens, experts), of the gate
@@ -114,7 +116,8 @@ def aux_loss(
 ) -> Tensor:  # () float32 or float64
     """Balance and z-loss of a pack times its tokens, or what the tokens here add to it
 
-    Balance: E/(T k) sum_e tokens_e mean_gate_e (Switch Transformer, section 2.2, over k choices), 1 when even. z-loss: mean(logsumexp(logits)^2) (ST-MoE, equation 5). Times T, both are sums over tokens.
+    Balance: E/(T k) sum_e tokens_e mean_gate_e (Switch Transformer, section 2.2, over k choices), 1 when even. z-loss:
+    mean(logsumexp(logits)^2) (ST-MoE, equation 5). Times T, both are sums over tokens.
 
     Args:
         cfg: with the coefficients
@@ -126,7 +129,8 @@ def aux_loss(
     Returns:
         () float32 or float64
     """
-    share = counts.to(probs.dtype) * (cfg.num_experts / (pack_tokens * cfg.experts_per_token))  # 1 for each expert when even; has no gradient
+    # 1 for each expert when even; has no gradient
+    share = counts.to(probs.dtype) * (cfg.num_experts / (pack_tokens * cfg.experts_per_token))
     return cfg.aux_loss_coef * (probs.sum(0) * share).sum() + cfg.z_loss_coef * logits.logsumexp(-1).square().sum()
 
 # %% ../../nbs/model/15_moe.ipynb #2990f44b
@@ -146,7 +150,8 @@ def position_in_expert(
         (tokens, count) int64
     """
     ones = torch.ones_like(choices) if keep is None else keep.long()
-    asked = choices.new_zeros(choices.shape[0], experts).scatter_(1, choices, ones)  # a token never chooses an expert twice
+    # a token never chooses an expert twice
+    asked = choices.new_zeros(choices.shape[0], experts).scatter_(1, choices, ones)
     return (asked.cumsum(0) - asked).gather(1, choices)
 
 # %% ../../nbs/model/15_moe.ipynb #d0a3642b
@@ -170,7 +175,8 @@ def plan_dropless(
     choices: Tensor,  # (tokens, count) int64
     counts: Tensor,  # (experts,) int64
 ) -> Routing:
-    """Tokens sorted by expert, within it by position: a sort by counting, and the device alone knows where each expert begins
+    """Tokens sorted by expert, within it by position: a sort by counting, and the device alone knows where each expert
+    begins
 
     Args:
         choices: (tokens, count) int64
@@ -208,7 +214,11 @@ def _put(x: Tensor, to: Tensor, rows: int) -> Tensor:  # (tokens, count, hidden)
 def _take(rows: Tensor, to: Tensor, kept: Tensor | None) -> Tensor:  # (rows, hidden) -> (tokens, count, hidden)
     if kept is None:
         return rows.index_select(0, to.flatten()).unflatten(0, to.shape)
-    return rows.index_select(0, to.clamp(max=rows.shape[0] - 1).flatten()).unflatten(0, to.shape).masked_fill(~kept.unsqueeze(-1), 0.0)
+    return (
+        rows.index_select(0, to.clamp(max=rows.shape[0] - 1).flatten())
+        .unflatten(0, to.shape)
+        .masked_fill(~kept.unsqueeze(-1), 0.0)
+    )
 
 
 class _Put(torch.autograd.Function):
@@ -222,7 +232,7 @@ class _Put(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]
         return _take(grads[0], ctx.plan.to, ctx.plan.kept).sum(1), None
 
-
+# %% ../../nbs/model/15_moe.ipynb #74fa9412
 class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, plan: Routing) -> Tensor:
@@ -380,7 +390,9 @@ class Experts(nn.Module):
             groups: Tensor | list[int] = counts.cumsum(0).to(torch.int32)
         else:
             groups = [sizes] * experts if isinstance(sizes, int) else host_sizes(sizes, x.shape[0])
-        return grouped_linear(F.silu(grouped_linear(x, self.w1, groups)) * grouped_linear(x, self.w3, groups), self.w2, groups)
+        return grouped_linear(
+            F.silu(grouped_linear(x, self.w1, groups)) * grouped_linear(x, self.w3, groups), self.w2, groups
+        )
 
     def extra_repr(self) -> str:
         return f"experts={self.w1.shape[0]}, hidden={self.w1.shape[2]}, ffn={self.w1.shape[1]}"
@@ -405,7 +417,11 @@ class MixtureOfExperts(nn.Module):
         self.cfg, self.layer = cfg, layer
         self.gate = Gate(cfg.hidden_size, cfg.num_experts, device, dtype)
         self.experts = Experts(cfg.num_experts, cfg.hidden_size, cfg.ffn_size, device, dtype)
-        self.shared = FeedForward(cfg.hidden_size, cfg.num_shared_experts * cfg.ffn_size, device, dtype) if cfg.num_shared_experts else None
+        self.shared = (
+            FeedForward(cfg.hidden_size, cfg.num_shared_experts * cfg.ffn_size, device, dtype)
+            if cfg.num_shared_experts
+            else None
+        )
 
     pack_parts = 1  # ranks that have parts of one pack; more in parallel/expert.py
 
@@ -417,7 +433,8 @@ class MixtureOfExperts(nn.Module):
         """
         return counts
 
-    def pack_positions(self, choices: Tensor, order: Tensor | None) -> Tensor:  # both of the tokens here; (tokens, count) int64
+    def pack_positions(self, choices: Tensor, order: Tensor | None) -> Tensor:
+        # both of the tokens here; (tokens, count) int64
         """Places in the queues of the whole pack: all of it is here
 
         Returns:
@@ -431,7 +448,10 @@ class MixtureOfExperts(nn.Module):
         counts: Tensor,  # (experts,) int64
         positions: Positions | None,  # of this pass
     ) -> Routing:
-        """Who goes where. Capacity counts in training only, and never with a cache: what a token becomes may then not depend on its neighbours
+        """Who goes where
+
+        Capacity counts in training only, and never with a cache: what a token becomes may then not depend on its
+        neighbours
 
         Args:
             choices: (tokens, count) int64
@@ -496,8 +516,14 @@ def experts_reference(
     Returns:
         (tokens, hidden)
     """
-    _, weights, choices = top_k(F.linear(x.to(wide_dtype(x.dtype)), moe.gate.weight.to(wide_dtype(x.dtype))), moe.cfg.experts_per_token)
-    every = torch.zeros(x.shape[0], moe.cfg.num_experts, dtype=weights.dtype, device=x.device).scatter(1, choices, weights).to(x.dtype)
+    _, weights, choices = top_k(
+        F.linear(x.to(wide_dtype(x.dtype)), moe.gate.weight.to(wide_dtype(x.dtype))), moe.cfg.experts_per_token
+    )
+    every = (
+        torch.zeros(x.shape[0], moe.cfg.num_experts, dtype=weights.dtype, device=x.device)
+        .scatter(1, choices, weights)
+        .to(x.dtype)
+    )
     w1, w2, w3 = moe.experts.w1, moe.experts.w2, moe.experts.w3
     inner = F.silu(torch.einsum("th,efh->tef", x, w1)) * torch.einsum("th,efh->tef", x, w3)
     out = torch.einsum("tef,ehf,te->th", inner, w2, every)

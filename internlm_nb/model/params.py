@@ -32,9 +32,10 @@ def parameter_shapes(
     head = {} if cfg.tie_embeddings else {"head.weight": (cfg.vocab_size, h)}
     return out | head | {"head.norm.weight": (h,)}
 
-
+# %% ../../nbs/model/16_params.ipynb #eeb89ff1
 def _feed_forward(cfg: ModelConfig, h: int, ffn: int) -> dict[str, tuple[int, ...]]:
     "Of a block: one network, or a gate, experts and what all tokens share"
+
     def network(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
         return {f"{prefix}w1.weight": (width, h), f"{prefix}w2.weight": (h, width), f"{prefix}w3.weight": (width, h)}
 
@@ -57,7 +58,7 @@ def is_expert(
     """
     return ".experts." in name
 
-
+# %% ../../nbs/model/16_params.ipynb #1789819f
 def cut_dim(
     name: str,  # logical name of a parameter
 ) -> int | None:  # None: every tensor rank has all of it

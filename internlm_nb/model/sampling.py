@@ -64,15 +64,19 @@ def check_prompts(
             raise ValueError(f"prompt {row} is empty: begin with at least one token, such as the tokenizer's bos")
         bad = next((int(token) for token in prompt if not 0 <= token < vocab_size), None)
         if bad is not None:
-            raise ValueError(f"prompt {row}: token id {bad} is outside the vocabulary of {vocab_size}: check the tokenizer and vocab_size")
+            raise ValueError(
+                f"prompt {row}: token id {bad} is outside the vocabulary of {vocab_size}: check the tokenizer and"
+                " vocab_size"
+            )
 
-
+# %% ../../nbs/model/09_sampling.ipynb #250e7b34
 def suppress_mask(
     ids: Sequence[int],  # tokens that are never to be drawn
     vocab_size: int,  # words of the model
     device: torch.device | str | None = None,  # of the result
 ) -> Tensor | None:  # (vocab,) bool; None where every token may be drawn
-    """Which logits are to become -inf; raises ValueError when nothing would be left, or for an id that the model does not have
+    """Which logits are to become -inf; raises ValueError when nothing would be left, or for an id that the model does
+    not have
 
     Args:
         ids: tokens that are never to be drawn
@@ -92,7 +96,7 @@ def suppress_mask(
     mask[torch.tensor(sorted(set(ids)))] = True
     return mask.to(device, non_blocking=True)
 
-
+# %% ../../nbs/model/09_sampling.ipynb #b70af5f2
 def not_finite(
     model: nn.Module,  # that gave such logits
     row: int,  # of the prompt
@@ -109,8 +113,14 @@ def not_finite(
         to be raised
     """
     where = next((name for name, p in model.named_parameters() if not bool(p.detach().isfinite().all())), None)
-    why = f"its parameter {where} is not finite either: take another checkpoint" if where else "its weights are finite: run it in float32"
-    return FloatingPointError(f"prompt {row}: the model's logits for new token {step} are not finite (NaN or infinite); {why}")
+    why = (
+        f"its parameter {where} is not finite either: take another checkpoint"
+        if where
+        else "its weights are finite: run it in float32"
+    )
+    return FloatingPointError(
+        f"prompt {row}: the model's logits for new token {step} are not finite (NaN or infinite); {why}"
+    )
 
 # %% ../../nbs/model/09_sampling.ipynb #5992fd2f
 def column(
@@ -149,7 +159,7 @@ def seen_tokens(
         row[torch.as_tensor(prompt, dtype=torch.int64)] = True
     return seen.to(device, non_blocking=True)
 
-
+# %% ../../nbs/model/09_sampling.ipynb #6de2fb1f
 def penalise(
     logits: Tensor,  # (sequences, vocab)
     seen: Tensor,  # (sequences, vocab) bool, True for tokens that were said
@@ -219,7 +229,7 @@ def uniform(
     digest = hashlib.blake2b(f"{seed}:{row}:{step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
-
+# %% ../../nbs/model/09_sampling.ipynb #816b2332
 def choose(
     logits: Tensor,  # (sequences, vocab)
     sampling: Sampling | Sequence[Sampling],  # one for all, or one a sequence
@@ -242,7 +252,8 @@ def choose(
         return logits.argmax(-1)
     p, order = probabilities(logits, each)
     u = column([uniform(s.seed, row, step) for s, row in zip(each, rows)], p)
-    last = ((p > 0).sum(-1, keepdim=True) - 1).clamp(min=0)  # rounding must not carry a draw past the last token that may be chosen
+    # rounding must not carry a draw past the last token that may be chosen
+    last = ((p > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     drawn = order.gather(1, torch.searchsorted(p.cumsum(-1), u, right=True).minimum(last))
     if any(s.temperature == 0 for s in each):
         greedy = column([s.temperature == 0 for s in each], p) > 0

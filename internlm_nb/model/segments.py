@@ -37,7 +37,7 @@ def positions_from(
     runs = [torch.arange(a, a + n, device="cpu") for a, n in zip(begins, lengths)]
     return torch.cat(runs).to(device, non_blocking=True)
 
-
+# %% ../../nbs/model/03_segments.ipynb #54348156
 @dataclass(frozen=True, eq=False)
 class Segments:
     """Where each sequence of a pack begins and ends, on the device and on the host
@@ -58,7 +58,8 @@ class Segments:
         lengths: Sequence[int],  # tokens of each sequence, not negative
         device: torch.device | str | None = None,  # of the tokens
     ) -> "Segments":
-        """Segments from lengths known on the host: nothing waits for the device; raises `ValueError` for no sequence or a negative length
+        """Segments from lengths known on the host: nothing waits for the device; raises `ValueError` for no sequence or
+        a negative length
 
         Args:
             lengths: tokens of each sequence, not negative
@@ -76,7 +77,8 @@ class Segments:
         cu_seqlens: Tensor | Sequence[int],  # (sequences + 1,) cumulative lengths, from 0 to the number of tokens
         device: torch.device | str | None = None,  # of the tokens; None: where `cu_seqlens` is
     ) -> "Segments":
-        """Segments from cumulative lengths, a GPU tensor's read back once (which waits); raises `ValueError` unless they begin with 0 and never decrease
+        """Segments from cumulative lengths, a GPU tensor's read back once (which waits); raises `ValueError` unless
+        they begin with 0 and never decrease
 
         Args:
             cu_seqlens: (sequences + 1,) cumulative lengths, from 0 to the number of tokens
@@ -84,7 +86,9 @@ class Segments:
         """
         offsets = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
         if len(offsets) < 2 or offsets[0] != 0:
-            raise ValueError(f"cu_seqlens {offsets[:4]}…: it must begin with 0 and hold one more number than there are sequences")
+            raise ValueError(
+                f"cu_seqlens {offsets[:4]}…: it must begin with 0 and hold one more number than there are sequences"
+            )
         for i, (a, b) in enumerate(itertools.pairwise(offsets)):
             if b < a:
                 raise ValueError(f"cu_seqlens decreases from {a} to {b} at position {i + 1}: it must be cumulative")
@@ -138,10 +142,11 @@ def interleave(
     pairs = zip(old.split(list(old_lengths)), new.split(list(new_lengths)))
     return torch.cat([part for pair in pairs for part in pair])
 
-
+# %% ../../nbs/model/03_segments.ipynb #52d31e1b
 @dataclass(eq=False)
 class KVCache:
-    """Keys and values of all layers for the tokens seen so far, packed by sequence; `KVCache.empty(n)` starts n sequences
+    """Keys and values of all layers for the tokens seen so far, packed by sequence; `KVCache.empty(n)` starts n
+    sequences
 
     Args:
         lengths: cached tokens of each sequence
@@ -154,12 +159,16 @@ class KVCache:
     """
 
     lengths: tuple[int, ...]  # cached tokens of each sequence
-    input_ids: Tensor | None = None  # (cached tokens,); kept under dynamic scaling only, where a pass may have to run them again
+    # (cached tokens,); kept under dynamic scaling only, where a pass may have to run them again
+    input_ids: Tensor | None = None
     indexes: Tensor | None = None  # (cached tokens,) their positions; as the ids
-    entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # layer -> keys and values (cached tokens, kv_heads, head_dim)
-    room: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # layer -> buffers (sequences, kv_heads, columns, head_dim) in its stead
+    # layer -> keys and values (cached tokens, kv_heads, head_dim)
+    entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # layer -> buffers (sequences, kv_heads, columns, head_dim) in its stead
+    room: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     begin: int = 0  # first column of the buffers that a sequence may use
-    alike: list[list[int]] | None = field(default=None, repr=False)  # for two sequences: the column up to which they are copies of one; None: none is
+    # for two sequences: the column up to which they are copies of one; None: none is
+    alike: list[list[int]] | None = field(default=None, repr=False)
 
     @classmethod
     def empty(
@@ -216,7 +225,10 @@ class KVCache:
         if layer not in self.room:
             packed_k, packed_v = self.entries.pop(layer)
             columns = with_room(end)
-            self.room[layer] = align(packed_k, self.lengths, self.end, columns), align(packed_v, self.lengths, self.end, columns)
+            self.room[layer] = (
+                align(packed_k, self.lengths, self.end, columns),
+                align(packed_v, self.lengths, self.end, columns),
+            )
         old_k, old_v = self.room[layer]
         self.room[layer] = buffers = put(old_k, k, self.end), put(old_v, v, self.end)
         return buffers[0][:, :, self.begin : end], buffers[1][:, :, self.begin : end]
@@ -224,7 +236,8 @@ class KVCache:
     def packed(
         self,
         layer: int,  # index of the block
-    ) -> tuple[Tensor | None, Tensor | None]:  # keys and values (cached tokens, kv_heads, head_dim); None: nothing is cached
+    ) -> tuple[Tensor | None, Tensor | None]:
+        # keys and values (cached tokens, kv_heads, head_dim); None: nothing is cached
         """A layer's keys and values as a pack, wherever they are
 
         Args:
@@ -257,7 +270,8 @@ class KVCache:
             keys and values of cached and new tokens, packed
         """
         known = layer in self.room or layer in self.entries
-        if known and len(self.lengths) == 1 and not torch.is_grad_enabled():  # a gradient needs the old tensors as they were
+        # a gradient needs the old tensors as they were
+        if known and len(self.lengths) == 1 and not torch.is_grad_enabled():
             k, v = self.put(layer, k[None], v[None])
             return k[0].transpose(0, 1), v[0].transpose(0, 1)
         old_k, old_v = self.packed(layer)
@@ -280,7 +294,10 @@ class KVCache:
         self.entries = {layer: (pick(k), pick(v)) for layer, (k, v) in self.entries.items()}
         alike = self.alike or [[self.begin] * len(self.lengths) for _ in self.lengths]
         differ = min((alike[i][r] for i, r in enumerate(rows[: len(alike)]) if i != r), default=end)
-        self.room = {layer: (take_rows(k, rows, differ, end), take_rows(v, rows, differ, end)) for layer, (k, v) in self.room.items()}
+        self.room = {
+            layer: (take_rows(k, rows, differ, end), take_rows(v, rows, differ, end))
+            for layer, (k, v) in self.room.items()
+        }
         self.alike = [[end if a == b else alike[a][b] for b in rows] for a in rows]
         self.input_ids = None if self.input_ids is None else pick(self.input_ids)
         self.indexes = None if self.indexes is None else pick(self.indexes)
@@ -308,9 +325,10 @@ class Positions:
     key_segments: Segments | None = None  # of cached and new keys together; None: no cache, keys are those of this pass
     step: Step | None = None  # when this pass adds one token to each sequence of a cache, and no gradient is wanted
     extra: ExtraLosses | None = None  # where blocks with experts leave their losses and figures; None: nobody asks
-    order: Tensor | None = None  # (tokens,) int64, places of these tokens in the pack when ranks have parts of it; None: all of it is here, in order
+    # (tokens,) int64, places of these tokens in the pack when ranks have parts of it; None: all of it is here, in order
+    order: Tensor | None = None
 
-
+# %% ../../nbs/model/03_segments.ipynb #e1e437b7
 @dataclass(frozen=True, eq=False)
 class Inputs:
     """Tokens to run in one forward pass
@@ -338,9 +356,11 @@ class Inputs:
         input_ids: Tensor,  # (tokens,) new tokens
         segments: Segments,  # of the new tokens
         indexes: Tensor | None = None,  # (tokens,) positions; None: counted within each sequence, after what is cached
-        cache: KVCache | None = None,  # earlier tokens; it takes up ids and positions of the new ones (its lengths move when the pass is done)
+        # earlier tokens; it takes up ids and positions of the new ones (its lengths move when the pass is done)
+        cache: KVCache | None = None,
     ) -> "Inputs":
-        """What has to run, given what is cached; raises `ValueError` when cache and tokens differ in the number of sequences
+        """What has to run, given what is cached; raises `ValueError` when cache and tokens differ in the number of
+        sequences
 
         Args:
             cfg: architecture
@@ -352,15 +372,24 @@ class Inputs:
         if cache is None:
             return cls(input_ids, segments.indexes() if indexes is None else indexes, segments)
         if len(segments.lengths) != len(cache.lengths):
-            raise ValueError(f"the cache holds {len(cache.lengths)} sequences, but the new tokens are cut into {len(segments.lengths)}: give each its part")
+            raise ValueError(
+                f"the cache holds {len(cache.lengths)} sequences, but the new tokens are cut into"
+                f" {len(segments.lengths)}: give each its part"
+            )
         device, old = input_ids.device, cache.lengths
         single = segments.max_seqlen == 1 == min(segments.lengths)
         if indexes is None:
-            indexes = torch.tensor(old).to(device, non_blocking=True) if single else positions_from(old, segments.lengths, device)
+            indexes = (
+                torch.tensor(old).to(device, non_blocking=True)
+                if single
+                else positions_from(old, segments.lengths, device)
+            )
         keys = Segments.from_lengths([a + n for a, n in zip(old, segments.lengths)], device)
         stale = any(a > 0 and dynamic_base(cfg, a) != dynamic_base(cfg, n) for a, n in zip(old, keys.lengths))
         if cfg.rope_scaling == "dynamic":
-            cache.input_ids, cache.indexes = (cache.append(a, b, segments) for a, b in ((cache.input_ids, input_ids), (cache.indexes, indexes)))
+            cache.input_ids, cache.indexes = (
+                cache.append(a, b, segments) for a, b in ((cache.input_ids, input_ids), (cache.indexes, indexes))
+            )
         if not stale:
             step = Step.of(old, device) if single and max(old) and not torch.is_grad_enabled() else None
             return cls(input_ids, indexes, segments, keys, step=step)

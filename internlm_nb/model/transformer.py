@@ -59,7 +59,11 @@ Recompute = Literal["none", "full", "selective"]
 def keep_products(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     "Selective policy: keep results of matrix products with weights and of fused attention, recompute everything else"
     name = str(op)
-    kept = name in ("aten.mm.default", "aten.addmm.default", "aten._grouped_mm.default") or "attention" in name or "_attn" in name
+    kept = (
+        name in ("aten.mm.default", "aten.addmm.default", "aten._grouped_mm.default")
+        or "attention" in name
+        or "_attn" in name
+    )
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 # %% ../../nbs/model/07_transformer.ipynb #23a205b8
@@ -83,7 +87,11 @@ class Block(nn.Module):
         self.attention_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, device, dtype)
         self.attention = Attention(cfg, layer, device, dtype)
         self.ffn_norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, device, dtype)
-        self.feed_forward = MixtureOfExperts(cfg, layer, device, dtype) if cfg.num_experts else FeedForward(cfg.hidden_size, cfg.ffn_size, device, dtype)
+        self.feed_forward = (
+            MixtureOfExperts(cfg, layer, device, dtype)
+            if cfg.num_experts
+            else FeedForward(cfg.hidden_size, cfg.ffn_size, device, dtype)
+        )
 
     def compute(
         self,
@@ -103,7 +111,9 @@ class Block(nn.Module):
         """
         x = x + self.attention(self.attention_norm(x), positions, cache)
         y = self.ffn_norm(x)
-        return x + (self.feed_forward(y, positions) if isinstance(self.feed_forward, MixtureOfExperts) else self.feed_forward(y))
+        return x + (
+            self.feed_forward(y, positions) if isinstance(self.feed_forward, MixtureOfExperts) else self.feed_forward(y)
+        )
 
     def forward(self, x: Tensor, positions: Positions, cache: KVCache | None = None) -> Tensor:
         "`compute`, with or without recomputation; without, when nothing is kept for a backward pass"
@@ -137,7 +147,11 @@ class Head(nn.Module):
         self.label_smoothing = 0.0  # set from outside
         self.chunk = 0  # tokens whose logits exist at one time; 0: chosen by the vocabulary
         self.norm = RMSNorm(cfg.hidden_size, cfg.norm_eps, device, dtype)
-        own = None if cfg.tie_embeddings else nn.Parameter(torch.empty(cfg.vocab_size, cfg.hidden_size, device=device, dtype=dtype))
+        own = (
+            None
+            if cfg.tie_embeddings
+            else nn.Parameter(torch.empty(cfg.vocab_size, cfg.hidden_size, device=device, dtype=dtype))
+        )
         self.register_parameter("weight", own)
 
     def forward(
@@ -161,7 +175,11 @@ class Head(nn.Module):
         if self.norm_head:
             weight = F.normalize(weight.to(wide_dtype(weight.dtype)), dim=1).to(weight.dtype)
         x = self.norm(x)
-        return thin_linear(x, weight) if labels is None else linear_cross_entropy(x, weight, labels, self.label_smoothing, self.chunk)
+        return (
+            thin_linear(x, weight)
+            if labels is None
+            else linear_cross_entropy(x, weight, labels, self.label_smoothing, self.chunk)
+        )
 
 # %% ../../nbs/model/07_transformer.ipynb #4664b0de
 def check_ids(
@@ -175,13 +193,19 @@ def check_ids(
         vocab_size: number of words
     """
     if input_ids.dim() != 1 or input_ids.is_floating_point() or not input_ids.numel():
-        raise ValueError(f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}: give packed integer ids (tokens,) and cu_seqlens, not a batch")
+        raise ValueError(
+            f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}: give packed integer ids (tokens,) and"
+            " cu_seqlens, not a batch"
+        )
     if type(input_ids) is Tensor and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = input_ids.aminmax()
         if low < 0 or high >= vocab_size:
-            raise ValueError(f"token id {int(low) if low < 0 else int(high)} is outside the vocabulary of {vocab_size}: check the tokenizer and vocab_size")
+            raise ValueError(
+                f"token id {int(low) if low < 0 else int(high)} is outside the vocabulary of {vocab_size}: check the"
+                " tokenizer and vocab_size"
+            )
 
-
+# %% ../../nbs/model/07_transformer.ipynb #b87e4e2b
 def as_segments(
     input_ids: Tensor,  # (tokens,)
     cu_seqlens: Tensor | Segments | None,  # None: one sequence
@@ -203,9 +227,15 @@ def as_segments(
     else:
         segments = cu_seqlens if isinstance(cu_seqlens, Segments) else Segments.of(cu_seqlens, device)
     if segments.tokens != tokens:
-        raise ValueError(f"cu_seqlens ends at {segments.tokens}, but there are {tokens} tokens: the last sequence must end with the pack")
+        raise ValueError(
+            f"cu_seqlens ends at {segments.tokens}, but there are {tokens} tokens: the last sequence must end with the"
+            " pack"
+        )
     if max_seqlen is not None and max_seqlen < segments.max_seqlen:
-        raise ValueError(f"max_seqlen is {max_seqlen}, but a sequence has {segments.max_seqlen} tokens: leave it out, or give at least that")
+        raise ValueError(
+            f"max_seqlen is {max_seqlen}, but a sequence has {segments.max_seqlen} tokens: leave it out, or give at"
+            " least that"
+        )
     return segments
 
 # %% ../../nbs/model/07_transformer.ipynb #003baa40
@@ -239,7 +269,8 @@ class Transformer(nn.Module):
         max_seqlen: int | None = None,  # longest sequence; only checked, the lengths say it already
         labels: Tensor | None = None,  # (tokens,) targets, -100 where there is none
         cache: KVCache | None = None,  # earlier tokens of the same sequences; it takes up the new ones
-        last_only: bool = False,  # logits of each sequence's last token only, (sequences, vocab): all that generation needs
+        # logits of each sequence's last token only, (sequences, vocab): all that generation needs
+        last_only: bool = False,
     ) -> Tensor | LossOutput:  # logits (tokens, vocab), or the loss when labels are given
         """Logits of a pack, or its loss; raises `ValueError` when ids, positions or lengths do not fit together
 
@@ -258,9 +289,15 @@ class Transformer(nn.Module):
         check_ids(input_ids, self.cfg.vocab_size)
         segments = as_segments(input_ids, cu_seqlens, max_seqlen)
         if indexes is not None and indexes.shape != input_ids.shape:
-            raise ValueError(f"indexes have shape {tuple(indexes.shape)}, but there are {input_ids.shape[0]} tokens: give one position a token")
+            raise ValueError(
+                f"indexes have shape {tuple(indexes.shape)}, but there are {input_ids.shape[0]} tokens: give one"
+                " position a token"
+            )
         if last_only and not min(segments.lengths):
-            raise ValueError(f"last_only asks for each sequence's last token, but sequence {segments.lengths.index(0)} is empty: leave it out")
+            raise ValueError(
+                f"last_only asks for each sequence's last token, but sequence {segments.lengths.index(0)} is empty:"
+                " leave it out"
+            )
         inputs = Inputs.of(self.cfg, input_ids, segments, indexes, cache)
         x = self.embedding(inputs.input_ids)  # (tokens, hidden)
         positions = inputs.positions(self.cfg, x.dtype)
@@ -293,9 +330,11 @@ def parameter_names(
 def recompute(
     model: nn.Module,  # with `cfg` and `blocks`: all of the model, or some of its layers
     fraction: float,  # share of the blocks, 0 to 1
-    policy: Literal["full", "selective"] = "full",  # keep only the block's input, or also the results of matrix products
+    # keep only the block's input, or also the results of matrix products
+    policy: Literal["full", "selective"] = "full",
 ) -> None:
-    """Switch recomputation on in the first floor(L * fraction) blocks, and off in the others; raises `ValueError` for a fraction or policy that is none
+    """Switch recomputation on in the first floor(L * fraction) blocks, and off in the others; raises `ValueError` for a
+    fraction or policy that is none
 
     Args:
         model: with `cfg` and `blocks`: all of the model, or some of its layers

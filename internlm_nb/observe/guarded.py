@@ -63,7 +63,8 @@ class Guarded(Sink):
                     self.failed = 0
                 self.wait_s = min(2 * self.wait_s or self.first_s, self.longest_s)
                 now = self.clock()
-                self.again = now + max(self.wait_s, 19 * (now - start))  # tries that take long take a twentieth of the time
+                # tries that take long take a twentieth of the time
+                self.again = now + max(self.wait_s, 19 * (now - start))
                 return
             self.missed.popleft()
             self.failed = 0

@@ -86,7 +86,9 @@ def flop_rates(
     causal: float,  # the same with the attention that is really computed
     hardware: float,  # `model` with recomputation
 ) -> dict[str, float]:
-    """`tflops` (TFLOP/s a rank) and, where the peak is known, `mfu`, `mfu_causal`, `hfu` (shares of it). ValueError when the step took no time
+    """`tflops` (TFLOP/s a rank) and, where the peak is known, `mfu`, `mfu_causal`, `hfu` (shares of it)
+
+    ValueError when the step took no time
 
     Args:
         seconds: wall time of the step
@@ -103,7 +105,11 @@ def flop_rates(
     tflops_of = 1 / (1e12 * seconds * ranks)  # FLOPs of a step -> TFLOP/s a rank
     rates = {"tflops": formula * tflops_of}
     if peak:
-        rates |= {"mfu": model * tflops_of / peak, "mfu_causal": causal * tflops_of / peak, "hfu": hardware * tflops_of / peak}
+        rates |= {
+            "mfu": model * tflops_of / peak,
+            "mfu_causal": causal * tflops_of / peak,
+            "hfu": hardware * tflops_of / peak,
+        }
     return rates
 
 # %% ../../nbs/observe/01_metrics.ipynb #0f656579
@@ -138,7 +144,8 @@ def datasheet_tflops(
 def measured_tflops(
     dtype: torch.dtype,  # of the product
     size: int = 1024,  # rows and columns
-    spend_s: float = 0.2,  # seconds to measure for; the fastest product counts, so that a busy machine does the least harm
+    # seconds to measure for; the fastest product counts, so that a busy machine does the least harm
+    spend_s: float = 0.2,
 ) -> float:
     """TFLOP/s of a square matrix product on the CPU
 
@@ -158,12 +165,13 @@ def measured_tflops(
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e12
 
-
+# %% ../../nbs/observe/01_metrics.ipynb #bee80626
 def peak_tflops(
     device: torch.device,  # where the run computes
     precision: str,  # float32, float64, bfloat16, float16 or tf32
 ) -> float | None:
-    """Peak of one device: measured on a CPU, from the datasheet on a known GPU, else None (and the shares of peak are not reported)
+    """Peak of one device: measured on a CPU, from the datasheet on a known GPU, else None (and the shares of peak are
+    not reported)
 
     Args:
         device: where the run computes
@@ -198,7 +206,7 @@ def figures_by_type(
             out[f"{prefix}tokens{suffix}"] = int(rows[3][i])
     return out
 
-
+# %% ../../nbs/observe/01_metrics.ipynb #cf28f65e
 class TypeMeter:
     """Sums of loss, right answers and targets by data type, kept on the device until they are read
 
@@ -213,7 +221,8 @@ class TypeMeter:
         device: torch.device | str = "cpu",  # where the losses are
     ):
         self.names = tuple(names)
-        self.sums = torch.zeros(3, len(self.names), dtype=torch.float64, device=device)  # rows: loss, right, targets; add over ranks to reduce
+        # rows: loss, right, targets; add over ranks to reduce
+        self.sums = torch.zeros(3, len(self.names), dtype=torch.float64, device=device)
 
     def add(
         self,
@@ -231,7 +240,9 @@ class TypeMeter:
             labels: (tokens,) IGNORE_INDEX where there is no target
         """
         target = labels != IGNORE_INDEX
-        rows = torch.stack([torch.where(target, token_loss.double(), 0.0), (correct & target).double(), target.double()])
+        rows = torch.stack(
+            [torch.where(target, token_loss.double(), 0.0), (correct & target).double(), target.double()]
+        )
         self.sums.index_add_(1, torch.where(target, type_ids, 0).long(), rows.detach())
 
     def read(
@@ -239,7 +250,8 @@ class TypeMeter:
         prefix: str = "",  # put before every name, "valid_" for instance
         axis: Axis | None = None,  # ranks that measured other tokens: their sums are added, so all of them must read
     ) -> dict[str, float]:
-        """Figures with keys as `loss/en`, `accuracy/en`, `perplexity/en`, `tokens/en` (targets), and `loss`, … over all types. Waits for the device
+        """Figures with keys as `loss/en`, `accuracy/en`, `perplexity/en`, `tokens/en` (targets), and `loss`, … over all
+        types. Waits for the device
 
         Args:
             prefix: put before every name, "valid_" for instance
@@ -301,16 +313,32 @@ class StepRecord:
 # %% ../../nbs/observe/01_metrics.ipynb #eee15020
 TGS_NAME = "tgs (tokens/gpu/second)"
 LOG_KEYS = (
-    "tflops", "step", "loss", TGS_NAME, "lr", "loss_scale", "grad_norm", "micro_num", "num_consumed_tokens", "inf_nan_skip_batches",
-    "num_samples_in_batch", "largest_length", "largest_batch", "smallest_batch", "adam_beta2", "fwd_bwd_time",
-)  # fmt: skip
+    "tflops",
+    "step",
+    "loss",
+    TGS_NAME,
+    "lr",
+    "loss_scale",
+    "grad_norm",
+    "micro_num",
+    "num_consumed_tokens",
+    "inf_nan_skip_batches",
+    "num_samples_in_batch",
+    "largest_length",
+    "largest_batch",
+    "smallest_batch",
+    "adam_beta2",
+    "fwd_bwd_time",
+)
 
 
 def log_line(
     record: StepRecord | Mapping[str, float | str | None],  # a step, or its flat form
     skip: Iterable[str] = (),  # keys of the further figures to leave out
 ) -> str:
-    """One line of key=value: the keys of `LOG_KEYS` in their order, then the record's other figures. Six digits of each float
+    """One line of key=value: the keys of `LOG_KEYS` in their order, then the record's other figures
+
+    Six digits of each float
 
     Args:
         record: a step, or its flat form

@@ -58,7 +58,12 @@ def progress_line(
         total_steps: steps of the whole run, when known
     """
     parts = [f"step {record['step']}" + (f" of {total_steps}" if total_steps else "")]
-    for key, label, form in (("loss", "loss", ".3f"), ("valid_loss", "validation", ".3f"), ("lr", "lr", ".2g"), ("tgs_10", "tokens/rank/s", ",.0f")):
+    for key, label, form in (
+        ("loss", "loss", ".3f"),
+        ("valid_loss", "validation", ".3f"),
+        ("lr", "lr", ".2g"),
+        ("tgs_10", "tokens/rank/s", ",.0f"),
+    ):
         value = record.get(key)
         if isinstance(value, (int, float)):
             parts.append(f"{label} {value:{form}}")
@@ -141,7 +146,10 @@ class LivePlot(Sink):
         self.show = self.show or notebook_display()
         from internlm_nb.observe.plots import plot_run
 
-        self.show(plot_run(self.records, source=f"this run, {len(self.records)} records"), progress_line(self.records[-1], self.total_steps))
+        self.show(
+            plot_run(self.records, source=f"this run, {len(self.records)} records"),
+            progress_line(self.records[-1], self.total_steps),
+        )
         self.drawn_at, self.waiting = self.clock(), 0
 
     def close(self) -> None:

@@ -88,7 +88,7 @@ def _finish(ax: Axes, title: str, unit: str) -> None:
     else:
         ax.text(0.5, 0.5, "no records yet", transform=ax.transAxes, ha="center", color="grey")
 
-
+# %% ../../nbs/observe/04_plots.ipynb #13a5397f
 def draw_loss(
     ax: Axes,  # where to draw
     records: Sequence[Record],  # of one run
@@ -108,7 +108,14 @@ def draw_loss(
 
     names = sorted({key for r in records for key in r if key == "valid_loss" or key.startswith("valid_loss/")})
     for i, key in enumerate(names, 1):
-        ax.plot(*series(records, key), lw=1, marker=".", ms=4, color=f"C{i}", label=key.replace("valid_loss", "validation").replace("/", ", "))
+        ax.plot(
+            *series(records, key),
+            lw=1,
+            marker=".",
+            ms=4,
+            color=f"C{i}",
+            label=key.replace("valid_loss", "validation").replace("/", ", "),
+        )
     _finish(ax, "Loss", "nats per target")
 
 # %% ../../nbs/observe/04_plots.ipynb #e9373e09
@@ -146,7 +153,7 @@ def draw_grad_norm(
         ax.plot(lost, [0.0] * len(lost), "rx", ms=4, label="not finite")
     _finish(ax, "Gradient norm", "global L2 norm")
 
-
+# %% ../../nbs/observe/04_plots.ipynb #498dbfa8
 def draw_throughput(
     ax: Axes,  # where to draw
     records: Sequence[Record],  # of one run
@@ -157,7 +164,12 @@ def draw_throughput(
         ax: where to draw
         records: of one run
     """
-    for key, label, width in (("tgs", "step", 0.4), ("tgs_10", "last 10", 0.9), ("tgs_50", "last 50", 1.2), ("tgs_mean", "run", 1.2)):
+    for key, label, width in (
+        ("tgs", "step", 0.4),
+        ("tgs_10", "last 10", 0.9),
+        ("tgs_50", "last 50", 1.2),
+        ("tgs_mean", "run", 1.2),
+    ):
         steps, values = series(records, key)
         if steps:
             ax.plot(steps, values, lw=width, label=label)
@@ -176,7 +188,8 @@ Run = Path | str | Sequence[Record]  # a run folder, its metrics file, or the re
 def read_run(
     run: Run,  # folder, file or records
 ) -> tuple[list[Record], str]:
-    """Records of training and, for a folder, of validation (evenly chosen ones of a long run), and where they come from in words; a folder without a metrics file has none yet
+    """Records of training and, for a folder, of validation (evenly chosen ones of a long run), and where they come from
+    in words; a folder without a metrics file has none yet
 
     Args:
         run: folder, file or records
@@ -187,7 +200,7 @@ def read_run(
     files = [path, path.with_name(VALIDATION_FILE)] if Path(run).is_dir() else [path]
     return [r for f in files if f.exists() for r in sample_metrics(f)], f"{path.parent.name}/{path.name}"
 
-
+# %% ../../nbs/observe/04_plots.ipynb #a1feb624
 def plot_run(
     run: Run,  # folder, file or records
     title: str = "",  # over the four panels
@@ -223,7 +236,13 @@ def compare_runs(
         span: smoothing, steps
     """
     fig = Picture(figsize=(3.5 * len(keys), 2.5), dpi=80, layout="constrained")
-    units = {"loss": "nats per target", "tgs": "tokens / rank / s", "lr": "learning rate", "grad_norm": "global L2 norm", "tflops": "TFLOP/s a rank"}
+    units = {
+        "loss": "nats per target",
+        "tgs": "tokens / rank / s",
+        "lr": "learning rate",
+        "grad_norm": "global L2 norm",
+        "tflops": "TFLOP/s a rank",
+    }
     loaded = {name: read_run(run)[0] for name, run in runs.items()}
     for ax, key in zip(fig.subplots(1, len(keys), squeeze=False).flat, keys):
         for i, (name, records) in enumerate(loaded.items()):

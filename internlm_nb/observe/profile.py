@@ -123,5 +123,7 @@ class StepProfiler:
         averages = recorder.key_averages()
         text = "Operators by their own time\n" + averages.table(sort_by=f"self_{device}_time_total", row_limit=40)
         if self.memory:
-            text += "\nOperators by the memory they allocate\n" + averages.table(sort_by=f"self_{device}_memory_usage", row_limit=40)
+            text += "\nOperators by the memory they allocate\n" + averages.table(
+                sort_by=f"self_{device}_memory_usage", row_limit=40
+            )
         return text

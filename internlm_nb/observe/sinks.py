@@ -93,7 +93,8 @@ VALIDATION_FILE = "validation.jsonl"  # one record a validation, by the number o
 def split_lines(
     raw: bytes,  # content of a jsonl file
 ) -> tuple[list[tuple[bytes, dict]], list[tuple[int, bytes]]]:
-    """(line, record) of each line that is a JSON object with a whole number as `step`, and (line number from 1, line) of each that is not
+    """(line, record) of each line that is a JSON object with a whole number as `step`, and (line number from 1, line)
+    of each that is not
 
     Args:
         raw: content of a jsonl file
@@ -112,7 +113,7 @@ def split_lines(
             bad.append((number, line))
     return good, bad
 
-
+# %% ../../nbs/observe/02_sinks.ipynb #3c1ae917
 def read_metrics(
     run: Path | str,  # run folder, or the file itself
 ) -> list[dict]:
@@ -128,7 +129,10 @@ def read_metrics(
     lines = raw.count(b"\n") + 1  # number of the text after the last newline: a write that was cut
     for number, line in bad:
         if number < lines:
-            raise ValueError(f"{path}, line {number} is no record: {line[:60]!r}. Remove the line, or resume the run: that sets it aside")
+            raise ValueError(
+                f"{path}, line {number} is no record: {line[:60]!r}. Remove the line, or resume the run: that sets it"
+                " aside"
+            )
     return [record for _, record in good]
 
 # %% ../../nbs/observe/02_sinks.ipynb #29b3be7f
@@ -168,7 +172,11 @@ def sample_metrics(
 # %% ../../nbs/observe/02_sinks.ipynb #b55b8d2e
 def to_json(record: Record) -> str:
     "One line of strict JSON; not-a-number and infinities become null"
-    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}, ensure_ascii=False, allow_nan=False)
+    return json.dumps(
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()},
+        ensure_ascii=False,
+        allow_nan=False,
+    )
 
 # %% ../../nbs/observe/02_sinks.ipynb #1b8d3479
 def _tail(path: Path, step: int, size: int) -> tuple[int, bytes]:
@@ -185,7 +193,7 @@ def _tail(path: Path, step: int, size: int) -> tuple[int, bytes]:
             return start + border, raw[border:]
         size *= 4
 
-
+# %% ../../nbs/observe/02_sinks.ipynb #3b1185d9
 def keep_before(
     path: Path,  # a jsonl file; may be missing
     step: int,  # the first step that will be done again
@@ -219,7 +227,7 @@ def keep_before(
             write_file(path, file.read(start) + new)
     return len(dropped)
 
-
+# %% ../../nbs/observe/02_sinks.ipynb #75d8d8a4
 def newest(
     path: Path,  # a jsonl file; may be missing
 ) -> int:  # -1 where there is none
@@ -251,7 +259,8 @@ def _append(path: Path, data: bytes) -> None:
 
 # %% ../../nbs/observe/02_sinks.ipynb #0ee869ca
 class JsonlSink(Sink):
-    """`metrics.jsonl` (or another name) in the run folder: a record a line, whole on disk when `write` returns to the operating system, each step once
+    """`metrics.jsonl` (or another name) in the run folder: a record a line, whole on disk when `write` returns to the
+    operating system, each step once
 
     Args:
         run_dir: run folder; made when missing
@@ -299,7 +308,8 @@ class ConsoleSink(Sink):
         self,
         every: int = 1,  # records from one line to the next
         write: Callable[[str], None] = tqdm.write,  # takes a line; tqdm's keeps progress bars in place
-        skip: tuple[str, ...] = ("accuracy/", "perplexity/", "tokens/", "valid_tokens"),  # figures whose names begin so stay in the file
+        # figures whose names begin so stay in the file
+        skip: tuple[str, ...] = ("accuracy/", "perplexity/", "tokens/", "valid_tokens"),
     ):
         self.every, self.print, self.skip = every, write, skip
 
@@ -333,7 +343,10 @@ class TensorBoardSink(Sink):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as e:
-            raise ImportError("the tensorboard sink needs its package: pip install 'internlm_nb[tensorboard]', or leave it out of the sinks") from e
+            raise ImportError(
+                "the tensorboard sink needs its package: pip install 'internlm_nb[tensorboard]', or leave it out of the"
+                " sinks"
+            ) from e
         self.writer = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=start_step or None)
 
     def write(self, record: Record) -> None:

@@ -53,7 +53,8 @@ def step_line(
     ranks: int = 1,  # that share the work: tokens per second are those of all
     left_s: float | None = None,  # time that the steps to come will take; None: not known yet
 ) -> str:
-    """Step, loss, gradient norm, rate, speed, share of the peak, wait for data, memory and time to go: what is not known is left out
+    """Step, loss, gradient norm, rate, speed, share of the peak, wait for data, memory and time to go: what is not
+    known is left out
 
     Args:
         record: of a step, as in metrics.jsonl
@@ -82,7 +83,7 @@ def step_line(
         parts.append(f"{duration(left_s)} to go")
     return "  ".join(parts)
 
-
+# %% ../../nbs/observe/07_terminal.ipynb #998648e0
 def validation_line(
     record: Record,  # of a validation, as in validation.jsonl
 ) -> str:

@@ -31,7 +31,7 @@ class Told(NamedTuple):
     records: int = 0  # of steps
     validations: int = 0
 
-
+# %% ../../nbs/observe/08_trackers.ipynb #a6caf4a3
 class TrackerSink(Sink):
     """Numbers of a run, for a tracker: a module, or an object, with `init`, `log` and `finish`
 
@@ -111,7 +111,7 @@ def tracking_id(
         write_file(path, json.dumps({"id": made}))
         return made
 
-
+# %% ../../nbs/observe/08_trackers.ipynb #9f03bc5a
 def _wandb_account() -> bool:
     "Is there a key, or a choice of its own?"
     if any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_MODE")):
@@ -121,7 +121,7 @@ def _wandb_account() -> bool:
     except (OSError, netrc.NetrcParseError):
         return False
 
-
+# %% ../../nbs/observe/08_trackers.ipynb #7b7fec4b
 def open_tracker(
     name: str,  # trackio or wandb
     project: str,  # the run's name

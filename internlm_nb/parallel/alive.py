@@ -45,13 +45,14 @@ class _Pulse(threading.Thread):
         except RuntimeError:  # the store is gone, and with it whoever could look
             return
 
-
+# %% ../../nbs/parallel/11_alive.ipynb #2bb71c68
 @contextlib.contextmanager
 def at_work(
     axis: Axis,  # whose ranks may wait for this one
     purpose: str,  # what it does, in words that fit after 'while'
 ) -> Iterator[None]:
-    """Inside the block this rank is known to be alive, however long it takes; those who wait must do so in `wait_for_all`
+    """Inside the block this rank is known to be alive, however long it takes; those who wait must do so in
+    `wait_for_all`
 
     Args:
         axis: whose ranks may wait for this one
@@ -71,7 +72,9 @@ def wait_for_all(
     axis: Axis,  # whose ranks all call this
     purpose: str,  # what they have done, in words that fit after 'while'
 ) -> None:
-    """Come back when all ranks have come. CollectiveTimeout names those who gave no sign of life for as long as a collective may take
+    """Come back when all ranks have come
+
+    CollectiveTimeout names those who gave no sign of life for as long as a collective may take
 
     Args:
         axis: whose ranks all call this
@@ -98,10 +101,11 @@ def wait_for_all(
         raise
     except RuntimeError as error:
         raise CollectiveTimeout(
-            f"while {purpose}: the store in which ranks meet does not answer, so rank 0 or the launcher is gone ({error})"
+            f"while {purpose}: the store in which ranks meet does not answer, so rank 0 or the launcher is gone"
+            f" ({error})"
         ) from error
 
-
+# %% ../../nbs/parallel/11_alive.ipynb #48208231
 class _Watch:
     "Looks once a second at the ranks that are missing; a sign of life that changes gives one another full timeout"
 
@@ -135,17 +139,20 @@ class _Watch:
 
     def _story(self, silent: dict[int, str]) -> str:
         told = [
-            f"rank {rank} was at work ({doing}) and gives no sign of life any more: it died, was stopped, or lost its machine"
-            if doing
-            else f"rank {rank} has not arrived: it computes, sleeps or is dead"
+            (
+                f"rank {rank} was at work ({doing}) and gives no sign of life any more: it died, was stopped, or lost"
+                " its machine"
+                if doing
+                else f"rank {rank} has not arrived: it computes, sleeps or is dead"
+            )
             for rank, doing in silent.items()
         ]
         return (
-            f"while {self.purpose}, over the {self.axis.name} axis, ranks were waited for that were silent "
-            f"for {self.axis.timeout:g} s: {'; '.join(told[:8])}{f'; and {len(told) - 8} more' if len(told) > 8 else ''}"
+            f"while {self.purpose}, over the {self.axis.name} axis, ranks were waited for that were silent for"
+            f" {self.axis.timeout:g} s: {'; '.join(told[:8])}{f'; and {len(told) - 8} more' if len(told) > 8 else ''}"
         )
 
-
+# %% ../../nbs/parallel/11_alive.ipynb #bd1e6912
 def _read(store: Any, key: str) -> str:
     "A value, empty where there is none; asking first, since a plain get would wait for it"
     return store.get(key).decode() if store.check([key]) else ""

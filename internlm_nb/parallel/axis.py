@@ -25,7 +25,9 @@ from .record import Call, Message, Recorder, sent_bytes
 # %% ../../nbs/parallel/05_axis.ipynb #1416c120
 @dataclass
 class Progress:
-    """Where a process is: the step, collectives so far by group, and those launched but not yet waited for. One a mesh, shared by its axes
+    """Where a process is: the step, collectives so far by group, and those launched but not yet waited for
+
+    One a mesh, shared by its axes
 
     Args:
         rank: global
@@ -38,10 +40,12 @@ class Progress:
     numbers: dict[str, int] = field(default_factory=dict)  # name of a group -> its collectives so far, and its messages
     pending: dict[int, Call] = field(default_factory=dict)  # id of a handle -> its call
 
-
+# %% ../../nbs/parallel/05_axis.ipynb #13932904
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """A group of ranks and this one's place in it. Made by a mesh alone. An axis of size 1 has no group, and its collectives do nothing
+    """A group of ranks and this one's place in it. Made by a mesh alone
+
+    An axis of size 1 has no group, and its collectives do nothing
 
     Args:
         name: tensor, data, ...
@@ -72,8 +76,9 @@ class Axis:
         if self.key:
             _axes[self.key] = self
 
-
-_axes: WeakValueDictionary[str, Axis] = WeakValueDictionary()  # part of the operators' registration: a compiled graph holds strings, not objects
+# %% ../../nbs/parallel/05_axis.ipynb #fe9eb4ad
+# part of the operators' registration: a compiled graph holds strings, not objects
+_axes: WeakValueDictionary[str, Axis] = WeakValueDictionary()
 
 
 def find_axis(
@@ -90,8 +95,9 @@ def find_axis(
 class CollectiveTimeout(RuntimeError):
     "A collective did not finish; the message names it and the ranks that did not come"
 
-
-_SLICE = timedelta(seconds=0.5)  # how long a wait may hold up Python's signal handlers, and after which a rank says where it waits
+# %% ../../nbs/parallel/05_axis.ipynb #63087e52
+# how long a wait may hold up Python's signal handlers, and after which a rank says where it waits
+_SLICE = timedelta(seconds=0.5)
 
 
 def begin(
@@ -101,10 +107,13 @@ def begin(
     payload_bytes: int,  # of the whole
     sent: int | None = None,  # bytes that leave this rank; None: by the closed form
     facts: str = "",  # type, shape and more that must be equal on all ranks: compared in check mode
-    rows: tuple[Sequence[int], Sequence[int]] | None = None,  # to each rank and from each, of an uneven exchange: likewise
+    # to each rank and from each, of an uneven exchange: likewise
+    rows: tuple[Sequence[int], Sequence[int]] | None = None,
     messages: tuple[Message, ...] = (),  # with single ranks: for the recorder
 ) -> Call:
-    """Number a collective, compare it in check mode (Mismatch), and tell the recorder. Messages between two ranks are counted apart: others of the group may have more or fewer
+    """Number a collective, compare it in check mode (Mismatch), and tell the recorder
+
+    Messages between two ranks are counted apart: others of the group may have more or fewer
 
     Args:
         axis: over which
@@ -121,7 +130,10 @@ def begin(
     leaving = sent_bytes(op, payload_bytes, axis.size) if sent is None else sent
     call = Call(op, axis.name, purpose, payload_bytes, leaving, axis.ranks, progress.step, number, messages)
     if axis.check and op != "send" and axis.backend != "fake":
-        key, where = f"internlm_nb/check/{group}/{number}", f"collective number {number} of the {axis.name} axis (step {progress.step})"
+        key, where = (
+            f"internlm_nb/check/{group}/{number}",
+            f"collective number {number} of the {axis.name} axis (step {progress.step})",
+        )
         matching.say(_store(), key, where, f"{key}/differs", progress.rank, f"{op} for {purpose!r} of {facts}")
         if rows is not None:
             matching.say_rows(_store(), key, where, f"{key}/differs", axis.ranks, axis.coord, *rows)
@@ -129,12 +141,12 @@ def begin(
         axis.recorder.launch(call)
     return call
 
-
+# %% ../../nbs/parallel/05_axis.ipynb #ee379c65
 def _store() -> Any:
     "The store in which ranks found each other"
     return dist.distributed_c10d._get_default_store()
 
-
+# %% ../../nbs/parallel/05_axis.ipynb #171e1a8c
 def check_messages(
     axis: Axis,  # over which
     purpose: str,  # what for
@@ -156,21 +168,41 @@ def check_messages(
     for x, a, b in ends:
         name = f"{group} message {a}>{b}"
         numbers[name] = numbers.get(name, 0) + 1
-        where = f"message {numbers[name]} from rank {a} to rank {b} over the {axis.name} axis, {purpose!r} (step {axis.progress.step})"
+        where = (
+            f"message {numbers[name]} from rank {a} to rank {b} over the {axis.name} axis, {purpose!r} (step"
+            f" {axis.progress.step})"
+        )
         facts = f"{str(x.dtype).removeprefix('torch.')}, {x.numel()} elements"
-        matching.say(_store(), f"internlm_nb/check/{name}/{numbers[name]}", where, f"internlm_nb/check/{group} messages/differs", me, facts)
+        matching.say(
+            _store(),
+            f"internlm_nb/check/{name}/{numbers[name]}",
+            where,
+            f"internlm_nb/check/{group} messages/differs",
+            me,
+            facts,
+        )
 
-
+# %% ../../nbs/parallel/05_axis.ipynb #4305e986
 def _post(axis: Axis, call: Call | None) -> None:
     "Tell the others where this rank waits, or that it goes on"
-    place = "" if call is None else f"{axis.key.partition('/')[0]}|{call.number}|{call.op}|the {call.op} over {call.axis} for {call.purpose!r} (step {call.step})"
+    place = (
+        ""
+        if call is None
+        else (
+            f"{axis.key.partition('/')[0]}|{call.number}|{call.op}|the {call.op} over {call.axis} for {call.purpose!r}"
+            f" (step {call.step})"
+        )
+    )
     _store().set(f"internlm_nb/waits/{axis.progress.rank}", place)
 
-
+# %% ../../nbs/parallel/05_axis.ipynb #9a762d54
 def explain_timeout(axis: Axis, call: Call, error: RuntimeError) -> CollectiveTimeout:
     "Ask the store who waits where, for a second longer than anybody's first wait takes"
     here, group = f"step {call.step}, number {call.number} of its group", axis.key.partition("/")[0]
-    head = f"{call.op} over the {call.axis} axis (ranks {', '.join(map(str, axis.ranks))}) for {call.purpose!r} did not finish at {here}"
+    head = (
+        f"{call.op} over the {call.axis} axis (ranks {', '.join(map(str, axis.ranks))}) for {call.purpose!r} did not"
+        f" finish at {here}"
+    )
     places: dict[int, str] = {}
     try:
         store = _store()
@@ -183,13 +215,28 @@ def explain_timeout(axis: Axis, call: Call, error: RuntimeError) -> CollectiveTi
                     places[rank] = text
             time.sleep(0.02)
     except RuntimeError as e:
-        return CollectiveTimeout(f"{head}; nor does the store answer in which ranks say where they are, so rank 0 or the launcher is gone ({e})")
+        return CollectiveTimeout(
+            f"{head}; nor does the store answer in which ranks say where they are, so rank 0 or the launcher is gone"
+            f" ({e})"
+        )
     here_too = lambda of, number, op, _: (of, op) == (group, call.op) and (op == "send" or number == str(call.number))  # noqa: E731
     same = [rank for rank, text in places.items() if here_too(*text.split("|", 3))]
-    lost = [f"rank {rank} " + (f"waits in {places[rank].split('|', 3)[3]} instead" if rank in places else "has not arrived: it computes, sleeps or is dead") for rank in axis.ranks if rank not in same]
-    return CollectiveTimeout(f"{head}: {'; '.join(lost) or 'all ranks arrived, so the network failed'}. Arrived: {', '.join(map(str, sorted(same)))}. {axis.backend} says: {str(error).splitlines()[0]}")
+    lost = [
+        f"rank {rank} "
+        + (
+            f"waits in {places[rank].split('|', 3)[3]} instead"
+            if rank in places
+            else "has not arrived: it computes, sleeps or is dead"
+        )
+        for rank in axis.ranks
+        if rank not in same
+    ]
+    return CollectiveTimeout(
+        f"{head}: {'; '.join(lost) or 'all ranks arrived, so the network failed'}. Arrived:"
+        f" {', '.join(map(str, sorted(same)))}. {axis.backend} says: {str(error).splitlines()[0]}"
+    )
 
-
+# %% ../../nbs/parallel/05_axis.ipynb #4791c2e9
 class _Aside(threading.Thread):
     "Waits for a message between two ranks. Gloo cannot do that in slices: a slice that ends breaks the connection"
 
@@ -213,7 +260,7 @@ class _Aside(threading.Thread):
     def is_completed(self) -> bool:
         return not self.is_alive()
 
-
+# %% ../../nbs/parallel/05_axis.ipynb #5d7cfed1
 def listen_for(
     axis: Axis,  # over which
     call: Call,  # what `begin` gave
@@ -225,15 +272,24 @@ def listen_for(
         call: what `begin` gave
     """
     group = axis.key.partition("/")[0]
-    matching.listen(_store(), f"internlm_nb/check/{group} messages/differs" if call.op == "send" else f"internlm_nb/check/{group}/{call.number}/differs")
+    matching.listen(
+        _store(),
+        (
+            f"internlm_nb/check/{group} messages/differs"
+            if call.op == "send"
+            else f"internlm_nb/check/{group}/{call.number}/differs"
+        ),
+    )
 
-
+# %% ../../nbs/parallel/05_axis.ipynb #e04b0dce
 def finish(
     works: Sequence[Any],  # what `launch` gave
     axis: Axis,  # over which
     call: Call,  # what `begin` gave
 ) -> None:
-    """Wait for what was launched. On CPU that blocks, so it is done in slices between which signals are heard; a GPU's stream waits by itself
+    """Wait for what was launched
+
+    On CPU that blocks, so it is done in slices between which signals are heard; a GPU's stream waits by itself
 
     Args:
         works: what `launch` gave
@@ -267,7 +323,7 @@ def finish(
     if axis.recorder is not None:
         axis.recorder.wait(call)
 
-
+# %% ../../nbs/parallel/05_axis.ipynb #28b88073
 def launch(
     fn: Any,  # of torch.distributed
     axis: Axis,  # over which

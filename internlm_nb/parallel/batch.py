@@ -59,7 +59,9 @@ class Batch:
 
         if mesh is None or mesh.layout.sequence * mesh.layout.context == 1:
             segments = Segments(put(pack.cu_seqlens), pack.lengths, pack.max_seqlen)
-            return cls(put(pack.input_ids), put(pack.labels), put(pack.indexes), put(pack.type_ids), segments, pack.num_targets)
+            return cls(
+                put(pack.input_ids), put(pack.labels), put(pack.indexes), put(pack.type_ids), segments, pack.num_targets
+            )
         rows, local = cut_rows(pack.lengths, mesh.layout, mesh.coords, device)
         ids, labels, indexes, types = (t[rows] for t in (pack.input_ids, pack.labels, pack.indexes, pack.type_ids))
         return cls(put(ids), put(labels), put(indexes), put(types), local, int((labels != IGNORE_INDEX).sum()))

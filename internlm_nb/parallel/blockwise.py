@@ -74,16 +74,22 @@ def query_blocks(
     size = max(16, most // max(1, heads * keys))
     return [(a, min(a + size, queries), min(a + size, queries) if causal else keys) for a in range(0, queries, size)]
 
-
+# %% ../../nbs/parallel/22_blockwise.ipynb #c08a58d7
 def _scores(q: Tensor, k: Tensor, first: int, causal: bool) -> Tensor:
-    "Of one block: q (kv_heads, queries, group, head_dim) from query `first` on, k (kv_heads, keys, head_dim) -> (kv_heads, queries * group, keys)"
+    """Of one block: q (kv_heads, queries, group, head_dim) from query `first` on, k (kv_heads, keys, head_dim) ->
+    (kv_heads, queries * group, keys)
+    """
     scores = torch.bmm(q.flatten(1, 2), k.transpose(1, 2))
     if causal:
-        late = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device).triu_(1).repeat_interleave(q.shape[2], 0)
+        late = (
+            torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=q.device)
+            .triu_(1)
+            .repeat_interleave(q.shape[2], 0)
+        )
         scores[..., first:].masked_fill_(late, float("-inf"))
     return scores
 
-
+# %% ../../nbs/parallel/22_blockwise.ipynb #9304106e
 def plain_partial(
     q: Tensor,  # (queries, heads, head_dim)
     k: Tensor,  # (keys, kv_heads, head_dim)
@@ -151,7 +157,8 @@ def plain_grads(
     for a, b, n in query_blocks(q.shape[0], k.shape[0], q.shape[1], causal, most):
         queries = _heads_first(q[a:b], kv_heads) * scale
         p = _scores(queries, wide_k[:, :n], a, causal)
-        g, o = (_heads_first(x[a:b], kv_heads).flatten(1, 2) for x in (grad, out))  # (kv_heads, queries * group, head_dim)
+        # (kv_heads, queries * group, head_dim)
+        g, o = (_heads_first(x[a:b], kv_heads).flatten(1, 2) for x in (grad, out))
         p.sub_(_heads_first(lse[a:b, :, None], kv_heads).flatten(1, 2)).exp_()
         grad_v[:, :n].baddbmm_(p.transpose(1, 2), g)
         grad_s = torch.bmm(g, wide_v[:, :n].transpose(1, 2)).sub_((g * o).sum(-1, keepdim=True)).mul_(p)
@@ -177,7 +184,7 @@ def has_flash(
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
     )
 
-
+# %% ../../nbs/parallel/22_blockwise.ipynb #afcf0e77
 def partial_attention(
     q: Tensor,  # (queries, heads, head_dim)
     k: Tensor,  # (keys, kv_heads, head_dim)
@@ -199,10 +206,13 @@ def partial_attention(
     """
     if not has_flash(q):
         return plain_partial(q, k, v, causal, scale)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(q[None], k[None], v[None], None, None, q.shape[0], k.shape[0], 0.0, causal, False, scale=scale)
-    return out[0].float(), lse[0].t().clone(memory_format=torch.contiguous_format)  # new: under selective recomputation a kernel's own results are kept, and must not be written
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q[None], k[None], v[None], None, None, q.shape[0], k.shape[0], 0.0, causal, False, scale=scale
+    )
+    # new: under selective recomputation a kernel's own results are kept, and must not be written
+    return out[0].float(), lse[0].t().clone(memory_format=torch.contiguous_format)
 
-
+# %% ../../nbs/parallel/22_blockwise.ipynb #ca51e152
 def partial_grads(
     grad: Tensor,  # (queries, heads, head_dim), of the whole's output
     q: Tensor,  # (queries, heads, head_dim)
@@ -230,7 +240,10 @@ def partial_grads(
     """
     if not has_flash(q):
         return plain_grads(grad, q, k, v, out, lse, causal, scale)
-    nothing: Any = (torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device))  # random state: there is no dropout
+    # random state: there is no dropout
+    nothing: Any = (torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device))
     given = (x[None].contiguous() for x in (grad.to(q.dtype), q, k, v, out.to(q.dtype), lse.t()))
-    grads = torch.ops.aten._flash_attention_backward(*given, None, None, q.shape[0], k.shape[0], 0.0, causal, *nothing, scale=scale)
+    grads = torch.ops.aten._flash_attention_backward(
+        *given, None, None, q.shape[0], k.shape[0], 0.0, causal, *nothing, scale=scale
+    )
     return grads[0][0].float(), grads[1][0].float(), grads[2][0].float()

@@ -16,8 +16,15 @@ from torch import Tensor, library
 
 from .axis import Axis, CollectiveTimeout, Progress, begin, find_axis, finish, launch  # noqa: F401, what callers catch and name is found here too
 from internlm_nb.parallel.handles import (  # noqa: F401, likewise
-    Handle, _facts, _rows, start_all_gather, start_all_reduce, start_all_to_all, start_reduce_scatter, start_send_receive,
-)  # fmt: skip
+    Handle,
+    _facts,
+    _rows,
+    start_all_gather,
+    start_all_reduce,
+    start_all_to_all,
+    start_reduce_scatter,
+    start_send_receive,
+)
 from .record import Call, Recorder  # noqa: F401
 
 # %% ../../nbs/parallel/08_comm.ipynb #8bf00816
@@ -37,7 +44,9 @@ def _reduce_scatter(x: Tensor, axis: str, purpose: str, op: str, eager: bool) ->
     return start_reduce_scatter(x.contiguous(), find_axis(axis), purpose, op).wait()
 
 
-def _all_to_all(x: Tensor, axis: str, purpose: str, send: list[int] | None, receive: list[int] | None, eager: bool) -> Tensor:
+def _all_to_all(
+    x: Tensor, axis: str, purpose: str, send: list[int] | None, receive: list[int] | None, eager: bool
+) -> Tensor:
     return start_all_to_all(x.contiguous(), find_axis(axis), purpose, send, receive).wait()
 
 
@@ -57,7 +66,7 @@ def _fake_all_reduce(x: Tensor, axis: str, purpose: str, op: str, eager: bool) -
 def _fake_all_reduce_(x: Tensor, axis: str, purpose: str, op: str, eager: bool) -> None:
     _count_fake(find_axis(axis), "all_reduce", purpose, eager, x.numel() * x.element_size())
 
-
+# %% ../../nbs/parallel/08_comm.ipynb #40d28406
 def _fake_all_gather(x: Tensor, axis: str, purpose: str, eager: bool) -> Tensor:
     n = find_axis(axis).size
     _count_fake(find_axis(axis), "all_gather", purpose, eager, x.numel() * x.element_size() * n)
@@ -69,7 +78,9 @@ def _fake_reduce_scatter(x: Tensor, axis: str, purpose: str, op: str, eager: boo
     return x.new_empty((x.shape[0] // find_axis(axis).size, *x.shape[1:]))
 
 
-def _fake_all_to_all(x: Tensor, axis: str, purpose: str, send: list[int] | None, receive: list[int] | None, eager: bool) -> Tensor:
+def _fake_all_to_all(
+    x: Tensor, axis: str, purpose: str, send: list[int] | None, receive: list[int] | None, eager: bool
+) -> Tensor:
     at = find_axis(axis)
     whole = x.numel() * x.element_size()
     kept = whole // at.size if send is None else whole // max(1, x.shape[0]) * send[at.coord]
@@ -84,12 +95,24 @@ def _define(name: str, schema: str, real: Any, fake: Any) -> None:
         library.impl(f"internlm_nb::{name}", "default", real)
         library.register_fake(f"internlm_nb::{name}", fake)
 
-
+# %% ../../nbs/parallel/08_comm.ipynb #63e19869
 _define("all_reduce", "(Tensor x, str axis, str purpose, str op, bool eager) -> Tensor", _all_reduce, _fake_all_reduce)
-_define("all_reduce_", "(Tensor(a!) x, str axis, str purpose, str op, bool eager) -> ()", _all_reduce_, _fake_all_reduce_)
+_define(
+    "all_reduce_", "(Tensor(a!) x, str axis, str purpose, str op, bool eager) -> ()", _all_reduce_, _fake_all_reduce_
+)
 _define("all_gather", "(Tensor x, str axis, str purpose, bool eager) -> Tensor", _all_gather, _fake_all_gather)
-_define("reduce_scatter", "(Tensor x, str axis, str purpose, str op, bool eager) -> Tensor", _reduce_scatter, _fake_reduce_scatter)
-_define("all_to_all", "(Tensor x, str axis, str purpose, SymInt[]? send, SymInt[]? receive, bool eager) -> Tensor", _all_to_all, _fake_all_to_all)
+_define(
+    "reduce_scatter",
+    "(Tensor x, str axis, str purpose, str op, bool eager) -> Tensor",
+    _reduce_scatter,
+    _fake_reduce_scatter,
+)
+_define(
+    "all_to_all",
+    "(Tensor x, str axis, str purpose, SymInt[]? send, SymInt[]? receive, bool eager) -> Tensor",
+    _all_to_all,
+    _fake_all_to_all,
+)
 
 # %% ../../nbs/parallel/08_comm.ipynb #eae9c777
 def _eager() -> bool:
@@ -99,7 +122,10 @@ def _eager() -> bool:
 def _no_gradient(x: Tensor, what: str) -> None:
     "A plain collective has no gradient: say so instead of losing it"
     if x.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(f"{what} has no gradient: use one of the pairs (copy_to, reduce_from, gather_from_sequence, ...), or torch.no_grad()")
+        raise RuntimeError(
+            f"{what} has no gradient: use one of the pairs (copy_to, reduce_from, gather_from_sequence, ...), or"
+            " torch.no_grad()"
+        )
 
 
 def all_reduce(
@@ -107,7 +133,8 @@ def all_reduce(
     axis: Axis,  # over which
     purpose: str,  # what for
     op: str = "sum",  # sum, avg, max or min
-    dtype: torch.dtype | None = None,  # in which to add; None: that of x. bf16 rounds at every hop, so sums of gradients want float32
+    # in which to add; None: that of x. bf16 rounds at every hop, so sums of gradients want float32
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Every rank gets the reduction of all; `x` stays as it is
 
@@ -125,7 +152,7 @@ def all_reduce(
         return torch.ops.internlm_nb.all_reduce(x.to(dtype), axis.key, purpose, op, _eager()).to(x.dtype)
     return torch.ops.internlm_nb.all_reduce(x, axis.key, purpose, op, _eager())
 
-
+# %% ../../nbs/parallel/08_comm.ipynb #138efef9
 def all_reduce_(
     x: Tensor,  # contiguous; written
     axis: Axis,  # over which
@@ -173,7 +200,7 @@ def all_gather(
     out = torch.ops.internlm_nb.all_gather(x if dim == 0 else x.movedim(dim, 0), axis.key, purpose, _eager())
     return out if dim == 0 else out.movedim(0, dim).contiguous()
 
-
+# %% ../../nbs/parallel/08_comm.ipynb #c172b298
 def reduce_scatter(
     x: Tensor,  # the whole, the same shape on every rank
     axis: Axis,  # over which
@@ -204,7 +231,7 @@ def reduce_scatter(
     out = torch.ops.internlm_nb.reduce_scatter(y, axis.key, purpose, op, _eager()).to(x.dtype)
     return out if dim == 0 else out.movedim(0, dim).contiguous()
 
-
+# %% ../../nbs/parallel/08_comm.ipynb #47d7df79
 class _AllToAll(torch.autograd.Function):
     "The one collective that is its own mirror image"
 
@@ -239,7 +266,7 @@ def all_to_all(
     """
     return x if axis.size == 1 else _AllToAll.apply(x, axis, purpose, send, receive)  # type: ignore[return-value]
 
-
+# %% ../../nbs/parallel/08_comm.ipynb #a97766fb
 def part(
     x: Tensor,  # the same on every rank
     axis: Axis,  # over which it is cut
@@ -281,7 +308,7 @@ def broadcast(
         finish(launch(dist.broadcast, axis, call, x, axis.ranks[source], group=axis.group, async_op=True), axis, call)
     return x
 
-
+# %% ../../nbs/parallel/08_comm.ipynb #261f40df
 def barrier(
     axis: Axis,  # over which
     purpose: str,  # what for

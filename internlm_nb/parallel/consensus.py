@@ -60,12 +60,13 @@ def broadcast_text(
 class RankFailed(RuntimeError):
     "Other ranks failed; the message says which, at what, and why"
 
-
+# %% ../../nbs/parallel/12_consensus.ipynb #67fd5499
 def raise_together(
     error: BaseException | None,  # this rank's; None: all is well
     axis: Axis,  # over which
     purpose: str,  # what was tried, in words that fit after 'while'
-    quick: bool = False,  # do all come within a collective's timeout? Otherwise those who come late must have been `at_work`
+    # do all come within a collective's timeout? Otherwise those who come late must have been `at_work`
+    quick: bool = False,
 ) -> None:
     """Come back when all ranks are well. Otherwise raise: this rank's error, or RankFailed with those of others
 
@@ -87,7 +88,11 @@ def raise_together(
             first.setdefault(text, []).append(rank)
     if error is not None and first[own][0] == axis.ranks[axis.coord]:
         raise error
-    lines = [f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''} failed while {purpose}: {text}" for text, ranks in first.items()]
+    lines = [
+        f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''}"
+        f" failed while {purpose}: {text}"
+        for text, ranks in first.items()
+    ]
     raise RankFailed("\n".join(lines)) from error
 
 # %% ../../nbs/parallel/12_consensus.ipynb #e6e8b08c
@@ -99,9 +104,12 @@ def run_on_all(
     axis: Axis,  # ranks that all call this
     purpose: str,  # what it does, in words that fit after 'while'
     only_first: bool = False,  # call it on the first rank alone? The others get None
-    quick: bool = False,  # is it over within a collective's timeout, always? Then it costs one collective and nothing more
+    # is it over within a collective's timeout, always? Then it costs one collective and nothing more
+    quick: bool = False,
 ) -> T:  # what it returned here
-    """Call a function on all ranks, and go on only if it worked on all. Raises its error here, or RankFailed where it failed elsewhere
+    """Call a function on all ranks, and go on only if it worked on all
+
+    Raises its error here, or RankFailed where it failed elsewhere
 
     Args:
         fn: may raise

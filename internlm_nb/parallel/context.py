@@ -25,7 +25,9 @@ from .sequence import LocalSegments, Ring, ulysses
 
 # %% ../../nbs/parallel/23_context.ipynb #76009d42
 def _pass_on(kv: Tensor, ring: Ring, step: int, axis: Axis, purpose: str) -> Handle:
-    "Launch a step's messages: keys and values (rows, 2, kv_heads, head_dim) to the rank `step` places ahead, and from as many behind"
+    """Launch a step's messages: keys and values (rows, 2, kv_heads, head_dim) to the rank `step` places ahead, and from
+    as many behind
+    """
     if step >= axis.size:
         return Handle([], [], axis, None)
     hop = ring.hops[step - 1]
@@ -42,7 +44,7 @@ def _send_home(grad: Tensor | None, like: Tensor, ring: Ring, step: int, axis: A
     receives = [(like.new_empty((rows, *like.shape[1:])), (axis.coord + step) % axis.size)] if rows else []
     return start_send_receive(sends, receives, axis, "ring gradients")
 
-
+# %% ../../nbs/parallel/23_context.ipynb #17b4834c
 class RingAttention(torch.autograd.Function):
     "Causal attention of the documents that cross ranks; keeps q, k, v, the output and a number a query and head"
 
@@ -50,7 +52,10 @@ class RingAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: Ring, axis: Axis, scale: float) -> Tensor:
         kv = torch.stack((k, v), 1)  # (rows, 2, kv_heads, head_dim): one message
         coming = _pass_on(kv, ring, 1, axis, "ring")
-        own = [partial_attention(a, b, c, True, scale) for a, b, c in zip(*(x.split(list(ring.lengths)) for x in (q, k, v)))]
+        own = [
+            partial_attention(a, b, c, True, scale)
+            for a, b, c in zip(*(x.split(list(ring.lengths)) for x in (q, k, v)))
+        ]
         out, lse = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*own))
         for step, hop in enumerate(ring.hops, 1):
             ahead = _pass_on(kv, ring, step + 1, axis, "ring")
@@ -69,7 +74,10 @@ class RingAttention(torch.autograd.Function):
         ring, axis, scale, wide = ctx.ring, ctx.axis, ctx.scale, wide_dtype(grads[0].dtype)
         q, kv, out, lse = ctx.saved_tensors  # asked for once: under recomputation each is given once
         coming = _pass_on(kv, ring, 1, axis, "ring backward")
-        own = [partial_grads(g, a, b[:, 0], b[:, 1], o, n, True, scale) for g, a, b, o, n in zip(*(x.split(list(ring.lengths)) for x in (grads[0], q, kv, out, lse)))]
+        own = [
+            partial_grads(g, a, b[:, 0], b[:, 1], o, n, True, scale)
+            for g, a, b, o, n in zip(*(x.split(list(ring.lengths)) for x in (grads[0], q, kv, out, lse)))
+        ]
         grad_q, grad_k, grad_v = (torch.cat(parts) for parts in zip(*own))
         grad_kv = torch.stack((grad_k, grad_v), 1)  # wide
 
@@ -82,7 +90,9 @@ class RingAttention(torch.autograd.Function):
             ahead, part = _pass_on(kv, ring, step + 1, axis, "ring backward"), None
             for came in coming.wait():
                 here = slice(*hop.queries)
-                more_q, *more_kv = partial_grads(grads[0][here], q[here], came[:, 0], came[:, 1], out[here], lse[here], False, scale)
+                more_q, *more_kv = partial_grads(
+                    grads[0][here], q[here], came[:, 0], came[:, 1], out[here], lse[here], False, scale
+                )
                 grad_q[here] += more_q
                 part = torch.stack(more_kv, 1).to(wide)
             homes.append((_send_home(part, grad_kv, ring, step, axis), hop))
@@ -124,9 +134,18 @@ def ring_attention(
     if ring.alone is None:
         return RingAttention.apply(q, k, v, ring, axis, scale)  # type: ignore[return-value]
     parts = [x.split([rows for rows, _ in ring.cuts]) for x in (q, k, v)]
-    crossing, alone = ([torch.cat([part for part, (_, crosses) in zip(x, ring.cuts) if crosses == which]) for x in parts] for which in (True, False))
-    results = {True: RingAttention.apply(*crossing, ring, axis, scale), False: attend(*alone, ring.alone, backend=backend)}
-    pieces = {which: iter(out.split([rows for rows, crosses in ring.cuts if crosses == which])) for which, out in results.items()}  # type: ignore[union-attr]
+    crossing, alone = (
+        [torch.cat([part for part, (_, crosses) in zip(x, ring.cuts) if crosses == which]) for x in parts]
+        for which in (True, False)
+    )
+    results = {
+        True: RingAttention.apply(*crossing, ring, axis, scale),
+        False: attend(*alone, ring.alone, backend=backend),
+    }
+    pieces = {
+        which: iter(out.split([rows for rows, crosses in ring.cuts if crosses == which]))
+        for which, out in results.items()
+    }  # type: ignore[union-attr]
     return torch.cat([next(pieces[crosses]) for _, crosses in ring.cuts])
 
 # %% ../../nbs/parallel/23_context.ipynb #69c78de9
@@ -134,14 +153,19 @@ def _refuse(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     "With tokens split over ranks there is no cache, and no rank that has each sequence's last token"
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     for name in ("cache", "last_only"):
-        require(not given.get(name), f"{name} was given, but tokens are split over sequence or context: generate with sequence 1 and context 1")
+        require(
+            not given.get(name),
+            f"{name} was given, but tokens are split over sequence or context: generate with sequence 1 and context 1",
+        )
 
-
+# %% ../../nbs/parallel/23_context.ipynb #627292f8
 def sequence_parallel(
     model: nn.Module,  # a Transformer, or a stage of one; changed in place
     mesh: Mesh,  # this rank's place. All ranks call
 ) -> None:
-    """Let a model run on the rows and segments of `cut_rows`; with both axes of size 1 nothing changes. Raises ValueError that names the heads which do not fit
+    """Let a model run on the rows and segments of `cut_rows`; with both axes of size 1 nothing changes
+
+    Raises ValueError that names the heads which do not fit
 
     Jacobs et al. 2023 (Ulysses), Liu et al. 2023 (ring attention); both together as in Fang and Zhao 2024.
 
@@ -157,4 +181,5 @@ def sequence_parallel(
         block.attention.attend = ulysses(partial(ring_attention, block.attention.attend, context), sequence)  # type: ignore[union-attr]
     model.register_forward_pre_hook(_refuse, with_kwargs=True)
     if context.backend == "nccl":
-        barrier(context, "ring ready")  # NCCL wants all of a group in its first exchange; a ring's first message may concern two
+        # NCCL wants all of a group in its first exchange; a ring's first message may concern two
+        barrier(context, "ring ready")

@@ -37,14 +37,16 @@ def regroup(
         (rows,) int64
     """
     ranks, experts = received.shape
-    begins = received.T.flatten().cumsum(0).view(experts, ranks).T - received  # of each (sender, expert) among rows by expert
+    # of each (sender, expert) among rows by expert
+    begins = received.T.flatten().cumsum(0).view(experts, ranks).T - received
     came = received.flatten()
     shift = begins.flatten() - (came.cumsum(0) - came)  # by how much each run of rows moves
     return torch.arange(rows, device=came.device) + shift.repeat_interleave(came, output_size=rows)
 
 # %% ../../nbs/parallel/18_expert.ipynb #a9d49873
 class SplitExperts(Experts):
-    """A share of the experts, for the tokens of all ranks of the axis: rows go to where their expert lives, and come back
+    """A share of the experts, for the tokens of all ranks of the axis: rows go to where their expert lives, and come
+    back
 
     Args:
         old: whose parameters, cut already, it takes over
@@ -64,7 +66,9 @@ class SplitExperts(Experts):
         x: Tensor,  # (rows, hidden), expert after expert, of all experts
         sizes: Tensor | int,  # rows of each expert; one number: the same on every rank
     ) -> Tensor:  # (rows, hidden)
-        """Dispatch, compute, combine. With equal sizes nothing waits; otherwise the host reads how many rows go where, and waits for the device
+        """Dispatch, compute, combine
+
+        With equal sizes nothing waits; otherwise the host reads how many rows go where, and waits for the device
 
         Args:
             x: (rows, hidden), expert after expert, of all experts
@@ -84,7 +88,9 @@ class SplitExperts(Experts):
         ranks, here = self.axis.size, self.w1.shape[0]
         came = all_to_all(x, self.axis, "dispatch").view(ranks, here, slots, -1)
         out = Experts.forward(self, came.transpose(0, 1).reshape(ranks * here * slots, -1), ranks * slots)
-        return all_to_all(out.view(here, ranks, slots, -1).transpose(0, 1).reshape(ranks * here * slots, -1), self.axis, "combine")
+        return all_to_all(
+            out.view(here, ranks, slots, -1).transpose(0, 1).reshape(ranks * here * slots, -1), self.axis, "combine"
+        )
 
     def uneven(self, x: Tensor, counts: Tensor) -> Tensor:  # (rows, hidden), likewise out
         """As many rows as chose it for each expert
@@ -115,9 +121,10 @@ class _Share(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0] / ctx.size, None
 
-
+# %% ../../nbs/parallel/18_expert.ipynb #51bcd77a
 class SplitMixture(MixtureOfExperts):
-    """Experts cut over ranks: channels over tensor, experts over expert; the gate is whole everywhere, and counts are those of the whole pack
+    """Experts cut over ranks: channels over tensor, experts over expert; the gate is whole everywhere, and counts are
+    those of the whole pack
 
     Args:
         old: whose parameters, cut already, it takes over
@@ -134,7 +141,13 @@ class SplitMixture(MixtureOfExperts):
         pack: tuple[Axis, ...] = (),  # over which packs are cut: sequence, context
     ):
         nn.Module.__init__(self)
-        self.cfg, self.layer, self.gate, self.experts, self.shared = old.cfg, old.layer, old.gate, old.experts, old.shared
+        self.cfg, self.layer, self.gate, self.experts, self.shared = (
+            old.cfg,
+            old.layer,
+            old.gate,
+            old.experts,
+            old.shared,
+        )
         self.tensor, self.pack = tensor, tuple(axis for axis in pack if axis.size > 1)
         self.mode: TensorMode = mode
         for axis in self.pack:
@@ -145,7 +158,8 @@ class SplitMixture(MixtureOfExperts):
         x: Tensor,  # (tokens, hidden), in msp and fsp this rank's (tokens / size, hidden); likewise out
         positions: Positions | None = None,  # of the tokens that all tensor ranks have together
     ) -> Tensor:
-        """One exchange over tensor in, one out; in between each rank's channels of the experts say something of all tokens. fsp keeps what msp keeps: the experts have copies of the tokens anyway
+        """One exchange over tensor in, one out; in between each rank's channels of the experts say something of all
+        tokens. fsp keeps what msp keeps: the experts have copies of the tokens anyway
 
         Args:
             x: (tokens, hidden), in msp and fsp this rank's (tokens / size, hidden); likewise out
@@ -154,7 +168,9 @@ class SplitMixture(MixtureOfExperts):
         if self.tensor is None:
             return super().forward(x, positions)
         x = (copy_to if self.mode == "mtp" else gather_from_sequence)(x, self.tensor, "ffn in")
-        return (reduce_from if self.mode == "mtp" else scatter_to_sequence)(super().forward(x, positions), self.tensor, "ffn out")
+        return (reduce_from if self.mode == "mtp" else scatter_to_sequence)(
+            super().forward(x, positions), self.tensor, "ffn out"
+        )
 
     def pack_counts(self, counts: Tensor) -> Tensor:
         "Choices of the whole pack: added up"
@@ -163,11 +179,17 @@ class SplitMixture(MixtureOfExperts):
         return counts
 
     def pack_positions(self, choices: Tensor, order: Tensor | None) -> Tensor:
-        "Places in the queues of the whole pack: every rank sees all choices in the pack's order. Raises ValueError when nobody says which tokens are here"
+        """Places in the queues of the whole pack: every rank sees all choices in the pack's order
+
+        Raises ValueError when nobody says which tokens are here
+        """
         if not self.pack:
             return super().pack_positions(choices, order)
         if order is None or order.shape != choices.shape[:1]:
-            raise ValueError(f"capacity goes by a token's place in its pack, of which this rank has a part: give Positions.order, {choices.shape[0]} places (int64) for the tokens here")
+            raise ValueError(
+                "capacity goes by a token's place in its pack, of which this rank has a part: give Positions.order,"
+                f" {choices.shape[0]} places (int64) for the tokens here"
+            )
         both = torch.cat((order.unsqueeze(1), choices), 1)
         for axis in self.pack:
             both = all_gather(both, axis, "expert places")
@@ -181,11 +203,14 @@ class SplitMixture(MixtureOfExperts):
 
 # %% ../../nbs/parallel/18_expert.ipynb #5b68495e
 def expert_parallel(
-    model: nn.Module,  # a Transformer, cut over tensor already where that is wanted, best on the meta device; changed in place
+    # a Transformer, cut over tensor already where that is wanted, best on the meta device; changed in place
+    model: nn.Module,
     mesh: Mesh,  # with the axes expert, sequence, context
     placements: dict[str, Placement],  # of every parameter, as they are so far
 ) -> dict[str, Placement]:  # as they are now
-    """Give each rank of the expert axis its share of every block's experts. Raises ValueError when they cannot be shared out evenly. A model without experts stays as it is
+    """Give each rank of the expert axis its share of every block's experts
+
+    Raises ValueError when they cannot be shared out evenly. A model without experts stays as it is
 
     GShard (Lepikhin et al. 2020), section 3.
 
@@ -199,17 +224,27 @@ def expert_parallel(
     """
     cfg: ModelConfig = model.cfg  # type: ignore[assignment]
     axis, pack = mesh.axis("expert"), (mesh.axis("sequence"), mesh.axis("context"))
-    require(cfg.num_experts > 0 or axis.size == 1, f"expert is {axis.size}, but the model has no experts: write expert 1")
+    require(
+        cfg.num_experts > 0 or axis.size == 1, f"expert is {axis.size}, but the model has no experts: write expert 1"
+    )
     if not cfg.num_experts:
         return placements
-    require(cfg.num_experts % axis.size == 0, f"num_experts {cfg.num_experts} is not divisible by expert {axis.size}: make expert a divisor of {cfg.num_experts}")
+    require(
+        cfg.num_experts % axis.size == 0,
+        f"num_experts {cfg.num_experts} is not divisible by expert {axis.size}: make expert a divisor of"
+        f" {cfg.num_experts}",
+    )
     out = dict(placements)
     for name, parameter in list(model.named_parameters()) if axis.size > 1 else []:
         dim = 0 if ".experts." in name else None
         out[name] = replace(placements[name], more=(*placements[name].more, Cut("expert", dim, axis.coord, axis.size)))
         if dim is not None:
             part = parameter.detach().chunk(axis.size)[axis.coord].clone(memory_format=torch.contiguous_format)
-            setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], nn.Parameter(part, parameter.requires_grad))
+            setattr(
+                model.get_submodule(name.rpartition(".")[0]),
+                name.rpartition(".")[2],
+                nn.Parameter(part, parameter.requires_grad),
+            )
     for block in model.blocks:  # type: ignore[union-attr]
         old = block.feed_forward
         tensor, mode = (old.tensor, old.mode) if isinstance(old, SplitMixture) else (None, "mtp")

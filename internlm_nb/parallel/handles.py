@@ -18,7 +18,10 @@ from .record import Call, Message
 
 # %% ../../nbs/parallel/06_handles.ipynb #46b8910e
 class Handle:
-    "A collective under way. `wait()` gives its result; to drop it unwaited is an error, warned of at once and raised by `Mesh.check_waited`"
+    """A collective under way
+
+    `wait()` gives its result; to drop it unwaited is an error, warned of at once and raised by `Mesh.check_waited`
+    """
 
     __slots__ = ("_axis", "_call", "_inputs", "_result", "_works")
 
@@ -37,18 +40,26 @@ class Handle:
         return self._result
 
     def __del__(self) -> None:
-        if getattr(self, "_call", None) is not None:
-            warnings.warn(f"the {self._call.op} over {self._call.axis} for {self._call.purpose!r} was dropped without wait()", RuntimeWarning, stacklevel=2)  # type: ignore[union-attr]
+        call = getattr(self, "_call", None)
+        if call is not None:
+            warnings.warn(
+                f"the {call.op} over {call.axis} for {call.purpose!r} was dropped without wait()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
-
+# %% ../../nbs/parallel/06_handles.ipynb #ae7c8f09
 def _reduce_op(op: str) -> Any:
     try:
-        return {"sum": dist.ReduceOp.SUM, "avg": dist.ReduceOp.AVG, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[op]
+        return {"sum": dist.ReduceOp.SUM, "avg": dist.ReduceOp.AVG, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[
+            op
+        ]
     except KeyError:
         raise ValueError(f"op is {op!r}: choose sum, avg, max or min") from None
 
 
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # PyTorch 2.13 has new names for the same
+# PyTorch 2.13 has new names for the same
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
@@ -67,10 +78,13 @@ def _into(
 def _rows(x: Tensor, axis: Axis, dim: int = 0) -> int:
     "Size of one rank's part along a dim"
     if x.shape[dim] % axis.size:
-        raise ValueError(f"dim {dim} of size {x.shape[dim]} is not divisible by the {axis.name} axis of size {axis.size}: pad it, or change the layout")
+        raise ValueError(
+            f"dim {dim} of size {x.shape[dim]} is not divisible by the {axis.name} axis of size {axis.size}: pad it, or"
+            " change the layout"
+        )
     return x.shape[dim] // axis.size
 
-
+# %% ../../nbs/parallel/06_handles.ipynb #ba28a679
 def _facts(axis: Axis, x: Tensor, more: str = "") -> str:
     "What must be equal on all ranks, for check mode alone"
     return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}{f', {more}' if more else ''}" if axis.check else ""
@@ -96,9 +110,11 @@ def start_all_reduce(
     if axis.size == 1:
         return Handle([], x, axis, None)
     call = begin(axis, "all_reduce", purpose, x.numel() * x.element_size(), facts=_facts(axis, x, op))
-    return Handle(launch(dist.all_reduce, axis, call, x, _reduce_op(op), group=axis.group, async_op=True), x, axis, call)
+    return Handle(
+        launch(dist.all_reduce, axis, call, x, _reduce_op(op), group=axis.group, async_op=True), x, axis, call
+    )
 
-
+# %% ../../nbs/parallel/06_handles.ipynb #60487e15
 def start_all_gather(
     x: Tensor,  # contiguous, this rank's part
     axis: Axis,  # over which
@@ -122,7 +138,7 @@ def start_all_gather(
     call = begin(axis, "all_gather", purpose, out.numel() * out.element_size(), facts=_facts(axis, x))
     return Handle(launch(_gather, axis, call, out, x, group=axis.group, async_op=True), out, axis, call, x)
 
-
+# %% ../../nbs/parallel/06_handles.ipynb #54d1ac6b
 def start_reduce_scatter(
     x: Tensor,  # contiguous, the whole; its rows divisible by the axis
     axis: Axis,  # over which
@@ -146,7 +162,9 @@ def start_reduce_scatter(
         return Handle([], _into(x, out), axis, None)
     out = x.new_empty((_rows(x, axis), *x.shape[1:])) if out is None else out
     call = begin(axis, "reduce_scatter", purpose, x.numel() * x.element_size(), facts=_facts(axis, x, op))
-    return Handle(launch(_scatter, axis, call, out, x, _reduce_op(op), group=axis.group, async_op=True), out, axis, call, x)
+    return Handle(
+        launch(_scatter, axis, call, out, x, _reduce_op(op), group=axis.group, async_op=True), out, axis, call, x
+    )
 
 
 def _messages(axis: Axis, sent: Sequence[int], received: Sequence[int]) -> tuple[Message, ...]:
@@ -154,7 +172,7 @@ def _messages(axis: Axis, sent: Sequence[int], received: Sequence[int]) -> tuple
     both = zip(axis.ranks, sent, received)
     return tuple(Message(*each) for i, each in enumerate(both) if i != axis.coord and (each[1] or each[2]))
 
-
+# %% ../../nbs/parallel/06_handles.ipynb #569908f6
 def start_all_to_all(
     x: Tensor,  # contiguous; rows for coordinate 0, then 1, ...
     axis: Axis,  # over which
@@ -188,20 +206,26 @@ def start_all_to_all(
     row_bytes = (x.numel() // x.shape[0] if x.shape[0] else 0) * x.element_size()
     pairs = None if send is None or receive is None else (send, receive)
     facts = _facts(axis, x) if pairs is None else _facts(axis, x[:0], "with rows for each")
-    messages = () if pairs is None else _messages(axis, [n * row_bytes for n in pairs[0]], [n * row_bytes for n in pairs[1]])
+    messages = (
+        () if pairs is None else _messages(axis, [n * row_bytes for n in pairs[0]], [n * row_bytes for n in pairs[1]])
+    )
     leaving = (x.shape[0] - kept) * row_bytes
     call = begin(axis, "all_to_all", purpose, x.numel() * x.element_size(), leaving, facts, pairs, messages)
     splits = (None, None) if send is None or receive is None else (list(receive), list(send))
-    return Handle(launch(dist.all_to_all_single, axis, call, out, x, *splits, group=axis.group, async_op=True), out, axis, call, x)
+    return Handle(
+        launch(dist.all_to_all_single, axis, call, out, x, *splits, group=axis.group, async_op=True), out, axis, call, x
+    )
 
-
+# %% ../../nbs/parallel/06_handles.ipynb #f09c0afb
 def start_send_receive(
     sends: Sequence[tuple[Tensor, int]],  # (contiguous tensor, coordinate it goes to)
     receives: Sequence[tuple[Tensor, int]],  # (buffer of exactly its size, coordinate it comes from)
     axis: Axis,  # over which
     purpose: str,  # what for
 ) -> Handle:  # of the buffers, in order
-    """Launch messages between two ranks at a time, all in one batch. A buffer larger than its message keeps old bytes: sizes must be known
+    """Launch messages between two ranks at a time, all in one batch
+
+    A buffer larger than its message keeps old bytes: sizes must be known
 
     Args:
         sends: (contiguous tensor, coordinate it goes to)
@@ -216,7 +240,9 @@ def start_send_receive(
     if not sends and not receives:
         return Handle([], buffers, axis, None)
     if axis.size == 1:
-        raise ValueError(f"the {axis.name} axis has one rank, and nobody to send to: skip the message where axis.size == 1")
+        raise ValueError(
+            f"the {axis.name} axis has one rank, and nobody to send to: skip the message where axis.size == 1"
+        )
     sent, received = [0] * axis.size, [0] * axis.size  # bytes, by coordinate
     for x, to in sends:
         sent[to] += x.numel() * x.element_size()
@@ -224,5 +250,7 @@ def start_send_receive(
         received[of] += x.numel() * x.element_size()
     check_messages(axis, purpose, sends, receives)
     call = begin(axis, "send", purpose, sum(sent), messages=_messages(axis, sent, received))
-    batch = [dist.P2POp(dist.isend, x, axis.ranks[to], axis.group) for x, to in sends] + [dist.P2POp(dist.irecv, x, axis.ranks[of], axis.group) for x, of in receives]
+    batch = [dist.P2POp(dist.isend, x, axis.ranks[to], axis.group) for x, to in sends] + [
+        dist.P2POp(dist.irecv, x, axis.ranks[of], axis.group) for x, of in receives
+    ]
     return Handle(launch(dist.batch_isend_irecv, axis, call, batch), buffers, axis, call, [x for x, _ in sends])

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # %% ../../nbs/parallel/01_layout.ipynb #bdd7c850
-TensorMode = Literal["mtp", "msp", "fsp"]  # how activations lie between blocks: replicated over tensor; split along the sequence; the same, gathered again in backward
+# how activations lie between blocks: replicated over tensor; split along the sequence; the same, gathered again in
+# backward
+TensorMode = Literal["mtp", "msp", "fsp"]
 
 
 class Coords(NamedTuple):
@@ -36,7 +38,9 @@ Members = tuple[tuple[int, ...], ...]  # groups of global ranks, each ascending,
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of all axes. Rank order, inner to outer: tensor, sequence, context, data, pipeline. Raises ValueError that names the sizes which do not fit
+    """Sizes of all axes. Rank order, inner to outer: tensor, sequence, context, data, pipeline
+
+    Raises ValueError that names the sizes which do not fit
 
     Args:
         world: number of ranks
@@ -60,13 +64,20 @@ class Layout:
         for name in ("world", "tensor", "sequence", "context", "pipeline", "expert"):
             value = getattr(self, name)
             require(type(value) is int and value > 0, f"{name} is {value!r}: it must be a positive integer")
-        require(self.mode in get_args(TensorMode), f"mode is {self.mode!r}: choose one of {', '.join(get_args(TensorMode))}")
+        require(
+            self.mode in get_args(TensorMode), f"mode is {self.mode!r}: choose one of {', '.join(get_args(TensorMode))}"
+        )
         fixed = self.tensor * self.sequence * self.context * self.pipeline
         sizes = " x ".join(f"{n} {getattr(self, n)}" for n in ("tensor", "sequence", "context", "pipeline"))
-        require(self.world % fixed == 0, f"world {self.world} is no multiple of {sizes} = {fixed}: start {-(-self.world // fixed) * fixed} ranks, or make one of these smaller")
+        require(
+            self.world % fixed == 0,
+            f"world {self.world} is no multiple of {sizes} = {fixed}: start {-(-self.world // fixed) * fixed} ranks, or"
+            " make one of these smaller",
+        )
         require(
             self.data % self.expert == 0,
-            f"expert {self.expert} does not divide data {self.data} (world {self.world} over {sizes}): write a divisor of {self.data}, experts are split within data",
+            f"expert {self.expert} does not divide data {self.data} (world {self.world} over {sizes}): write a divisor"
+            f" of {self.data}, experts are split within data",
         )
 
     @property
@@ -151,7 +162,9 @@ class Layout:
         optim: int,  # o: likewise optimizer states
         expert: bool = False,  # of expert weights, which fewer ranks share?
     ) -> dict[str, Members]:  # param, grad, optim, copies
-        """Groups of Hybrid ZeRO: blocks of p; g/p such blocks; o/g of those; Z/o copies. Raises ValueError unless p | g | o | Z
+        """Groups of Hybrid ZeRO: blocks of p; g/p such blocks; o/g of those; Z/o copies
+
+        Raises ValueError unless p | g | o | Z
 
         Args:
             param: p: ranks over which parameters are sharded
@@ -178,15 +191,17 @@ def _free(axis: str) -> tuple[str, ...]:
         "data": data,
         "replica": ("sequence", "context", *data),  # same weights, other tokens
         "expert_replica": ("sequence", "context", "expert_data"),
-        "loss": ("sequence", "context", *data, "pipeline"),  # other tokens, and the stages that have no loss: over these losses and counts of targets are added up
+        # other tokens, and the stages that have no loss: over these losses and counts of targets are added up
+        "loss": ("sequence", "context", *data, "pipeline"),
         "model": ("tensor", "pipeline"),  # together one whole copy of the weights that are no experts
-        "parts": ("tensor", "expert", "pipeline"),  # together one whole copy of all weights, experts too: over these a norm adds up
+        # together one whole copy of all weights, experts too: over these a norm adds up
+        "parts": ("tensor", "expert", "pipeline"),
         "world": everything,
     }
     require(axis in free, f"no axis named {axis!r}: choose one of {', '.join(axis_names())}")
     return free[axis]
 
-
+# %% ../../nbs/parallel/01_layout.ipynb #f8f659ac
 def _digits(layout: Layout) -> dict[str, range]:
     "What each digit adds to the rank, innermost first. Data is two digits, so that experts can be cut out of it"
     inner = {"tensor": layout.tensor, "sequence": layout.sequence, "context": layout.context, "expert": layout.expert}
@@ -199,7 +214,9 @@ def _digits(layout: Layout) -> dict[str, range]:
 
 def _offsets(layout: Layout, free: tuple[str, ...], within: bool) -> list[int]:
     "Sums of the digits that are free (within a group), or of those that are not (first ranks of all groups)"
-    return sorted(sum(d) for d in product(*(values for name, values in _digits(layout).items() if (name in free) == within)))
+    return sorted(
+        sum(d) for d in product(*(values for name, values in _digits(layout).items() if (name in free) == within))
+    )
 
 # %% ../../nbs/parallel/01_layout.ipynb #c33c3565
 def _blocks(ranks: tuple[int, ...], size: int, stride: int) -> list[tuple[int, ...]]:
@@ -213,9 +230,15 @@ def _nested(layout: Layout, p: int, g: int, o: int, expert: bool) -> dict[str, M
     within = layout.groups("expert_replica" if expert else "replica")
     z, what = len(within[0]), "expert weights" if expert else "weights"
     chain = f"(param, grad, optim) = ({p}, {g}, {o}) of {z} ranks that hold the same {what}"
-    require(min(p, g, o) > 0 and g % p == 0 and o % g == 0 and z % o == 0, f"{chain}: each must divide the next; write param | grad | optim | {z}")
+    require(
+        min(p, g, o) > 0 and g % p == 0 and o % g == 0 and z % o == 0,
+        f"{chain}: each must divide the next; write param | grad | optim | {z}",
+    )
     strides = {"param": (p, 1), "grad": (g // p, p), "optim": (o // g, g), "copies": (z // o, o)}
-    return {name: tuple(sorted(b for ranks in within for b in _blocks(ranks, size, stride))) for name, (size, stride) in strides.items()}
+    return {
+        name: tuple(sorted(b for ranks in within for b in _blocks(ranks, size, stride)))
+        for name, (size, stride) in strides.items()
+    }
 
 # %% ../../nbs/parallel/01_layout.ipynb #6213886e
 def check(
@@ -237,26 +260,50 @@ def check(
         chunks: pieces of the model on each pipeline rank; how many packs these need is the schedule's business
     """
     t, s, c, n = layout.tensor, layout.sequence, layout.context, layout.pipeline
-    for name, size in (("num_heads", model.num_heads), ("ffn_size", model.ffn_size), ("hidden_size", model.hidden_size), ("vocab_size", model.vocab_size)):
-        require(size % t == 0, f"{name} {size} is not divisible by tensor {t}: choose a tensor size that divides it, or pad {name}")
+    for name, size in (
+        ("num_heads", model.num_heads),
+        ("ffn_size", model.ffn_size),
+        ("hidden_size", model.hidden_size),
+        ("vocab_size", model.vocab_size),
+    ):
+        require(
+            size % t == 0,
+            f"{name} {size} is not divisible by tensor {t}: choose a tensor size that divides it, or pad {name}",
+        )
     require(
         model.num_kv_heads % t == 0,
-        f"num_kv_heads {model.num_kv_heads} is not divisible by tensor {t}: key and value heads are not replicated over tensor, so make tensor a divisor of {model.num_kv_heads}",
+        f"num_kv_heads {model.num_kv_heads} is not divisible by tensor {t}: key and value heads are not replicated over"
+        f" tensor, so make tensor a divisor of {model.num_kv_heads}",
     )
     heads, kv_heads = model.num_heads // t, model.num_kv_heads // t
-    require(heads % s == 0, f"sequence {s} does not divide the {heads} heads that tensor {t} leaves of num_heads {model.num_heads}: make sequence a divisor of {heads}")
+    require(
+        heads % s == 0,
+        f"sequence {s} does not divide the {heads} heads that tensor {t} leaves of num_heads {model.num_heads}: make"
+        f" sequence a divisor of {heads}",
+    )
     require(
         kv_heads % s == 0 or s % kv_heads == 0,
-        f"sequence {s} and the {kv_heads} key and value heads that tensor {t} leaves of num_kv_heads {model.num_kv_heads} divide neither way: make one a multiple of the other",
+        f"sequence {s} and the {kv_heads} key and value heads that tensor {t} leaves of num_kv_heads"
+        f" {model.num_kv_heads} divide neither way: make one a multiple of the other",
     )
     require(
         model.num_layers >= n * chunks,
-        f"num_layers {model.num_layers} is fewer than pipeline {n} x chunks {chunks} = {n * chunks} pieces: each needs a layer, so make pipeline or chunks smaller",
+        f"num_layers {model.num_layers} is fewer than pipeline {n} x chunks {chunks} = {n * chunks} pieces: each needs"
+        " a layer, so make pipeline or chunks smaller",
     )
     experts = getattr(model, "num_experts", 0) or 0
-    require(layout.expert == 1 or experts > 0, f"expert is {layout.expert}, but the model has no experts: write expert 1")
-    require(experts % layout.expert == 0, f"num_experts {experts} is not divisible by expert {layout.expert}: make expert a divisor of {experts}")
-    over = {f"2 x context {c}": 2 * c if c > 1 else 1, f"sequence {s}": s, f"tensor {t} (mode {layout.mode})": t if layout.mode in ("msp", "fsp") else 1}
+    require(
+        layout.expert == 1 or experts > 0, f"expert is {layout.expert}, but the model has no experts: write expert 1"
+    )
+    require(
+        experts % layout.expert == 0,
+        f"num_experts {experts} is not divisible by expert {layout.expert}: make expert a divisor of {experts}",
+    )
+    over = {
+        f"2 x context {c}": 2 * c if c > 1 else 1,
+        f"sequence {s}": s,
+        f"tensor {t} (mode {layout.mode})": t if layout.mode in ("msp", "fsp") else 1,
+    }
     tokens, parts = seq_len * micro_bsz, prod(over.values())
     require(
         tokens % parts == 0,
@@ -266,7 +313,8 @@ def check(
     if micro_num is not None:
         require(
             micro_num > 0 and micro_num % layout.data == 0,
-            f"micro_num {micro_num} is not a multiple of data {layout.data}: every data rank takes equally many packs of a step, so write {max(1, -(-micro_num // layout.data)) * layout.data}",
+            f"micro_num {micro_num} is not a multiple of data {layout.data}: every data rank takes equally many packs"
+            f" of a step, so write {max(1, -(-micro_num // layout.data)) * layout.data}",
         )
 
 # %% ../../nbs/parallel/01_layout.ipynb #b905764f
@@ -296,12 +344,24 @@ def plot_layout(
         ax.add_patch(Rectangle((col, row), 1, 1, fc=(*colours[group_of[rank] % len(colours)], 0.45), ec="white"))
         ax.text(col + 0.5, row + 0.5, f"{rank}", ha="center", va="center", fontsize=7)
         if rank == 0 or at.pipeline != layout.coords(rank - 1).pipeline:
-            ax.text(width + 0.2, row + 0.5, f"stage {at.pipeline}" if layout.pipeline > 1 else "", va="center", fontsize=7)
+            ax.text(
+                width + 0.2, row + 0.5, f"stage {at.pipeline}" if layout.pipeline > 1 else "", va="center", fontsize=7
+            )
     for row in range(rows):
         ax.add_patch(Rectangle((0, row), min(width, layout.world - row * node), 1, fill=False, ec="black", lw=1.2))
     sizes = ", ".join(f"{name} {size}" for name, size in zip(Coords._fields, layout._sizes) if size > 1)
-    ax.set(xlim=(0, width + (1.2 if layout.pipeline > 1 else 0)), ylim=(rows, 0), xticks=[], yticks=[r + 0.5 for r in range(rows)], yticklabels=[f"node {r}" for r in range(rows)])
-    ax.set_title(f"{layout.world} ranks: {sizes or 'one process'}\ncolour: {axis} group ({len(groups)} of {layout.world // len(groups)})", fontsize=8)
+    ax.set(
+        xlim=(0, width + (1.2 if layout.pipeline > 1 else 0)),
+        ylim=(rows, 0),
+        xticks=[],
+        yticks=[r + 0.5 for r in range(rows)],
+        yticklabels=[f"node {r}" for r in range(rows)],
+    )
+    ax.set_title(
+        f"{layout.world} ranks: {sizes or 'one process'}\ncolour: {axis} group ({len(groups)} of"
+        f" {layout.world // len(groups)})",
+        fontsize=8,
+    )
     ax.tick_params(length=0, labelsize=7)
     ax.spines[:].set_visible(False)
     return fig

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..model.decode import thin_linear
-from .comm import Axis, all_gather, all_reduce, reduce_scatter, start_all_gather, start_all_reduce, start_reduce_scatter
+from .comm import Axis, all_gather, all_reduce, reduce_scatter, start_all_gather, start_all_reduce
+from .comm import start_reduce_scatter
 from .split_backward import Finish, Late, WeightQueue, split_backward_linear, with_grad
 from .layout import TensorMode
 from .mappings import reduce_from, scatter_to_sequence
@@ -40,16 +41,29 @@ def later(
         waits, and gives the result
     """
     if torch.compiler.is_compiling():
-        done = {"all_gather": all_gather, "all_reduce": all_reduce, "reduce_scatter": reduce_scatter}[op](x, axis, purpose)
+        done = {"all_gather": all_gather, "all_reduce": all_reduce, "reduce_scatter": reduce_scatter}[op](
+            x, axis, purpose
+        )
         return lambda: done
-    return {"all_gather": start_all_gather, "all_reduce": start_all_reduce, "reduce_scatter": start_reduce_scatter}[op](x, axis, purpose).wait
+    return {"all_gather": start_all_gather, "all_reduce": start_all_reduce, "reduce_scatter": start_reduce_scatter}[op](
+        x, axis, purpose
+    ).wait
 
 # %% ../../nbs/parallel/16_linear.ipynb #fe9aadaf
 class _Column(torch.autograd.Function):
     "Products of one input with this rank's rows of several weights"
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, axis: Axis, mode: TensorMode, purpose: str, late: Late | None, count: int, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        axis: Axis,
+        mode: TensorMode,
+        purpose: str,
+        late: Late | None,
+        count: int,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         weights, biases = parameters[:count], parameters[count:]
         whole = x if mode == "mtp" else all_gather(x, axis, purpose)
         ctx.save_for_backward(x if mode == "fsp" else whole, *weights)
@@ -63,8 +77,20 @@ class _Column(torch.autograd.Function):
         want_x, want = ctx.needs_input_grad[0], ctx.needs_input_grad[6:]
         if late is not None:
             queue, leaves = late
-            queue.put(partial(_of_weights, x.detach(), [(w, g) for w, g in zip(leaves, grads) if w.requires_grad], axis if mode == "fsp" else None, purpose))
-        again = later("all_gather", x.contiguous(), axis, purpose + " again") if mode == "fsp" and any(want[:count]) else lambda: x
+            queue.put(
+                partial(
+                    _of_weights,
+                    x.detach(),
+                    [(w, g) for w, g in zip(leaves, grads) if w.requires_grad],
+                    axis if mode == "fsp" else None,
+                    purpose,
+                )
+            )
+        again = (
+            later("all_gather", x.contiguous(), axis, purpose + " again")
+            if mode == "fsp" and any(want[:count])
+            else lambda: x
+        )
         done: Callable[[], Tensor | None] = lambda: None  # noqa: E731
         if want_x:  # under this product the input comes again
             grad_x = grads[0] @ weights[0]
@@ -72,11 +98,12 @@ class _Column(torch.autograd.Function):
                 grad_x = torch.addmm(grad_x, grad, weight)
             done = later("all_reduce" if mode == "mtp" else "reduce_scatter", grad_x, axis, purpose + " backward")
         whole = again()
-        of_weights = [g.t() @ whole if w else None for g, w in zip(grads, want[:count])]  # under these the input's gradient travels
+        # under these the input's gradient travels
+        of_weights = [g.t() @ whole if w else None for g, w in zip(grads, want[:count])]
         of_biases = [g.sum(0) if b else None for g, b in zip(grads, want[count:])]
         return done(), None, None, None, None, None, *of_weights, *of_biases
 
-
+# %% ../../nbs/parallel/16_linear.ipynb #cfd3dd72
 def _of_weights(x: Tensor, late: list[tuple[Tensor, Tensor]], axis: Axis | None, purpose: str) -> Finish:
     "Gradients of weights that were put off; where only a part of x was kept, the whole is launched first"
     whole = (lambda: x) if axis is None else later("all_gather", x.contiguous(), axis, purpose + " again")
@@ -88,7 +115,7 @@ def _of_weights(x: Tensor, late: list[tuple[Tensor, Tensor]], axis: Axis | None,
 
     return finish
 
-
+# %% ../../nbs/parallel/16_linear.ipynb #73f6e53d
 def column(
     x: Tensor,  # (tokens, in), or in msp and fsp this rank's (tokens / size, in)
     weights: Sequence[Tensor],  # this rank's rows, (out / size, in) each
@@ -115,7 +142,16 @@ def column(
     if torch.is_grad_enabled():
         if queue is None or not any(w.requires_grad for w in weights):
             return _Column.apply(x, axis, mode, purpose, None, len(weights), *weights, *biases)  # type: ignore[return-value]
-        return _Column.apply(with_grad(x), axis, mode, purpose, (queue, tuple(weights)), len(weights), *(w.detach() for w in weights), *biases)  # type: ignore[return-value]
+        return _Column.apply(
+            with_grad(x),
+            axis,
+            mode,
+            purpose,
+            (queue, tuple(weights)),
+            len(weights),
+            *(w.detach() for w in weights),
+            *biases,
+        )  # type: ignore[return-value]
     whole = x if mode == "mtp" else all_gather(x, axis, purpose)
     return tuple(thin_linear(whole, w, b) for w, b in zip(weights, biases))
 
@@ -143,7 +179,9 @@ def row(
     Returns:
         (tokens, out), or in msp and fsp this rank's (tokens / size, out)
     """
-    out = (reduce_from if mode == "mtp" else scatter_to_sequence)(split_backward_linear(x, weight, None, queue), axis, purpose)
+    out = (reduce_from if mode == "mtp" else scatter_to_sequence)(
+        split_backward_linear(x, weight, None, queue), axis, purpose
+    )
     return out if bias is None else out + bias
 
 # %% ../../nbs/parallel/16_linear.ipynb #4b8a5f3b
@@ -192,7 +230,7 @@ class RowLinear(ColumnLinear):
         """
         return row(x, self.weight, self.bias, self.axis, self.mode, self.purpose, self.queue)
 
-
+# %% ../../nbs/parallel/16_linear.ipynb #c25e114f
 class SplitFeedForward(nn.Module):
     """SwiGLU with a share of the channels: `w1` and `w3` cut by their output, `w2` by its input
 

@@ -75,7 +75,9 @@ def gather_from_sequence(
     purpose: str,  # what for
     dim: int = 0,  # that is split
 ) -> Tensor:  # the whole
-    """Forward: all-gather. Backward: reduce-scatter. Where a split tensor enters work that needs it whole and does a share of it
+    """Forward: all-gather. Backward: reduce-scatter
+
+    Where a split tensor enters work that needs it whole and does a share of it
 
     Args:
         x: this rank's part
@@ -88,9 +90,13 @@ def gather_from_sequence(
     """
     if axis.size == 1:
         return x
-    return _Pair.apply(x, partial(all_gather, axis=axis, purpose=purpose, dim=dim), partial(reduce_scatter, axis=axis, purpose=purpose + " backward", dim=dim))  # type: ignore[return-value]
+    return _Pair.apply(
+        x,
+        partial(all_gather, axis=axis, purpose=purpose, dim=dim),
+        partial(reduce_scatter, axis=axis, purpose=purpose + " backward", dim=dim),
+    )  # type: ignore[return-value]
 
-
+# %% ../../nbs/parallel/13_mappings.ipynb #7bb1d124
 def scatter_to_sequence(
     x: Tensor,  # this rank's summand of the whole
     axis: Axis,  # over which
@@ -110,7 +116,11 @@ def scatter_to_sequence(
     """
     if axis.size == 1:
         return x
-    return _Pair.apply(x, partial(reduce_scatter, axis=axis, purpose=purpose, dim=dim), partial(all_gather, axis=axis, purpose=purpose + " backward", dim=dim))  # type: ignore[return-value]
+    return _Pair.apply(
+        x,
+        partial(reduce_scatter, axis=axis, purpose=purpose, dim=dim),
+        partial(all_gather, axis=axis, purpose=purpose + " backward", dim=dim),
+    )  # type: ignore[return-value]
 
 # %% ../../nbs/parallel/13_mappings.ipynb #2cddb3ae
 def split_to(
@@ -132,7 +142,9 @@ def split_to(
     """
     if axis.size == 1:
         return x
-    return _Pair.apply(x, partial(part, axis=axis, dim=dim), partial(all_gather, axis=axis, purpose=purpose + " backward", dim=dim))  # type: ignore[return-value]
+    return _Pair.apply(
+        x, partial(part, axis=axis, dim=dim), partial(all_gather, axis=axis, purpose=purpose + " backward", dim=dim)
+    )  # type: ignore[return-value]
 
 
 def gather_to(
@@ -141,7 +153,9 @@ def gather_to(
     purpose: str,  # what for
     dim: int = 0,  # that is split
 ) -> Tensor:  # the whole, the same on every rank
-    """Forward: all-gather. Backward: slice. Where a split tensor becomes a replicated one, on which all ranks then do the same
+    """Forward: all-gather. Backward: slice
+
+    Where a split tensor becomes a replicated one, on which all ranks then do the same
 
     Args:
         x: this rank's part
@@ -164,7 +178,9 @@ def all_to_all_dims(
     split: int,  # dim to split over the ranks; divisible by the axis
     join: int,  # dim to make whole
 ) -> Tensor:  # this rank's part along `split`, whole along `join`
-    """Move the split from one dim to another by an all-to-all, as Ulysses does with heads and sequence. Backward: the way back. Raises ValueError when `split` is not divisible
+    """Move the split from one dim to another by an all-to-all, as Ulysses does with heads and sequence
+
+    Backward: the way back. Raises ValueError when `split` is not divisible
 
     Args:
         x: whole along `split`, this rank's part along `join`
@@ -179,6 +195,9 @@ def all_to_all_dims(
     if axis.size == 1:
         return x
     if x.shape[split] % axis.size:
-        raise ValueError(f"dim {split} of size {x.shape[split]} is not divisible by the {axis.name} axis of size {axis.size}: change the layout")
+        raise ValueError(
+            f"dim {split} of size {x.shape[split]} is not divisible by the {axis.name} axis of size {axis.size}: change"
+            " the layout"
+        )
     parts = torch.stack(x.chunk(axis.size, split))  # (ranks, ...)
     return torch.cat(all_to_all(parts, axis, purpose).unbind(0), join)

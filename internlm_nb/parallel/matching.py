@@ -12,7 +12,9 @@ from typing import Any
 
 
 class Mismatch(RuntimeError):
-    "Ranks called different collectives, or the same one with different tensors; the message names ranks and what each called"
+    """Ranks called different collectives, or the same one with different tensors; the message names ranks and what each
+    called
+    """
 
 # %% ../../nbs/parallel/07_matching.ipynb #c09bb6a6
 def say(
@@ -41,11 +43,14 @@ def say(
 
 def _alarm(store: Any, alarm: str, words: str) -> Mismatch:
     "Make a mismatch known; the error to raise"
-    message = f"ranks differ at {words}. Look for what makes one of them take another way: its data, its configuration, a condition on the rank"
+    message = (
+        f"ranks differ at {words}. Look for what makes one of them take another way: its data, its configuration, a"
+        " condition on the rank"
+    )
     store.set(alarm, message)
     return Mismatch(message)
 
-
+# %% ../../nbs/parallel/07_matching.ipynb #03003005
 def listen(
     store: Any,  # that all ranks share
     alarm: str,  # key under which a mismatch would be made known
@@ -87,6 +92,9 @@ def say_rows(
         if other == coord or not store.check([f"{key}/{other}"]):
             continue
         sends, receives = json.loads(store.get(f"{key}/{other}"))
-        for a, b, out, into in ((ranks[coord], rank, send[other], receives[coord]), (rank, ranks[coord], sends[coord], receive[other])):
+        for a, b, out, into in (
+            (ranks[coord], rank, send[other], receives[coord]),
+            (rank, ranks[coord], sends[coord], receive[other]),
+        ):
             if out != into:
                 raise _alarm(store, alarm, f"{where}: rank {a} sends {out} rows to rank {b}, which expects {into}")

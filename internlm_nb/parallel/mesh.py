@@ -39,7 +39,8 @@ class Place(NamedTuple):
 def find_place(
     env: Mapping[str, str] | None = None,  # None: os.environ
 ) -> Place:
-    """Rank, world and local rank by torchrun's variables, or Slurm's where those are absent; one process alone where there are neither. Raises ValueError when some are missing
+    """Rank, world and local rank by torchrun's variables, or Slurm's where those are absent; one process alone where
+    there are neither. Raises ValueError when some are missing
 
     Args:
         env: None: os.environ
@@ -50,31 +51,44 @@ def find_place(
         if names[0] not in have and not (names[0] == "RANK" and len(have) > 1):
             continue
         if len(have) < 3:
-            raise ValueError(f"{', '.join(have)} set, but not {', '.join(sorted(set(names) - set(have)))}: start with torchrun or srun, which set all three")
+            raise ValueError(
+                f"{', '.join(have)} set, but not {', '.join(sorted(set(names) - set(have)))}: start with torchrun or"
+                " srun, which set all three"
+            )
         return _judged(env, names)
     return Place(0, 1, 0)
 
-
+# %% ../../nbs/parallel/09_mesh.ipynb #6fad7936
 def _judged(env: Mapping[str, str], names: tuple[str, ...]) -> Place:
     "Variables as numbers that can be true together"
     for name in names:
         if not env[name].strip().isdecimal():
-            raise ValueError(f"{name} is {env[name]!r}, and should be a number: start with torchrun or srun, which set it")
+            raise ValueError(
+                f"{name} is {env[name]!r}, and should be a number: start with torchrun or srun, which set it"
+            )
     place = Place(*(int(env[name]) for name in names))
     local = env.get("LOCAL_WORLD_SIZE", "") if names[0] == "RANK" else ""
     if place.rank >= place.world:
-        raise ValueError(f"{names[0]} is {place.rank}, but {names[1]} is {place.world}: ranks count from 0 to {place.world - 1}")
+        raise ValueError(
+            f"{names[0]} is {place.rank}, but {names[1]} is {place.world}: ranks count from 0 to {place.world - 1}"
+        )
     if local.isdecimal() and not place.local_rank < int(local) <= place.world:
         raise ValueError(
-            f"{names[2]} {place.local_rank}, LOCAL_WORLD_SIZE {local} and {names[1]} {place.world} cannot be true together: "
-            "start with torchrun, or set LOCAL_WORLD_SIZE to the ranks on this machine"
+            f"{names[2]} {place.local_rank}, LOCAL_WORLD_SIZE {local} and {names[1]} {place.world} cannot be true"
+            " together: start with torchrun, or set LOCAL_WORLD_SIZE to the ranks on this machine"
         )
     return place
 
 # %% ../../nbs/parallel/09_mesh.ipynb #3eb760ed
 LAUNCHER = (  # what a launcher sets, the same for all ranks
-    "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_NTASKS",
-)  # fmt: skip
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "SLURM_JOB_ID",
+    "SLURM_NTASKS",
+)
 
 
 def check_in(
@@ -83,7 +97,9 @@ def check_in(
     timeout: float,  # seconds to wait for the others
     env: Mapping[str, str] | None = None,  # None: os.environ
 ) -> None:
-    """Come back when all ranks have come and were told the same. ValueError names the variable and the ranks in which it differs, or the ranks that did not come
+    """Come back when all ranks have come and were told the same
+
+    ValueError names the variable and the ranks in which it differs, or the ranks that did not come
 
     Args:
         store: of this attempt
@@ -95,7 +111,9 @@ def check_in(
     facts = {"the number of ranks": str(place.world), **{name: env.get(name, "not set") for name in LAUNCHER}}
     first = json.loads(store.compare_set("launch/facts", "", json.dumps([place.rank, facts])))
     (a, one), (b, two) = sorted([(place.rank, facts), (first[0], first[1])], key=lambda told: told[0])
-    differ = [f"{name} is {one[name]} on rank {a}, and {two[name]} on rank {b}" for name in facts if one[name] != two[name]]
+    differ = [
+        f"{name} is {one[name]} on rank {a}, and {two[name]} on rank {b}" for name in facts if one[name] != two[name]
+    ]
     if store.add(f"launch/rank/{place.rank}", 1) > 1:
         differ.append(f"two processes call themselves rank {place.rank}")
     if differ:
@@ -104,12 +122,18 @@ def check_in(
     while True:
         if store.check(["launch/differs"]):
             time.sleep(1.0 if place.rank == 0 else 0.0)  # it may be rank 0 that keeps the store: the others read first
-            raise ValueError(f"{store.get('launch/differs').decode()}. Start all ranks with one command, or set the same variables for all")
+            raise ValueError(
+                f"{store.get('launch/differs').decode()}. Start all ranks with one command, or set the same variables"
+                " for all"
+            )
         if came >= place.world:
             return
         if time.monotonic() > until:
             absent = [str(r) for r in range(place.world) if not store.check([f"launch/rank/{r}"])]
-            raise ValueError(f"after {timeout:g} s {came} of {place.world} ranks have come; missing: {', '.join(absent[:16])}. Were they started, and do they reach MASTER_ADDR?")
+            raise ValueError(
+                f"after {timeout:g} s {came} of {place.world} ranks have come; missing: {', '.join(absent[:16])}. Were"
+                " they started, and do they reach MASTER_ADDR?"
+            )
         time.sleep(pause)
         pause = min(1.5 * pause, 0.2 + place.world / 5000)
         came = store.add("launch/came", 0)
@@ -120,7 +144,9 @@ def init_distributed(
     timeout: float = 1800.0,  # seconds after which a collective fails
     place: Place | None = None,  # None: from the environment
 ) -> Place:
-    """Join the default process group, unless this process is alone. Survives torchrun's restarts: each attempt has its own part of the store
+    """Join the default process group, unless this process is alone
+
+    Survives torchrun's restarts: each attempt has its own part of the store
 
     Args:
         backend: gloo on CPU, nccl on GPUs, fake to be one rank of a world that is not there
@@ -142,22 +168,25 @@ def init_distributed(
     host = env.get("MASTER_ADDR") or env.get("SLURM_LAUNCH_NODE_IPADDR")
     port = env.get("MASTER_PORT") or (str(20000 + int(env["SLURM_JOB_ID"]) % 20000) if "SLURM_JOB_ID" in env else None)
     if not host or not port:
-        raise ValueError("where do ranks meet? Set MASTER_ADDR and MASTER_PORT to the first node and a free port (torchrun and scripts/slurm do so)")
+        raise ValueError(
+            "where do ranks meet? Set MASTER_ADDR and MASTER_PORT to the first node and a free port (torchrun and"
+            " scripts/slurm do so)"
+        )
     hosts_store = place.rank == 0 and env.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         store = TCPStore(host, int(port), None, hosts_store, limit, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
         does = "cannot listen at" if hosts_store else "finds nobody at"
         raise ValueError(
-            f"rank {place.rank} {does} MASTER_ADDR {host}, MASTER_PORT {port}, where ranks meet ({str(error).splitlines()[0]}): "
-            "give all ranks the name of the first node and the same free port"
+            f"rank {place.rank} {does} MASTER_ADDR {host}, MASTER_PORT {port}, where ranks meet"
+            f" ({str(error).splitlines()[0]}): give all ranks the name of the first node and the same free port"
         ) from error
     attempt = PrefixStore(f"attempt{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     check_in(attempt, place, timeout, env)
     dist.init_process_group(backend, store=attempt, rank=place.rank, world_size=place.world, timeout=limit)
     return place
 
-
+# %% ../../nbs/parallel/09_mesh.ipynb #c5ef5cfb
 def destroy() -> None:
     "Leave all process groups; nothing happens where there are none"
     if dist.is_initialized():
@@ -179,7 +208,7 @@ class Nested(NamedTuple):
     optim: Axis  # o / g: on to the optimizer's shards
     copies: Axis  # Z / o ranks that hold the same shards
 
-
+# %% ../../nbs/parallel/09_mesh.ipynb #6d80de7c
 @dataclass(frozen=True, eq=False)
 class Mesh:
     """A rank's view of a layout: its place, and an `Axis` for every group that it is in
@@ -223,7 +252,9 @@ class Mesh:
         optim: int,  # o; p | g | o | Z
         expert: bool = False,  # for expert weights?
     ) -> Nested:
-        """Axes of Hybrid ZeRO. Makes groups, so all ranks call it, in the same order. Raises ValueError unless p | g | o | Z
+        """Axes of Hybrid ZeRO. Makes groups, so all ranks call it, in the same order
+
+        Raises ValueError unless p | g | o | Z
 
         Args:
             param: p
@@ -233,7 +264,9 @@ class Mesh:
         """
         prefix = "expert_" if expert else ""
         groups = self.layout.nested(param, grad, optim, expert)
-        return Nested(*(self._make(prefix + name, next(g for g in members if self.rank in g)) for name, members in groups.items()))
+        return Nested(
+            *(self._make(prefix + name, next(g for g in members if self.rank in g)) for name, members in groups.items())
+        )
 
     def at_step(
         self,
@@ -257,21 +290,38 @@ class Mesh:
         coord, size = ranks.index(self.rank), len(ranks)
         if size == 1:
             return Axis(name, ranks, coord, 1, self.device, recorder=self.recorder, progress=self.progress)
-        if ranks not in self._groups:  # only members take part, so a rank makes as many groups as it is in, however large the world
-            self._groups[ranks] = dist.new_group(list(ranks), timedelta(seconds=self.timeout), self.backend, use_local_synchronization=self.backend != "fake")
+        # only members take part, so a rank makes as many groups as it is in, however large the world
+        if ranks not in self._groups:
+            self._groups[ranks] = dist.new_group(
+                list(ranks),
+                timedelta(seconds=self.timeout),
+                self.backend,
+                use_local_synchronization=self.backend != "fake",
+            )
         group = self._groups[ranks]
         return Axis(
-            name, ranks, coord, size, self.device, group, self.backend, f"{group.group_name}/{name}", self.recorder, self.progress,
-            self.timeout, self.check,
-        )  # fmt: skip
+            name,
+            ranks,
+            coord,
+            size,
+            self.device,
+            group,
+            self.backend,
+            f"{group.group_name}/{name}",
+            self.recorder,
+            self.progress,
+            self.timeout,
+            self.check,
+        )
 
-
+# %% ../../nbs/parallel/09_mesh.ipynb #c2fbd8a3
 def make_mesh(
     layout: Layout,
     device: str | torch.device = "cpu",  # of this rank
     timeout: float = 1800.0,  # seconds after which a collective fails
     recorder: Recorder | None = None,  # told of every collective
-    check: bool = False,  # compare each collective with those of other ranks before it runs, and name what differs (Mismatch)
+    # compare each collective with those of other ranks before it runs, and name what differs (Mismatch)
+    check: bool = False,
 ) -> Mesh:
     """Make the process groups of a layout. All ranks call it. Raises ValueError when the world has another size
 
@@ -283,7 +333,10 @@ def make_mesh(
     """
     if not dist.is_initialized():
         if layout.world > 1:
-            raise ValueError(f"the layout has {layout.world} ranks, but this process is alone: start with torchrun --nproc-per-node {layout.world} (or srun), and call init_distributed first")
+            raise ValueError(
+                f"the layout has {layout.world} ranks, but this process is alone: start with torchrun --nproc-per-node"
+                f" {layout.world} (or srun), and call init_distributed first"
+            )
         rank, world, backend = 0, 1, ""
     else:
         rank, world, backend = dist.get_rank(), dist.get_world_size(), dist.get_backend()
@@ -295,7 +348,7 @@ def make_mesh(
         mesh._axes[name] = mesh._make(name, layout.group_of(name, rank))
     return mesh
 
-
+# %% ../../nbs/parallel/09_mesh.ipynb #e02f9a72
 def single(
     device: str | torch.device = "cpu",
     recorder: Recorder | None = None,  # has nothing to hear

@@ -23,15 +23,27 @@ def check_whole(
         if not holds:
             raise ScheduleError(f"schedule {schedule.name}: {message}")
 
-    require(len(schedule.orders) == schedule.ranks, f"{len(schedule.orders)} orders for {schedule.ranks} ranks: give one a rank")
+    require(
+        len(schedule.orders) == schedule.ranks,
+        f"{len(schedule.orders)} orders for {schedule.ranks} ranks: give one a rank",
+    )
     require(schedule.shape != "v" or schedule.chunks == 2, f"a V has two chunks on each rank, not {schedule.chunks}")
     expected = 0
     for rank, order in enumerate(schedule.orders):
         seen = Counter(order)
         for action, times in seen.items():
-            require(action.kind in ("F", "BW", "B", "W"), f"rank {rank} has an action of kind {action.kind!r}: there are F, B, W and BW")
-            require(0 <= action.micro < schedule.micro_num, f"rank {rank} runs {action}, but micro-batches are 0 to {schedule.micro_num - 1}")
-            require(0 <= action.stage < schedule.stages, f"rank {rank} runs {action}, but stages are 0 to {schedule.stages - 1}")
+            require(
+                action.kind in ("F", "BW", "B", "W"),
+                f"rank {rank} has an action of kind {action.kind!r}: there are F, B, W and BW",
+            )
+            require(
+                0 <= action.micro < schedule.micro_num,
+                f"rank {rank} runs {action}, but micro-batches are 0 to {schedule.micro_num - 1}",
+            )
+            require(
+                0 <= action.stage < schedule.stages,
+                f"rank {rank} runs {action}, but stages are 0 to {schedule.stages - 1}",
+            )
             owner = schedule.rank_of(action.stage)
             require(owner == rank, f"rank {rank} runs {action}, which rank {owner} holds")
             require(times == 1, f"rank {rank} runs {action} {times} times")
@@ -41,12 +53,19 @@ def check_whole(
                 f, bw, b, w = (Action(kind, m, stage) for kind in ("F", "BW", "B", "W"))
                 require(f in at, f"rank {rank} never runs {f}")
                 require(not (bw in at and (b in at or w in at)), f"rank {rank} runs {bw} whole and in halves")
-                require((b in at) == (w in at), f"rank {rank} runs {b if b in at else w} without its other half, {w if b in at else b}")
+                require(
+                    (b in at) == (w in at),
+                    f"rank {rank} runs {b if b in at else w} without its other half, {w if b in at else b}",
+                )
                 back = bw if bw in at else b
                 require(back not in at or at[f] < at[back], f"rank {rank} runs {back} before {f}")
                 require(b not in at or at[b] < at[w], f"rank {rank} runs {w} before {b}")
                 expected += back in at
-    require(expected in (0, schedule.stages * schedule.micro_num), f"{expected} of {schedule.stages * schedule.micro_num} micro-batches of a stage have a backward: all need one, or in an evaluation none")
+    require(
+        expected in (0, schedule.stages * schedule.micro_num),
+        f"{expected} of {schedule.stages * schedule.micro_num} micro-batches of a stage have a backward: all need one,"
+        " or in an evaluation none",
+    )
 
 # %% ../../nbs/parallel/26_messages.ipynb #c9f54a2e
 class Do(NamedTuple):
@@ -85,9 +104,10 @@ class MessagePlan:
 
     schedule: Schedule
     programs: tuple[tuple[Do, ...], ...]  # one a rank
-    window: int | None = None  # sends of a rank that may be unfinished when it launches another; it waits for the oldest. None: all
+    # sends of a rank that may be unfinished when it launches another; it waits for the oldest. None: all
+    window: int | None = None
 
-
+# %% ../../nbs/parallel/26_messages.ipynb #c3813ce6
 def plan_messages(
     schedule: Schedule,
     early: int = 1,  # actions between the launch of a receive and the one that needs it
@@ -129,7 +149,8 @@ def plan_messages(
             program.append(Do("run", action))
             made = Action("F" if action.kind == "F" else "B", action.micro, action.stage)
             if action.kind != "W" and (at_send := sent.get(made, -1)) >= head:
-                program += [Do("receive", m.made) for m in queue[head:at_send]]  # what comes before it in the common order
+                # what comes before it in the common order
+                program += [Do("receive", m.made) for m in queue[head:at_send]]
                 program.append(Do("send", made))
                 head = at_send + 1
         programs.append(tuple(program))
@@ -163,7 +184,9 @@ def follow(
                     done.add((Action("B" if action.kind == "BW" else action.kind, action.micro, action.stage), rank))
                 elif what == "send":
                     if (action, rank) not in done:
-                        raise ScheduleError(f"schedule {schedule.name}: rank {rank} sends the result of {action} before it has it")
+                        raise ScheduleError(
+                            f"schedule {schedule.name}: rank {rank} sends the result of {action} before it has it"
+                        )
                     if plan.window is not None and unsent[rank] >= plan.window:
                         break
                     unsent[rank] += 1
@@ -187,16 +210,30 @@ def follow(
     for rank, program in enumerate(plan.programs):
         if place[rank] < len(program):
             what, action = program[place[rank]]
-            head = "" if not queues[rank] else f" (first in its queue: {queues[rank][0][0]} with rank {queues[rank][0][1]})"
+            head = (
+                ""
+                if not queues[rank]
+                else f" (first in its queue: {queues[rank][0][0]} with rank {queues[rank][0][1]})"
+            )
             if what == "send":
-                lines.append(f"rank {rank} has {unsent[rank]} unfinished sends, and waits for the oldest before it sends {action}{head}")
+                lines.append(
+                    f"rank {rank} has {unsent[rank]} unfinished sends, and waits for the oldest before it sends"
+                    f" {action}{head}"
+                )
                 continue
             need = lacks(rank, action)
             assert need is not None
-            missing = "" if schedule.rank_of(need.stage) == rank or launched[rank][need] else ", which it never receives"
-            lines.append(f"rank {rank} waits in {action} for {need} of rank {schedule.rank_of(need.stage)}{missing}{head}")
+            missing = (
+                "" if schedule.rank_of(need.stage) == rank or launched[rank][need] else ", which it never receives"
+            )
+            lines.append(
+                f"rank {rank} waits in {action} for {need} of rank {schedule.rank_of(need.stage)}{missing}{head}"
+            )
         elif queues[rank]:
-            lines.append(f"rank {rank} is done, but its message {queues[rank][0][0]} with rank {queues[rank][0][1]} is never completed")
+            lines.append(
+                f"rank {rank} is done, but its message {queues[rank][0][0]} with rank {queues[rank][0][1]} is never"
+                " completed"
+            )
     if lines:
         raise ScheduleError(f"schedule {schedule.name} never ends: " + "; ".join(lines))
 
@@ -205,7 +242,9 @@ def check_schedule(
     schedule: Schedule,
     early: int = 1,  # actions between the launch of a receive and the one that needs it
 ) -> MessagePlan:  # for `run_schedule`
-    """The plan of a schedule that is whole and comes to an end. Raises ScheduleError that says what is wrong, or which rank waits in which action for whom
+    """The plan of a schedule that is whole and comes to an end
+
+    Raises ScheduleError that says what is wrong, or which rank waits in which action for whom
 
     Args:
         early: actions between the launch of a receive and the one that needs it

@@ -73,7 +73,13 @@ class _PipelineRun:
     ):
         schedule = plan.schedule
         self.part, self.schedule, self.window, self.batches, self.axis = part, schedule, plan.window, batches, axis
-        self.scale_loss, self.on_output, self.scale_extra, self.queue, self.split = scale_loss, on_output, scale_extra, queue, split
+        self.scale_loss, self.on_output, self.scale_extra, self.queue, self.split = (
+            scale_loss,
+            on_output,
+            scale_extra,
+            queue,
+            split,
+        )
         self.like = next(part.parameters())
         self.last, self.training = schedule.stages - 1, not schedule.forward_only
         self.held: dict[tuple[int, int], _Held] = {}  # (micro-batch, stage)
@@ -93,7 +99,9 @@ class _PipelineRun:
         to = made.stage + (1 if made.kind == "F" else -1)
         if self.window is not None:
             self.settle(self.over + len(self.going) - self.window + 1)
-        self.going.append(start_send_receive([(self.here.pop(made), self.schedule.rank_of(to))], [], self.axis, _purpose(made)))
+        self.going.append(
+            start_send_receive([(self.here.pop(made), self.schedule.rank_of(to))], [], self.axis, _purpose(made))
+        )
         self.ran.unsent = max(self.ran.unsent, len(self.going))
 
     def settle(self, sends: int) -> None:
@@ -133,7 +141,9 @@ class _PipelineRun:
             held.grads.append(None)
         if self.training:
             self.held[micro, stage] = held
-        self.ran.peak = max(self.ran.peak, len(self.held.keys() | (self.queue.waiting.keys() if self.queue else set())), 1)
+        self.ran.peak = max(
+            self.ran.peak, len(self.held.keys() | (self.queue.waiting.keys() if self.queue else set())), 1
+        )
 
     def backward(self, kind: str, micro: int, stage: int) -> None:
         key = micro, stage
@@ -147,14 +157,16 @@ class _PipelineRun:
                 torch.autograd.backward(held.roots, held.grads)
         if stage > 0:
             assert held.x is not None
-            self.here[Action("B", micro, stage)] = torch.zeros_like(held.x) if held.x.grad is None else held.x.grad.contiguous()
+            self.here[Action("B", micro, stage)] = (
+                torch.zeros_like(held.x) if held.x.grad is None else held.x.grad.contiguous()
+            )
         del self.held[key]
 
-
+# %% ../../nbs/parallel/28_pipeline.ipynb #12b92a01
 def _purpose(made: Action) -> str:
     return "activations forward" if made.kind == "F" else "gradients backward"
 
-
+# %% ../../nbs/parallel/28_pipeline.ipynb #ed9bf0b6
 def run_schedule(
     part: PipelinePart,  # this rank's stages
     plan: MessagePlan,  # from `check_schedule`
@@ -162,11 +174,13 @@ def run_schedule(
     axis: Axis,  # the pipeline
     scale_loss: Callable[[int, LossOutput], Tensor],  # (micro-batch, the last stage's loss) -> what to call backward on
     on_output: Callable[[int, LossOutput], None] | None = None,  # told of each loss, on the last stage's rank alone
-    scale_extra: Callable[[int, Tensor], Tensor] | None = None,  # (micro-batch, what a stage adds to the loss) -> what to call backward on
+    # (micro-batch, what a stage adds to the loss) -> what to call backward on
+    scale_extra: Callable[[int, Tensor], Tensor] | None = None,
     queue: WeightQueue | None = None,  # as given to `defer_weights`, where backward comes in halves
     split: int = 1,  # ranks over which a pack's tokens are split between blocks: the tensor axis in msp and fsp
 ) -> PipelineOutput:
-    """Forward and backward of a step's micro-batches over all ranks of a pipeline; gradients are left with the parameters. A schedule without backward runs without gradients
+    """Forward and backward of a step's micro-batches over all ranks of a pipeline; gradients are left with the
+    parameters. A schedule without backward runs without gradients
 
     Raises ValueError when part, plan, batches and axis do not belong together.
 
@@ -182,10 +196,24 @@ def run_schedule(
         split: ranks over which a pack's tokens are split between blocks: the tensor axis in msp and fsp
     """
     schedule = plan.schedule
-    require(axis.size == schedule.ranks, f"the schedule is for {schedule.ranks} ranks, but the {axis.name} axis has {axis.size}: make one for as many")
-    require(len(batches) == schedule.micro_num, f"the schedule is for {schedule.micro_num} micro-batches, but there are {len(batches)}: make one for as many")
-    require(part.stages == schedule.stages_of(axis.coord), f"this rank's part has stages {part.stages}, but schedule {schedule.name} gives it {schedule.stages_of(axis.coord)}: cut the model by this schedule")
-    require(queue is not None or not schedule.split, f"schedule {schedule.name} has backward in halves: call defer_weights(part, queue), and pass the queue here too")
+    require(
+        axis.size == schedule.ranks,
+        f"the schedule is for {schedule.ranks} ranks, but the {axis.name} axis has {axis.size}: make one for as many",
+    )
+    require(
+        len(batches) == schedule.micro_num,
+        f"the schedule is for {schedule.micro_num} micro-batches, but there are {len(batches)}: make one for as many",
+    )
+    require(
+        part.stages == schedule.stages_of(axis.coord),
+        f"this rank's part has stages {part.stages}, but schedule {schedule.name} gives it"
+        f" {schedule.stages_of(axis.coord)}: cut the model by this schedule",
+    )
+    require(
+        queue is not None or not schedule.split,
+        f"schedule {schedule.name} has backward in halves: call defer_weights(part, queue), and pass the queue"
+        " here too",
+    )
     run = _PipelineRun(part, plan, batches, axis, scale_loss, on_output, scale_extra, queue, split)
     with torch.set_grad_enabled(run.training):
         for what, action in plan.programs[axis.coord]:

@@ -60,11 +60,21 @@ class Placement:
     def __post_init__(self) -> None:
         for cut in self.cuts:
             require(0 <= cut.coord < cut.size, f"coord {cut.coord} is not in 0..{cut.size - 1}")
-            require(cut.dim is None or 0 <= cut.dim < len(self.shape), f"dim is {cut.dim}: a parameter of shape {self.shape} has dims 0..{len(self.shape) - 1}")
-            require(cut.dim is None or self.shape[cut.dim] % cut.size == 0, f"dim {cut.dim} of shape {self.shape} is not divisible by {cut.size} ranks: choose a size of the {cut.axis} axis that divides it")
+            require(
+                cut.dim is None or 0 <= cut.dim < len(self.shape),
+                f"dim is {cut.dim}: a parameter of shape {self.shape} has dims 0..{len(self.shape) - 1}",
+            )
+            require(
+                cut.dim is None or self.shape[cut.dim] % cut.size == 0,
+                f"dim {cut.dim} of shape {self.shape} is not divisible by {cut.size} ranks: choose a size of the"
+                f" {cut.axis} axis that divides it",
+            )
         dims = [cut.dim for cut in self.cuts if cut.dim is not None]
         require(len(set(dims)) == len(dims), f"dims {dims} of shape {self.shape}: two axes cannot cut the same dim")
-        require(self.dim is None or not self.partial, "a parameter that is cut has its own gradient alone: partial belongs to dim None")
+        require(
+            self.dim is None or not self.partial,
+            "a parameter that is cut has its own gradient alone: partial belongs to dim None",
+        )
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
@@ -173,7 +183,9 @@ def init_placed(
     seed: int,  # of the run
     piece: int = 64 * BLOCK,  # elements drawn at one time, so that memory stays flat
 ) -> None:
-    """Fill this rank's part of every parameter in place, without talking to anybody. Raises ValueError when a shape is not that of its placement
+    """Fill this rank's part of every parameter in place, without talking to anybody
+
+    Raises ValueError when a shape is not that of its placement
 
     Args:
         model: with an attribute `cfg`, logical parameter names and local shapes; not on the meta device
@@ -183,7 +195,11 @@ def init_placed(
     """
     for name, parameter in model.named_parameters():
         place, std = placements[name], parameter_std(model.cfg, name)  # type: ignore[reportArgumentType]
-        require(tuple(parameter.shape) == place.local_shape, f"{name} has shape {tuple(parameter.shape)}, but its placement says {place.local_shape}: cut the model before filling it")
+        require(
+            tuple(parameter.shape) == place.local_shape,
+            f"{name} has shape {tuple(parameter.shape)}, but its placement says {place.local_shape}: cut the model"
+            " before filling it",
+        )
         if parameter.is_meta or isinstance(parameter.data, FakeTensor):
             continue
         if std is None or std == 0:
@@ -197,7 +213,10 @@ def init_placed(
                 flat[start - first : stop - first].copy_(normal_slice(seed, name, start, stop, std))
             continue
         width, length = runs[1][0] - runs[0][0], runs[0][1] - runs[0][0]  # of a row of the whole; of the part in it
-        require(all(b[0] - a[0] == width for a, b in pairwise(runs)), f"{name} is cut in the middle of three dims: only rows at equal distances are drawn")
+        require(
+            all(b[0] - a[0] == width for a, b in pairwise(runs)),
+            f"{name} is cut in the middle of three dims: only rows at equal distances are drawn",
+        )
         step, flat = max(1, piece // width), parameter.view(len(runs), length)
         for row in range(0, len(runs), step):
             rows = flat[row : row + step]
@@ -212,7 +231,9 @@ def add_up(
     purpose: str,  # what for
     coords: tuple[int, ...] | None = None,  # on the axis, of those who hold them; None: all
 ) -> None:
-    """Add tensors up over an axis, in place and in one exchange, in float32 at least; every holder gets the same bits. Nothing happens on other ranks
+    """Add tensors up over an axis, in place and in one exchange, in float32 at least; every holder gets the same bits
+
+    Nothing happens on other ranks
 
     Args:
         tensors: written; the same shapes on every rank that holds them
@@ -220,7 +241,11 @@ def add_up(
         purpose: what for
         coords: on the axis, of those who hold them; None: all
     """
-    if not tensors or (axis.size if coords is None else len(coords)) < 2 or (coords is not None and axis.coord not in coords):
+    if (
+        not tensors
+        or (axis.size if coords is None else len(coords)) < 2
+        or (coords is not None and axis.coord not in coords)
+    ):
         return
     wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
     flat = torch.cat([t.flatten().to(wide) for t in tensors])

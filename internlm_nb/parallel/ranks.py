@@ -54,7 +54,7 @@ def _loopback() -> str:
     "Name of the loopback device; empty where none is found"
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "")
 
-
+# %% ../../nbs/parallel/10_ranks.ipynb #34145e87
 def _prepare(rank: int, order: _Order) -> None:
     "Before the process talks to anybody: one thread, loopback alone, stacks and last words into files"
     torch.set_num_threads(1)
@@ -63,19 +63,21 @@ def _prepare(rank: int, order: _Order) -> None:
     os.close(errors)
     faulthandler.enable(2, all_threads=False)
     trace = (order.folder / str(rank)).open("w")
-    faulthandler.register(signal.SIGUSR1, trace, all_threads=False)  # asked where it hangs, a rank answers even from inside a collective
+    # asked where it hangs, a rank answers even from inside a collective
+    faulthandler.register(signal.SIGUSR1, trace, all_threads=False)
     world = str(order.layout.world)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     if name := _loopback():
         os.environ.update(GLOO_SOCKET_IFNAME=name, NCCL_SOCKET_IFNAME=name)
 
-
+# %% ../../nbs/parallel/10_ranks.ipynb #eef795cd
 def _life(rank: int, order: _Order, conn: Any) -> None:
     "What the process of one rank does; a result is (time, is it one, printed text, pickled result or traceback)"
     _prepare(rank, order)
     layout, backend, timeout, out = order.layout, order.backend, order.timeout, io.StringIO()
     try:
-        patience = max(0.4 * timeout, timeout - 4)  # of a collective: less than the whole call's, so that it names who is missing before all are killed
+        # of a collective: less than the whole call's, so that it names who is missing before all are killed
+        patience = max(0.4 * timeout, timeout - 4)
         limit = timedelta(seconds=patience)
         if backend == "nccl":
             torch.cuda.set_device(rank)
@@ -110,9 +112,11 @@ def _last_words(rank: int, code: int | None, folder: Path) -> str:
     hint = "; SIGKILL comes from somebody, or from a machine that is out of memory" if code == -signal.SIGKILL else ""
     if not lines:
         return f"rank {rank} died without a word ({how}{hint})"
-    return f"rank {rank} died ({how}{hint}); the end of its standard error:\n" + "\n".join(f"  {line}" for line in lines)
+    return f"rank {rank} died ({how}{hint}); the end of its standard error:\n" + "\n".join(
+        f"  {line}" for line in lines
+    )
 
-
+# %% ../../nbs/parallel/10_ranks.ipynb #9d6b023f
 def _collect(ends: list, procs: list, deadline: float, folder: Path) -> tuple[dict[int, tuple], list[int]]:
     "Results by rank, and who gave none; after a first failure the others get two seconds to say what they saw"
     got: dict[int, tuple] = {}
@@ -129,14 +133,17 @@ def _collect(ends: list, procs: list, deadline: float, folder: Path) -> tuple[di
             deadline = min(deadline, time.time() + 2.0)
     return got, sorted(waiting.values())
 
-
+# %% ../../nbs/parallel/10_ranks.ipynb #de962a6d
 def _where(procs: list, silent: list[int], traces: Path) -> str:
     "Ask ranks that hang for their stacks"
     for rank in silent:
         if procs[rank].is_alive():
             os.kill(procs[rank].pid, signal.SIGUSR1)
     time.sleep(0.3)
-    return "".join(f"\nrank {rank}: {(traces / str(rank)).read_text() if (traces / str(rank)).exists() else 'never began'}" for rank in silent)
+    return "".join(
+        f"\nrank {rank}: {(traces / str(rank)).read_text() if (traces / str(rank)).exists() else 'never began'}"
+        for rank in silent
+    )
 
 
 def local_store() -> TCPStore:
@@ -145,7 +152,7 @@ def local_store() -> TCPStore:
     port = listener.getsockname()[1]
     return TCPStore("127.0.0.1", port, None, True, wait_for_workers=False, master_listen_fd=listener.detach())
 
-
+# %% ../../nbs/parallel/10_ranks.ipynb #e9729f3f
 def run_ranks(
     fn: Callable,  # called on every rank; may be defined in a notebook
     world: int | Layout,  # how many ranks: `fn(*args)`; or a layout: `fn(mesh, *args)`
@@ -154,10 +161,13 @@ def run_ranks(
     timeout: float = 60.0,  # seconds for the whole call; a collective fails some seconds before
     show: bool = True,  # print what the ranks printed, in rank order?
     recorder: Any = None,  # with a layout: each rank's mesh tells a copy of this `Recorder` of every collective
-    check: bool = True,  # with a layout: name collectives in which ranks differ, before they run; False where time is measured
+    # with a layout: name collectives in which ranks differ, before they run; False where time is measured
+    check: bool = True,
     **kwargs: Any,  # passed to `fn`
 ) -> list:  # what `fn` returned on each rank
-    """Run a function on every rank of a fresh process group. Raises RankError with the first failure's traceback, or with names and stacks of ranks that hang
+    """Run a function on every rank of a fresh process group
+
+    Raises RankError with the first failure's traceback, or with names and stacks of ranks that hang
 
     Args:
         fn: called on every rank; may be defined in a notebook
@@ -175,7 +185,8 @@ def run_ranks(
     """
     layout = world if isinstance(world, Layout) else Layout(world)
     context = multiprocessing.get_context("forkserver")
-    loaded = sorted(name for name in sys.modules if name.startswith("internlm_nb.") or name == "torch._dynamo")  # here: ranks need not load them each
+    # here: ranks need not load them each
+    loaded = sorted(name for name in sys.modules if name.startswith("internlm_nb.") or name == "torch._dynamo")
     context.set_forkserver_preload(["torch.distributed", "internlm_nb.parallel.mesh", *loaded])
     store = local_store()
     payload = cloudpickle.dumps((fn, args, kwargs, recorder))
@@ -198,7 +209,10 @@ def run_ranks(
             others = "".join(f"\nrank {r} then: {got[r][3].strip().splitlines()[-1]}" for _, r in failed[1:])
             raise RankError(f"rank {rank} failed first\n{got[rank][2]}{got[rank][3]}{others}")
         if silent:
-            raise RankError(f"ranks {silent} gave no result within {timeout:g} s: raise `timeout`, or look for a collective that not all ranks reach{_where(procs, silent, traces)}")
+            raise RankError(
+                f"ranks {silent} gave no result within {timeout:g} s: raise `timeout`, or look for a collective that"
+                f" not all ranks reach{_where(procs, silent, traces)}"
+            )
         for proc in procs:
             proc.join(max(0.1, deadline - time.time()))
     finally:

@@ -49,13 +49,14 @@ class Call(NamedTuple):
     number: int  # of the group's collectives, from 1
     messages: tuple[Message, ...] = ()  # of sends and uneven exchanges, rank by rank: closed forms do not know them
 
-
+# %% ../../nbs/parallel/02_record.ipynb #37bac233
 def sent_bytes(
     op: str,  # all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, send
     payload_bytes: int,  # of the whole tensor
     size: int,  # ranks
 ) -> int:  # rounded up
-    """Bytes that leave each rank, by the rings' closed form: (n - 1) / n of the whole, twice that for an all-reduce; a send is sent whole
+    """Bytes that leave each rank, by the rings' closed form: (n - 1) / n of the whole, twice that for an all-reduce; a
+    send is sent whole
 
     Args:
         op: all_reduce, all_gather, reduce_scatter, all_to_all, broadcast, send
@@ -102,7 +103,7 @@ class Change(NamedTuple):
     owner: str  # parameters, gathered, gradients, buffers, masters, moments; "host ..." in the host's memory
     bytes: int  # below 0: given back
 
-
+# %% ../../nbs/parallel/02_record.ipynb #b578909c
 class Recorder:
     """Counts collectives by (axis, purpose, op) and memory by owner, and lists both in order when asked
 
@@ -166,8 +167,14 @@ class Recorder:
             purpose: only this purpose
             op: only this collective
         """
-        chosen = [c for key, c in self.counts.items() if all(want in (None, have) for want, have in zip((axis, purpose, op), key))]
-        return Count(sum(c.calls for c in chosen), sum(c.payload_bytes for c in chosen), sum(c.sent_bytes for c in chosen))
+        chosen = [
+            c
+            for key, c in self.counts.items()
+            if all(want in (None, have) for want, have in zip((axis, purpose, op), key))
+        ]
+        return Count(
+            sum(c.calls for c in chosen), sum(c.payload_bytes for c in chosen), sum(c.sent_bytes for c in chosen)
+        )
 
     def reset(self) -> None:
         "Forget everything but what is held now"
@@ -178,6 +185,14 @@ class Recorder:
 
     def table(self) -> str:
         "Counts as plain text"
-        rows = [("axis", "purpose", "op", "calls", "payload", "sent"), *((*key, str(c.calls), str(c.payload_bytes), str(c.sent_bytes)) for key, c in sorted(self.counts.items()))]
+        rows = [
+            ("axis", "purpose", "op", "calls", "payload", "sent"),
+            *((*key, str(c.calls), str(c.payload_bytes), str(c.sent_bytes)) for key, c in sorted(self.counts.items())),
+        ]
         widths = [max(len(row[i]) for row in rows) for i in range(6)]
-        return "\n".join("  ".join(text.ljust(w) if i < 3 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths))).rstrip() for row in rows)
+        return "\n".join(
+            "  ".join(
+                text.ljust(w) if i < 3 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths))
+            ).rstrip()
+            for row in rows
+        )

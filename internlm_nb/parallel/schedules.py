@@ -15,7 +15,8 @@ from typing import Literal, NamedTuple, get_args
 from ..base.check import require
 
 # %% ../../nbs/parallel/24_schedules.ipynb #666c1a3e
-ActionKind = Literal["F", "B", "W", "BW"]  # forward; gradient of the input; gradient of the weights; both at once: a whole backward
+# forward; gradient of the input; gradient of the weights; both at once: a whole backward
+ActionKind = Literal["F", "B", "W", "BW"]
 
 
 class Action(NamedTuple):
@@ -120,7 +121,9 @@ def interleaved(
     micro_num: int,  # micro-batches, a multiple of ranks
     chunks: int,  # stages on each rank
 ) -> Schedule:
-    """Interleaved 1F1B: rank r runs 2 (ranks - r - 1) + (chunks - 1) ranks forwards ahead. Raises ValueError when ranks do not divide micro_num
+    """Interleaved 1F1B: rank r runs 2 (ranks - r - 1) + (chunks - 1) ranks forwards ahead
+
+    Raises ValueError when ranks do not divide micro_num
 
     Args:
         ranks: of the pipeline
@@ -129,11 +132,17 @@ def interleaved(
     """
     require(
         micro_num % ranks == 0,
-        f"micro_num {micro_num} is not a multiple of the pipeline's {ranks} ranks, which interleaving needs: write {-(-micro_num // ranks) * ranks}, or schedule 1f1b with chunks 1",
+        f"micro_num {micro_num} is not a multiple of the pipeline's {ranks} ranks, which interleaving needs: write"
+        f" {-(-micro_num // ranks) * ranks}, or schedule 1f1b with chunks 1",
     )
     orders = []
     for rank in range(ranks):
-        turns = [(group * ranks + i, chunk) for group in range(micro_num // ranks) for chunk in range(chunks) for i in range(ranks)]
+        turns = [
+            (group * ranks + i, chunk)
+            for group in range(micro_num // ranks)
+            for chunk in range(chunks)
+            for i in range(ranks)
+        ]
         forwards = [Action("F", m, chunk * ranks + rank) for m, chunk in turns]
         backwards = [Action("BW", m, (chunks - 1 - chunk) * ranks + rank) for m, chunk in turns]
         orders.append(tuple(_alternate(forwards, backwards, 2 * (ranks - rank - 1) + (chunks - 1) * ranks)))
@@ -173,7 +182,11 @@ def zbv(
         ranks: of the pipeline
         micro_num: micro-batches, at least 2 x ranks
     """
-    require(micro_num >= 2 * ranks, f"micro_num {micro_num} is fewer than 2 x {ranks} ranks, with which zbv fills a pipeline: write {2 * ranks} or more, or schedule zbh1 with chunks 1")
+    require(
+        micro_num >= 2 * ranks,
+        f"micro_num {micro_num} is fewer than 2 x {ranks} ranks, with which zbv fills a pipeline: write {2 * ranks} or"
+        " more, or schedule zbh1 with chunks 1",
+    )
     orders = []
     for rank in range(ranks):
         down, up = rank, 2 * ranks - 1 - rank  # stages of the first and of the second chunk
@@ -227,9 +240,18 @@ def make_schedule(
     require(name in get_args(ScheduleName), f"schedule is {name!r}: choose one of {', '.join(get_args(ScheduleName))}")
     for what, value in (("pipeline", ranks), ("micro_num", micro_num), ("chunks", chunks)):
         require(type(value) is int and value > 0, f"{what} is {value!r}: it must be a positive integer")
-    require(name in ("interleaved", "zbv") or chunks == 1, f"chunks is {chunks}, but schedule {name} has one stage on each rank: write chunks 1, or schedule interleaved")
-    require(name != "interleaved" or chunks > 1, "chunks is 1, but interleaving needs several stages on each rank: write chunks 2 or more, or schedule 1f1b")
-    require(name != "zbv" or chunks == 2, f"chunks is {chunks}, but schedule zbv has two stages on each rank: write chunks 2")
+    require(
+        name in ("interleaved", "zbv") or chunks == 1,
+        f"chunks is {chunks}, but schedule {name} has one stage on each rank: write chunks 1, or schedule interleaved",
+    )
+    require(
+        name != "interleaved" or chunks > 1,
+        "chunks is 1, but interleaving needs several stages on each rank: write chunks 2 or more, or schedule 1f1b",
+    )
+    require(
+        name != "zbv" or chunks == 2,
+        f"chunks is {chunks}, but schedule zbv has two stages on each rank: write chunks 2",
+    )
     if name == "interleaved":
         return interleaved(ranks, micro_num, chunks)
     return {"1f1b": one_f_one_b, "zbh1": zbh1, "zbv": zbv}[name](ranks, micro_num)
@@ -299,7 +321,10 @@ def split_layers(
     Returns:
         layers of each stage
     """
-    require(0 < stages <= num_layers, f"{num_layers} layers do not fill {stages} stages: each needs one, so make pipeline or chunks smaller")
+    require(
+        0 < stages <= num_layers,
+        f"{num_layers} layers do not fill {stages} stages: each needs one, so make pipeline or chunks smaller",
+    )
     each, more = divmod(num_layers, stages)
     starts = [s * each + max(0, s - (stages - more)) for s in range(stages + 1)]
     return tuple(range(a, b) for a, b in pairwise(starts))

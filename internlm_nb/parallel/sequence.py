@@ -96,16 +96,20 @@ class LocalSegments(Segments):
         Returns:
             (tokens,) int64
         """
-        return positions_from([run.position for run in self.runs], [run.tokens for run in self.runs], self.cu_seqlens.device)
+        return positions_from(
+            [run.position for run in self.runs], [run.tokens for run in self.runs], self.cu_seqlens.device
+        )
 
-
+# %% ../../nbs/parallel/20_sequence.ipynb #0524137f
 def cut_rows(
     lengths: Sequence[int],  # tokens of each document of the pack, on the host
     layout: Layout,  # sizes of the axes
     coords: Coords,  # this rank's place
     device: torch.device | str = "cpu",  # of the tokens
 ) -> tuple[Tensor, LocalSegments]:  # (tokens here,) int64 on the host, rows of the pack; and the model's view of them
-    """A rank's share of a pack: take these rows of ids, labels and positions. Raises ValueError when the axes do not divide the pack
+    """A rank's share of a pack: take these rows of ids, labels and positions
+
+    Raises ValueError when the axes do not divide the pack
 
     Args:
         lengths: tokens of each document of the pack, on the host
@@ -117,7 +121,10 @@ def cut_rows(
         (tokens here,) int64 on the host, rows of the pack; and the model's view of them
     """
     offsets = list(itertools.accumulate(lengths, initial=0))
-    require(bool(lengths) and min(lengths) >= 0 and offsets[-1] > 0, f"lengths {tuple(lengths)[:8]}: give at least one token, and no negative length")
+    require(
+        bool(lengths) and min(lengths) >= 0 and offsets[-1] > 0,
+        f"lengths {tuple(lengths)[:8]}: give at least one token, and no negative length",
+    )
     spans = spans_of(offsets[-1], layout, coords)
     runs = ranges_of(offsets, spans)
     pieces = pieces_of(runs)
@@ -129,7 +136,16 @@ def cut_rows(
     ring = ring_of(lengths, layout, coords.context, device) if layout.context > 1 else None
     rows = torch.cat([torch.arange(a, b, device="cpu") for a, b in spans])
     whole = tuple(offsets[d + 1] - offsets[d] for d, _ in pieces)
-    return rows, LocalSegments(local.cu_seqlens, local.lengths, local.max_seqlen, whole, tuple(runs), shard, ring, rows.to(device, non_blocking=True))
+    return rows, LocalSegments(
+        local.cu_seqlens,
+        local.lengths,
+        local.max_seqlen,
+        whole,
+        tuple(runs),
+        shard,
+        ring,
+        rows.to(device, non_blocking=True),
+    )
 
 # %% ../../nbs/parallel/20_sequence.ipynb #2bddb926
 def take_heads(
@@ -137,7 +153,8 @@ def take_heads(
     k: Tensor,  # (tokens of the rank, kv_heads, head_dim)
     v: Tensor,  # (tokens of the rank, kv_heads, head_dim)
     axis: Axis,  # the sequence axis
-) -> tuple[Tensor, Tensor, Tensor]:  # of all tokens (size * tokens, heads / size, head_dim), and (..., max(kv_heads / size, 1), head_dim)
+) -> tuple[Tensor, Tensor, Tensor]:
+    # of all tokens (size * tokens, heads / size, head_dim), and (..., max(kv_heads / size, 1), head_dim)
     """All ranks' tokens for a rank's share of the heads, in one exchange
 
     Args:
@@ -153,15 +170,20 @@ def take_heads(
         return q, k, v
     size, heads, kv_heads = axis.size, q.shape[1], k.shape[1]
     fits = heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
-    require(fits, f"{heads} query heads and {kv_heads} key heads cannot be shared by sequence {size}: it must divide the first, and divide or be a multiple of the second")
+    require(
+        fits,
+        f"{heads} query heads and {kv_heads} key heads cannot be shared by sequence {size}: it must divide the first,"
+        " and divide or be a multiple of the second",
+    )
     if kv_heads < size:
         k, v = (x.repeat_interleave(size // kv_heads, dim=1) for x in (k, v))
-    parts = torch.cat([x.unflatten(1, (size, -1)).transpose(0, 1) for x in (q, k, v)], 2)  # (size, tokens, heads of a rank, head_dim)
+    # (size, tokens, heads of a rank, head_dim)
+    parts = torch.cat([x.unflatten(1, (size, -1)).transpose(0, 1) for x in (q, k, v)], 2)
     own = [x.shape[1] // size for x in (q, k, v)]
     q, k, v = all_to_all(parts, axis, "ulysses in").flatten(0, 1).split(own, 1)
     return q, k, v
 
-
+# %% ../../nbs/parallel/20_sequence.ipynb #6201a9d3
 def give_heads(
     x: Tensor,  # (size * tokens, heads / size, head_dim), of all tokens
     axis: Axis,  # the sequence axis
@@ -175,9 +197,13 @@ def give_heads(
     Returns:
         (tokens of the rank, heads, head_dim)
     """
-    return x if axis.size == 1 else all_to_all(x.unflatten(0, (axis.size, -1)), axis, "ulysses out").transpose(0, 1).flatten(1, 2)
+    return (
+        x
+        if axis.size == 1
+        else all_to_all(x.unflatten(0, (axis.size, -1)), axis, "ulysses out").transpose(0, 1).flatten(1, 2)
+    )
 
-
+# %% ../../nbs/parallel/20_sequence.ipynb #35c2e229
 def ulysses(
     attend: Callable[..., Tensor],  # (q, k, v, segments, backend): attention of all tokens, for some heads
     axis: Axis,  # the sequence axis
@@ -192,10 +218,19 @@ def ulysses(
         the same, for a rank's tokens and all heads
     """
 
-    def attend_share(q: Tensor, k: Tensor, v: Tensor, segments: Any, backend: str = "auto", key_segments: Segments | None = None) -> Tensor:
+    def attend_share(
+        q: Tensor, k: Tensor, v: Tensor, segments: Any, backend: str = "auto", key_segments: Segments | None = None
+    ) -> Tensor:
         "Attention of this rank's tokens. Raises ValueError for segments that `cut_rows` did not make, and with a cache"
-        require(isinstance(segments, LocalSegments), "tokens are split over sequence or context, but the segments are of a whole pack: take rows and segments from cut_rows")
-        require(key_segments is None, "there is a cache, but tokens are split over sequence or context: generate with sequence 1 and context 1")
+        require(
+            isinstance(segments, LocalSegments),
+            "tokens are split over sequence or context, but the segments are of a whole pack: take rows and segments"
+            " from cut_rows",
+        )
+        require(
+            key_segments is None,
+            "there is a cache, but tokens are split over sequence or context: generate with sequence 1 and context 1",
+        )
         return give_heads(attend(*take_heads(q, k, v, axis), segments, backend=backend), axis)
 
     return attend_share

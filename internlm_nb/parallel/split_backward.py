@@ -40,7 +40,9 @@ class WeightQueue:
             key: under which `run` will find them
         """
         if key in self.waiting or self._open is not None:
-            raise RuntimeError(f"weight gradients of {key if key in self.waiting else self._open} are still waiting: call run first")
+            raise RuntimeError(
+                f"weight gradients of {key if key in self.waiting else self._open} are still waiting: call run first"
+            )
         self.waiting[key], self._open = [], key
         try:
             yield
@@ -100,7 +102,7 @@ class _SplitBackward(torch.autograd.Function):
         queue.put(lambda: lambda: ((parameter, grad.t() @ x),))
         return grad @ weight if want_x else None, None, grad.sum(0) if want_bias else None, None
 
-
+# %% ../../nbs/parallel/15_split_backward.ipynb #1ea77228
 def split_backward_linear(
     x: Tensor,  # (tokens, in)
     weight: Tensor,  # (out, in), a parameter
@@ -133,7 +135,7 @@ def with_grad(
     """
     return x if x.requires_grad else x.detach().requires_grad_()
 
-
+# %% ../../nbs/parallel/15_split_backward.ipynb #133e6153
 class DelayedWgradLinear(nn.Module):
     """A linear map whose weight gradient may wait
 

@@ -43,7 +43,7 @@ class Blocks(nn.Module):
     def __getitem__(self, layer: int) -> Block:
         return self._modules[str(layer)]  # type: ignore[return-value]
 
-
+# %% ../../nbs/parallel/27_stages.ipynb #f7e147fd
 class PipelinePart(nn.Module):
     """The stages that one rank holds
 
@@ -78,7 +78,8 @@ class PipelinePart(nn.Module):
         batch: Batch,  # the whole pack
         x: Tensor | None = None,  # (tokens, hidden), what the stage before returned; None for the first stage
         chunk: int = 0,  # which of this rank's stages
-    ) -> tuple[Tensor | LossOutput, Tensor | None]:  # hidden states, or in the last stage the loss; what is to be added to the loss
+    ) -> tuple[Tensor | LossOutput, Tensor | None]:
+        # hidden states, or in the last stage the loss; what is to be added to the loss
         """One stage of the model
 
         Args:
@@ -138,11 +139,21 @@ def expected_gradients(
     uses: Counter[str] = Counter()
     for stage in part.stages:
         last = stage == part.stage_count - 1
-        of_embedding = [f"embedding.{name}" for name, _ in part.embedding.named_parameters()] if part.embedding is not None else []
+        of_embedding = (
+            [f"embedding.{name}" for name, _ in part.embedding.named_parameters()] if part.embedding is not None else []
+        )
         tied = last and part.cfg.tie_embeddings
         uses.update(of_embedding if stage == 0 or tied else [])
-        uses.update(f"blocks.{layer}.{name}" for layer in part.ranges[stage] for name, _ in part.blocks[layer].named_parameters())
-        uses.update(f"head.{name}" for name, _ in part.head.named_parameters()) if last and part.head is not None else None
+        uses.update(
+            f"blocks.{layer}.{name}"
+            for layer in part.ranges[stage]
+            for name, _ in part.blocks[layer].named_parameters()
+        )
+        (
+            uses.update(f"head.{name}" for name, _ in part.head.named_parameters())
+            if last and part.head is not None
+            else None
+        )
     return {name: micro_num * uses[name] for name, p in part.named_parameters() if p.requires_grad}
 
 # %% ../../nbs/parallel/27_stages.ipynb #52a84beb
@@ -167,7 +178,10 @@ def defer_weights(
     model: nn.Module,  # with `blocks`; changed in place
     queue: WeightQueue,
 ) -> list[str]:  # names of the modules that put their gradients off
-    """Have the matrices of all blocks leave their gradients in a queue. Experts of a mixture do not: their weight gradients are computed with their input's. Raises ValueError for a kind of linear map that cannot
+    """Have the matrices of all blocks leave their gradients in a queue
+
+    Experts of a mixture do not: their weight gradients are computed with their input's. Raises ValueError for a kind of
+    linear map that cannot
 
     Args:
         model: with `blocks`; changed in place
@@ -185,7 +199,10 @@ def defer_weights(
             elif type(child) in (nn.Linear, Linear):
                 setattr(module, name, DelayedWgradLinear(child, queue))  # type: ignore[arg-type]
             elif isinstance(child, nn.Linear):
-                raise ValueError(f"{where} is a {type(child).__name__}, whose backward does not come in halves: choose schedule 1f1b or interleaved, or plain linear maps")
+                raise ValueError(
+                    f"{where} is a {type(child).__name__}, whose backward does not come in halves: choose schedule 1f1b"
+                    " or interleaved, or plain linear maps"
+                )
             else:
                 visit(child, where)
                 continue

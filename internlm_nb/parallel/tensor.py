@@ -29,15 +29,20 @@ def _refuse(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     "With tokens split over ranks there is no cache, and no rank that has each sequence's last token"
     given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     for name in ("cache", "last_only"):
-        require(not given.get(name), f"{name} was given, but activations are split by tokens (mode msp or fsp): generate in mode mtp")
+        require(
+            not given.get(name),
+            f"{name} was given, but activations are split by tokens (mode msp or fsp): generate in mode mtp",
+        )
 
-
+# %% ../../nbs/parallel/19_tensor.ipynb #cf321d63
 def tensor_parallel(
     model: nn.Module,  # a whole Transformer, best on the meta device; changed in place
     axis: Axis,  # the tensor axis
     mode: TensorMode,  # how activations lie between blocks
 ) -> dict[str, Placement]:  # of every parameter, by logical name
-    """Cut a model's matrices over an axis: afterwards it computes the same with a share of the weights. Raises ValueError that names the sizes which do not fit
+    """Cut a model's matrices over an axis: afterwards it computes the same with a share of the weights
+
+    Raises ValueError that names the sizes which do not fit
 
     Shoeybi et al. 2019 (mtp), Korthikanti et al. 2022 (msp), InternEvo (fsp).
 
@@ -57,15 +62,26 @@ def tensor_parallel(
     split, placements = mode != "mtp", {}
     for name, parameter in list(model.named_parameters()):
         dim = cut_dim(name)
-        partial = dim is None and (split or ".gate." in name)  # a gate's gradient is made of what its rank's channels of the experts say
+        # a gate's gradient is made of what its rank's channels of the experts say
+        partial = dim is None and (split or ".gate." in name)
         placements[name] = place = Placement(tuple(parameter.shape), dim, axis.coord, axis.size, partial=partial)
         owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        setattr(owner, leaf, nn.Parameter(place.cut(parameter.detach()).clone(memory_format=torch.contiguous_format), parameter.requires_grad))
+        setattr(
+            owner,
+            leaf,
+            nn.Parameter(
+                place.cut(parameter.detach()).clone(memory_format=torch.contiguous_format), parameter.requires_grad
+            ),
+        )
     for block in model.blocks:  # type: ignore[union-attr]
         attention = block.attention
         attention.wqkv = ColumnLinear(attention.wqkv, axis, mode, "attention in")
         attention.wo = RowLinear(attention.wo, axis, mode, "attention out")
-        block.feed_forward = SplitMixture(block.feed_forward, axis, mode) if cfg.num_experts else SplitFeedForward(block.feed_forward, axis, mode)
+        block.feed_forward = (
+            SplitMixture(block.feed_forward, axis, mode)
+            if cfg.num_experts
+            else SplitFeedForward(block.feed_forward, axis, mode)
+        )
     if getattr(model, "embedding", None) is not None:
         model.embedding = SplitEmbedding(model.embedding, axis, mode)  # type: ignore[arg-type]
     if getattr(model, "head", None) is not None:

@@ -23,7 +23,7 @@ class Span(NamedTuple):
     start: float
     end: float
 
-
+# %% ../../nbs/parallel/25_timeline.ipynb #6e8cd94e
 @dataclass(frozen=True)
 class Timeline:
     """A schedule in time
@@ -51,10 +51,13 @@ class Timeline:
     @property
     def inner_bubble(self) -> float:
         "The same share, of the time between each rank's own first and last action"
-        busy, there = (sum(x) for x in zip(*((sum(s.end - s.start for s in row), row[-1].end - row[0].start) for row in self.spans)))
+        busy, there = (
+            sum(x)
+            for x in zip(*((sum(s.end - s.start for s in row), row[-1].end - row[0].start) for row in self.spans))
+        )
         return 1 - busy / there
 
-
+# %% ../../nbs/parallel/25_timeline.ipynb #d07884b7
 def timeline(
     schedule: Schedule,
     forward: float = 1.0,  # time of an F
@@ -63,7 +66,9 @@ def timeline(
     comm: float = 0.0,  # from the end of an action until its result is on another rank
     kept: float = 1.0,  # share of an activation that is still held between B and W
 ) -> Timeline:
-    """When each action runs if every rank keeps to its order and starts as soon as it can. Raises ScheduleError, which says who waits for whom, if they wait for ever
+    """When each action runs if every rank keeps to its order and starts as soon as it can
+
+    Raises ScheduleError, which says who waits for whom, if they wait for ever
 
     Args:
         forward: time of an F
@@ -90,18 +95,27 @@ def timeline(
                 if action.kind != "W":
                     ends[Action("F" if action.kind == "F" else "B", *action[1:])] = row[-1].end
                 moved = True
-    stuck = [(rank, order[len(row)]) for rank, (row, order) in enumerate(zip(rows, schedule.orders)) if len(row) < len(order)]
+    stuck = [
+        (rank, order[len(row)]) for rank, (row, order) in enumerate(zip(rows, schedule.orders)) if len(row) < len(order)
+    ]
     if stuck:
         lines = []
         for rank, action in stuck:
             need = next(n for n in inputs_of(schedule, action) if n not in ends)
-            lines.append(f"rank {rank} waits in {action}, its action {len(rows[rank])}, for {need} of rank {schedule.rank_of(need.stage)}".replace(f"{need}", f"{need.kind}{need.micro} of stage {need.stage}"))
+            lines.append(
+                f"rank {rank} waits in {action}, its action {len(rows[rank])}, for {need} of rank"
+                f" {schedule.rank_of(need.stage)}".replace(f"{need}", f"{need.kind}{need.micro} of stage {need.stage}")
+            )
         raise ScheduleError(f"schedule {schedule.name} never ends: " + "; ".join(lines))
-    return Timeline(schedule, tuple(map(tuple, rows)), tuple(_peak(order, schedule.forward_only, kept) for order in schedule.orders))
+    return Timeline(
+        schedule, tuple(map(tuple, rows)), tuple(_peak(order, schedule.forward_only, kept) for order in schedule.orders)
+    )
 
-
+# %% ../../nbs/parallel/25_timeline.ipynb #209342ca
 def _peak(order: Sequence[Action], forward_only: bool, kept: float) -> float:
-    "Most activations at one time: from the start of F to the end of BW; or all until the end of B, then what is kept until the end of W"
+    """Most activations at one time: from the start of F to the end of BW; or all until the end of B, then what is kept
+    until the end of W
+    """
     held = most = 0.0
     for action in order:
         held += action.kind == "F"
@@ -119,7 +133,9 @@ def plot_schedule(
     kept: float = 1.0,  # share of an activation that is still held between B and W
     ax: "Axes | None" = None,  # None: a new figure
 ) -> "Axes":
-    """Draw what each rank does when. The title says the bubble, and the peak of activations in micro-batches of all of a rank's layers
+    """Draw what each rank does when
+
+    The title says the bubble, and the peak of activations in micro-batches of all of a rank's layers
 
     Args:
         forward: time of an F
@@ -133,19 +149,40 @@ def plot_schedule(
 
     t = timeline(schedule, forward, input_grad, weight_grad, comm, kept)
     if ax is None:
-        _, ax = plt.subplots(figsize=(min(10.0, 2 + 0.12 * t.total), 0.6 + 0.25 * schedule.ranks), dpi=80, layout="constrained")
-    colours: dict[str, tuple[float, ...]] = {"F": (0.55, 0.72, 0.95), "BW": (0.50, 0.80, 0.74), "B": (0.60, 0.85, 0.60), "W": (0.98, 0.80, 0.48)}
+        _, ax = plt.subplots(
+            figsize=(min(10.0, 2 + 0.12 * t.total), 0.6 + 0.25 * schedule.ranks), dpi=80, layout="constrained"
+        )
+    colours: dict[str, tuple[float, ...]] = {
+        "F": (0.55, 0.72, 0.95),
+        "BW": (0.50, 0.80, 0.74),
+        "B": (0.60, 0.85, 0.60),
+        "W": (0.98, 0.80, 0.48),
+    }
     names = {"F": "forward", "BW": "backward", "B": "input gradient", "W": "weight gradient"}
     seen: set[str] = set()
     for rank, row in enumerate(t.spans):
         for (kind, micro, stage), start, end in row:
             dark = 1 - 0.22 * schedule.chunk_of(stage) / max(1, schedule.chunks - 1)
             label: dict[str, Any] = {} if kind in seen else {"label": names[kind]}
-            ax.barh(rank, end - start, 0.9, start, color=[dark * c for c in colours[kind]], edgecolor="white", linewidth=0.5, **label)
+            ax.barh(
+                rank,
+                end - start,
+                0.9,
+                start,
+                color=[dark * c for c in colours[kind]],
+                edgecolor="white",
+                linewidth=0.5,
+                **label,
+            )
             seen.add(kind)
             if t.total <= 80:
                 ax.text((start + end) / 2, rank, str(micro), ha="center", va="center", fontsize=6)
-    ax.set(xlim=(0, t.total), ylim=(schedule.ranks - 0.5, -0.5), yticks=range(schedule.ranks), xlabel="time", ylabel="rank")
-    ax.set_title(f"{schedule.name}: bubble {100 * t.bubble:.0f} %, peak {max(t.peaks) / schedule.chunks:g} micro-batches", fontsize=8)
+    ax.set(
+        xlim=(0, t.total), ylim=(schedule.ranks - 0.5, -0.5), yticks=range(schedule.ranks), xlabel="time", ylabel="rank"
+    )
+    ax.set_title(
+        f"{schedule.name}: bubble {100 * t.bubble:.0f} %, peak {max(t.peaks) / schedule.chunks:g} micro-batches",
+        fontsize=8,
+    )
     ax.tick_params(labelsize=7)
     return ax

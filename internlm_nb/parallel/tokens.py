@@ -32,10 +32,15 @@ def spans_of(
     """
     ring, parts, r = layout.context, layout.sequence, coords.context
     chunks = 2 * ring if ring > 1 else 1
-    require(tokens % (chunks * parts) == 0, f"a pack of {tokens} tokens is not divisible by {chunks} chunks (2 x context {ring}, when above 1) x sequence {parts}: pad it to a multiple of {chunks * parts}")
+    require(
+        tokens % (chunks * parts) == 0,
+        f"a pack of {tokens} tokens is not divisible by {chunks} chunks (2 x context {ring}, when above 1) x sequence"
+        f" {parts}: pad it to a multiple of {chunks * parts}",
+    )
     chunk, out, at = tokens // chunks, [], coords.sequence * (tokens // ring // parts)
     end = at + tokens // ring // parts
-    for behind, begin in enumerate([r * chunk, (2 * ring - 1 - r) * chunk] if ring > 1 else [0]):  # of the rank's list of tokens, its two chunks one behind the other
+    # of the rank's list of tokens, its two chunks one behind the other
+    for behind, begin in enumerate([r * chunk, (2 * ring - 1 - r) * chunk] if ring > 1 else [0]):
         first, last = max(at - behind * chunk, 0), min(end - behind * chunk, chunk)
         if first < last:
             out.append((begin + first, begin + last))
@@ -80,7 +85,9 @@ def ranges_of(
 
 # %% ../../nbs/parallel/03_tokens.ipynb #0187c470
 class Hop(NamedTuple):
-    """Messages of one step of a ring: to the rank that many places ahead, from the one as many places behind. Rows are those of the crossing documents
+    """Messages of one step of a ring: to the rank that many places ahead, from the one as many places behind
+
+    Rows are those of the crossing documents
 
     Args:
         send: (first, end) of the rows whose keys somebody ahead needs; empty: none
@@ -94,7 +101,9 @@ class Hop(NamedTuple):
 
 # %% ../../nbs/parallel/03_tokens.ipynb #e96e0b3e
 def _crossing(offsets: Sequence[int], layout: Layout, context: int) -> dict[int, tuple[int, int]]:
-    "Of each document that lies on this context rank and on others: its tokens here, in the first chunk and in the second"
+    """Of each document that lies on this context rank and on others: its tokens here, in the first chunk and in the
+    second
+    """
     middle = offsets[-1] // 2  # all first chunks lie before all second ones
     spans = spans_of(offsets[-1], Layout(layout.context, context=layout.context), Coords(context=context))
     counts: dict[int, list[int]] = {}
@@ -104,7 +113,9 @@ def _crossing(offsets: Sequence[int], layout: Layout, context: int) -> dict[int,
 
 
 def _meeting(sender: int, receiver: int, crossing: Sequence[dict[int, tuple[int, int]]]) -> tuple[int, int, int] | None:
-    "(document, keys of the sender's run that go, first query of the receiver's run that sees them); no two ranks share more than one document in one direction"
+    """(document, keys of the sender's run that go, first query of the receiver's run that sees them); no two ranks
+    share more than one document in one direction
+    """
     for document, (low, high) in crossing[sender].items():
         here = crossing[receiver].get(document)
         keys, first = (low, 0) if sender < receiver else (low + high, here[0] if here else 0)
@@ -112,7 +123,7 @@ def _meeting(sender: int, receiver: int, crossing: Sequence[dict[int, tuple[int,
             return document, keys, first
     return None
 
-
+# %% ../../nbs/parallel/03_tokens.ipynb #774510ca
 class RingPlan(NamedTuple):
     """What a rank does about documents that cross ranks, in numbers
 
@@ -128,13 +139,14 @@ class RingPlan(NamedTuple):
     alone: tuple[int, ...]  # lengths of all other pieces
     hops: tuple[Hop, ...]  # of steps 1, 2, ...
 
-
+# %% ../../nbs/parallel/03_tokens.ipynb #fe48ef63
 def plan_ring(
     lengths: Sequence[int],  # tokens of each document of the pack
     layout: Layout,  # sizes of the axes
     context: int,  # coordinate of the rank
 ) -> RingPlan | None:  # None: no document crosses this rank's border
-    """Plan a rank's part in ring attention from host integers: everybody knows what comes, nobody waits for what nobody needs
+    """Plan a rank's part in ring attention from host integers: everybody knows what comes, nobody waits for what nobody
+    needs
 
     Args:
         lengths: tokens of each document of the pack
@@ -149,7 +161,8 @@ def plan_ring(
     mine = crossing[context]
     if not mine:
         return None
-    rows = dict(zip(mine, itertools.accumulate((sum(n) for n in mine.values()), initial=0)))  # document -> first of its rows
+    # document -> first of its rows
+    rows = dict(zip(mine, itertools.accumulate((sum(n) for n in mine.values()), initial=0)))
     hops = []
     for step in range(1, size):
         going = _meeting(context, (context + step) % size, crossing)
@@ -166,7 +179,7 @@ def plan_ring(
     alone = tuple(n for document, n in pieces if document not in mine)
     return RingPlan(cuts, tuple(sum(n) for n in mine.values()), alone, tuple(hops))
 
-
+# %% ../../nbs/parallel/03_tokens.ipynb #4fc9e918
 def pieces_of(
     runs: Sequence[TokenRange],  # in order
 ) -> list[tuple[int, int]]:  # document and tokens
@@ -178,4 +191,7 @@ def pieces_of(
     Returns:
         document and tokens
     """
-    return [(document, sum(r.tokens for r in group)) for document, group in itertools.groupby(runs, lambda run: run.document)]
+    return [
+        (document, sum(r.tokens for r in group))
+        for document, group in itertools.groupby(runs, lambda run: run.document)
+    ]

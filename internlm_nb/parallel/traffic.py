@@ -135,7 +135,7 @@ def sequence_traffic(
         add_call(out, ("sequence", f"{purpose} backward", "all_to_all"), cfg.num_layers, each * row, size)
     return out
 
-
+# %% ../../nbs/parallel/04_traffic.ipynb #7912ef4a
 def context_traffic(
     cfg: ModelConfig,  # architecture
     lengths: Sequence[int],  # tokens of each document of one pack
@@ -180,7 +180,8 @@ def expert_traffic(
     away: int,  # of them, those whose expert is on another rank
     size: int,  # expert ranks
     itemsize: int = 2,  # bytes of an activation: 2 for bf16
-    back: tuple[int, int] | None = None,  # rows that came, and of them those from other ranks; None: as many as were sent
+    # rows that came, and of them those from other ranks; None: as many as were sent
+    back: tuple[int, int] | None = None,
     recomputed: int = 0,  # of the blocks
     counts: bool = True,  # are they uneven, so that numbers travel too?
     blocks: int = 1,  # that these rows are of

@@ -43,7 +43,8 @@ class SplitEmbedding(nn.Module):
         self.weight, self.grad_scale = old.weight, old.grad_scale
         self.axis, self.mode = axis, mode
 
-    def forward(self, input_ids: Tensor) -> Tensor:  # (tokens,) -> (tokens, hidden), in msp and fsp (tokens / size, hidden)
+    def forward(self, input_ids: Tensor) -> Tensor:
+        # (tokens,) -> (tokens, hidden), in msp and fsp (tokens / size, hidden)
         """Rows of the table; raises `ValueError` when tokens are to be split and cannot be
 
         Returns:
@@ -51,7 +52,10 @@ class SplitEmbedding(nn.Module):
         """
         axis, tokens = self.axis, input_ids.shape[0]
         if self.mode != "mtp" and tokens % axis.size:
-            raise ValueError(f"a pack of {tokens} tokens is not divisible by tensor {axis.size}, over which mode {self.mode} splits it: pad it, or use mode mtp")
+            raise ValueError(
+                f"a pack of {tokens} tokens is not divisible by tensor {axis.size}, over which mode {self.mode} splits"
+                " it: pad it, or use mode mtp"
+            )
         row = input_ids - axis.coord * self.weight.shape[0]
         elsewhere = (row < 0) | (row >= self.weight.shape[0])
         x = F.embedding(row.masked_fill(elsewhere, 0), self.weight).masked_fill(elsewhere.unsqueeze(1), 0.0)
@@ -64,7 +68,8 @@ def statistics(
     target: Tensor,  # (chunk,) column of the target, outside of 0..words-1 where another rank holds it
     total: bool,  # also the sum of the logits, for label smoothing?
 ) -> Tensor:  # (3 or 4, chunk), float32 or float64
-    """Log of the sum of exponentials, the largest logit, the target's logit (0 where it is elsewhere), and the logits' sum
+    """Log of the sum of exponentials, the largest logit, the target's logit (0 where it is elsewhere), and the logits'
+    sum
 
     Args:
         logits: (chunk, words), of this rank's words; kept
@@ -87,7 +92,7 @@ def statistics(
         result[0] = (wide - top).exp_().sum(1).log_().add_(result[1])
     return out
 
-
+# %% ../../nbs/parallel/17_vocab.ipynb #8c3ba859
 def to_gradient(
     logits: Tensor,  # (chunk, words), of this rank's words; overwritten
     target: Tensor,  # (chunk,) column of the target, outside of 0..words-1 where another rank holds it
@@ -96,7 +101,8 @@ def to_gradient(
     label_smoothing: float,  # share spread over the vocabulary
     vocab_size: int,  # words on all ranks
 ) -> None:
-    """Turn logits into the gradient of the optimised loss: probabilities minus what was wanted, 0 where there is no target
+    """Turn logits into the gradient of the optimised loss: probabilities minus what was wanted, 0 where there is no
+    target
 
     Args:
         logits: (chunk, words), of this rank's words; overwritten
@@ -108,7 +114,9 @@ def to_gradient(
     """
     here = (target >= 0) & (target < logits.shape[1])
     rows = slab_rows(logits)
-    for part, column, mine, ok, total in zip(*(t.split(rows) for t in (logits, target.where(here, 0), here, valid, log_total))):
+    for part, column, mine, ok, total in zip(
+        *(t.split(rows) for t in (logits, target.where(here, 0), here, valid, log_total))
+    ):
         wide = part.to(log_total.dtype)  # the same memory where the model's type is wide itself
         wide.sub_(total.unsqueeze(1)).exp_()
         if label_smoothing:
@@ -120,28 +128,45 @@ def to_gradient(
 
 # %% ../../nbs/parallel/17_vocab.ipynb #0b3546c2
 class SplitCrossEntropy(torch.autograd.Function):
-    "Forward: losses and, chunk by chunk, both gradients. A chunk's statistics travel while the next one's logits are computed"
+    """Forward: losses and, chunk by chunk, both gradients
+
+    A chunk's statistics travel while the next one's logits are computed
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float, chunk: int, axis: Axis, want_x: bool, want_weight: bool
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        label_smoothing: float,
+        chunk: int,
+        axis: Axis,
+        want_x: bool,
+        want_weight: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         dtype, tokens, words = wide_dtype(x.dtype), x.shape[0], weight.shape[0]
         losses, token_loss = (torch.empty(tokens, dtype=dtype, device=x.device) for _ in range(2))
         correct = torch.empty(tokens, dtype=torch.bool, device=x.device)
         grad_x = torch.empty_like(x) if want_x else None
         grad_weight: Tensor | None = None
-        targets, valid = labels - axis.coord * words, labels != IGNORE_INDEX  # an ignored label is in nobody's range: see `statistics`
+        # an ignored label is in nobody's range: see `statistics`
+        targets, valid = labels - axis.coord * words, labels != IGNORE_INDEX
         targets = targets.where(valid, -1)
         starts = range(0, tokens, chunk)
-        rooms = [x.new_empty(min(chunk, tokens), words) for _ in starts[:2]]  # for this chunk's logits, and the next one's
+        # for this chunk's logits, and the next one's
+        rooms = [x.new_empty(min(chunk, tokens), words) for _ in starts[:2]]
         under_way: tuple[slice, Tensor, Handle] | None = None
         for i, start in enumerate((*starts, tokens)):
             following = None
             if start < tokens:
                 rows = slice(start, min(start + chunk, tokens))
                 logits = torch.mm(x[rows], weight.T, out=rooms[i % 2][: rows.stop - start])
-                following = rows, logits, start_all_gather(statistics(logits, targets[rows], label_smoothing > 0).unsqueeze(0), axis, "loss")
+                following = (
+                    rows,
+                    logits,
+                    start_all_gather(statistics(logits, targets[rows], label_smoothing > 0).unsqueeze(0), axis, "loss"),
+                )
             if under_way is not None:
                 rows, logits, gather = under_way
                 every = gather.wait()  # (ranks, 3 or 4, chunk)
@@ -170,9 +195,18 @@ class SplitCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[reportIncompatibleMethodOverride]
         grad_x, grad_weight = ctx.saved_tensors
-        return times(grad_x, grads[0], None), times(grad_weight, grads[0], ctx.weight_dtype), None, None, None, None, None, None
+        return (
+            times(grad_x, grads[0], None),
+            times(grad_weight, grads[0], ctx.weight_dtype),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
-
+# %% ../../nbs/parallel/17_vocab.ipynb #2cb8d14c
 def split_cross_entropy(
     x: Tensor,  # (tokens, hidden), normalised hidden states, the same on every rank; its gradient is a summand
     weight: Tensor,  # (vocab / size, hidden), this rank's words
@@ -195,11 +229,25 @@ def split_cross_entropy(
         of all tokens, the same on every rank
     """
     if labels.shape != x.shape[:1]:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}, but there are {x.shape[0]} tokens: give one label a token, of the whole pack")
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, but there are {x.shape[0]} tokens: give one label a token, of"
+            " the whole pack"
+        )
     check_labels(labels, weight.shape[0] * axis.size)
     chunk = chunk or chunk_tokens(weight.shape[0])
     enabled = torch.is_grad_enabled()
-    return LossOutput(*SplitCrossEntropy.apply(x, weight, labels, label_smoothing, chunk, axis, enabled and x.requires_grad, enabled and weight.requires_grad))
+    return LossOutput(
+        *SplitCrossEntropy.apply(
+            x,
+            weight,
+            labels,
+            label_smoothing,
+            chunk,
+            axis,
+            enabled and x.requires_grad,
+            enabled and weight.requires_grad,
+        )
+    )
 
 # %% ../../nbs/parallel/17_vocab.ipynb #44944755
 class SplitHead(nn.Module):

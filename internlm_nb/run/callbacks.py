@@ -219,7 +219,7 @@ def save_plots(
 
     save_plots(run_dir)
 
-
+# %% ../../nbs/run/11_callbacks.ipynb #c40f3609
 class Plot(Callback):
     """Draw plots/ after every n steps, and when the run stops. Pictures that cannot be drawn cost a remark, not a step
 
@@ -267,7 +267,7 @@ class Interrupt(Callback):
         "When somebody has asked"
         return Stopped.INTERRUPTED if self.trainer.request.asked else None
 
-
+# %% ../../nbs/run/11_callbacks.ipynb #7711b757
 class StopFile(Callback):
     """A file in the run's folder: n stops at step n, -n saves there. The first rank reads it
 
@@ -302,7 +302,7 @@ class StopFile(Callback):
         "As the last look found"
         return self.trainer.is_main and self.said.save
 
-
+# %% ../../nbs/run/11_callbacks.ipynb #e3ab6283
 class TimeLimit(Callback):
     """Stop while there is still time to save
 
@@ -357,14 +357,17 @@ class GiveUp(Callback):
             self.trainer.say(f"step {record.step} has no target: every token of its batch is left out of the loss")
         state = self.trainer.state
         if self.most and state.bad_in_a_row >= self.most:
-            give_up(self.trainer, f"the gradient was not finite for {state.bad_in_a_row} steps in a row, up to step {state.step}")
+            give_up(
+                self.trainer,
+                f"the gradient was not finite for {state.bad_in_a_row} steps in a row, up to step {state.step}",
+            )
         if self.most and self.empty >= self.most:
             raise ValueError(
-                f"no step from {record.step - self.empty + 1} to {record.step} has a target: nothing is learned. Look at the "
-                "data: are all of its tokens negative, or all documents one token long?"
+                f"no step from {record.step - self.empty + 1} to {record.step} has a target: nothing is learned. Look"
+                " at the data: are all of its tokens negative, or all documents one token long?"
             )
 
-
+# %% ../../nbs/run/11_callbacks.ipynb #9fa40dd6
 def give_up(
     trainer: "Trainer",
     what: str,  # happened
@@ -379,7 +382,11 @@ def give_up(
     state = trainer.state
     before = state.step - state.bad_in_a_row
     path = trainer.saver.sound_before(before)
-    found = f"the newest checkpoint from before, with finite weights, is {path}" if path else "no sound checkpoint was saved before"
+    found = (
+        f"the newest checkpoint from before, with finite weights, is {path}"
+        if path
+        else "no sound checkpoint was saved before"
+    )
     again = f" (--checkpoint.resume {path})" if path else ""
     message = (
         f"{what}. The weights are those of step {before}. Look at the data of these steps, lower --optim.lr, or leave "
@@ -389,7 +396,7 @@ def give_up(
         raise FloatingPointError(message)
     raise RankFailed(message)
 
-
+# %% ../../nbs/run/11_callbacks.ipynb #e57f7691
 def judge_end(
     trainer: "Trainer",  # whose run has come to an end
 ) -> None:
@@ -406,9 +413,15 @@ def judge_end(
     if not trainer.saver.sound(state.step):
         give_up(trainer, f"the run has come to step {state.step} with weights that are not finite")
     if trainer.done and state.bad_in_a_row > patience:
-        give_up(trainer, f"all {state.step} steps are made, but the last {state.bad_in_a_row} were skipped, since their gradients were not finite")
+        give_up(
+            trainer,
+            f"all {state.step} steps are made, but the last {state.bad_in_a_row} were skipped, since their gradients"
+            " were not finite",
+        )
     if state.inf_nan_skip_batches:
-        trainer.say(f"{state.inf_nan_skip_batches} of {state.step} steps were skipped, since their gradients were not finite")
+        trainer.say(
+            f"{state.inf_nan_skip_batches} of {state.step} steps were skipped, since their gradients were not finite"
+        )
 
 # %% ../../nbs/run/11_callbacks.ipynb #6bed8111
 def own_callbacks(

@@ -28,8 +28,17 @@ from .state import versions
 # %% ../../nbs/run/02_folder.ipynb #18152f1b
 CHECKPOINTS = "checkpoints"
 OWN = (  # What a run leaves in its folder
-    CHECKPOINTS, "config.json", "metrics*.jsonl", "validation*.jsonl", "plots", "profile", "tensorboard", "tracking.json", "wandb", "stop",
-)  # fmt: skip
+    CHECKPOINTS,
+    "config.json",
+    "metrics*.jsonl",
+    "validation*.jsonl",
+    "plots",
+    "profile",
+    "tensorboard",
+    "tracking.json",
+    "wandb",
+    "stop",
+)
 
 
 def rank_file(
@@ -42,11 +51,13 @@ def rank_file(
     """
     return f"metrics-rank{rank:05d}.jsonl"
 
-
+# %% ../../nbs/run/02_folder.ipynb #e5174ebd
 def put_aside(
     run_dir: Path,  # A folder that may hold a run
 ) -> Path | None:  # Where the run is now; None when there was none
-    """Make room for a new run without losing the old one: move it to DIR.1, DIR.2 ... What is not a run's own stays where it is
+    """Make room for a new run without losing the old one: move it to DIR.1, DIR.2 ..
+
+    What is not a run's own stays where it is
 
     Args:
         run_dir: A folder that may hold a run
@@ -73,7 +84,8 @@ DEAD_S = 180.0  # seconds without one after which it is taken for dead, when it 
 def owner() -> dict[str, str | int]:
     "This process, so that another one can tell whether it still lives"
     try:
-        born = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]  # tells it from a later process of the same number
+        # tells it from a later process of the same number
+        born = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         born = ""
     return {"host": socket.gethostname(), "pid": os.getpid(), "born": born}
@@ -97,7 +109,7 @@ def lives(
     except (OSError, IndexError, KeyError, ValueError):
         return not Path("/proc/self").exists() and age_s < DEAD_S
 
-
+# %% ../../nbs/run/02_folder.ipynb #c6e0673a
 def _renew(path: Path, ended: threading.Event) -> None:
     while not ended.wait(RENEW_S):
         with suppress(OSError):
@@ -157,7 +169,9 @@ class Guard:
             os.write(handle, json.dumps(owner()).encode())
             os.close(handle)
             break
-        self.say(f"{self.checkpoints}: this filesystem has no locks ({why.strerror}); the file .owner guards it instead")
+        self.say(
+            f"{self.checkpoints}: this filesystem has no locks ({why.strerror}); the file .owner guards it instead"
+        )
         self.ended = threading.Event()
         threading.Thread(target=_renew, args=(path, self.ended), daemon=True).start()
         weakref.finalize(self, _let_go, path, self.ended)
@@ -206,7 +220,10 @@ def _read_owner(text: str) -> dict[str, str | int]:
 
 def _taken(checkpoints: Path, other: Mapping[str, str | int]) -> str:
     who = f" (process {other['pid']} on {other['host']})" if {"pid", "host"} <= other.keys() else ""
-    return f"{checkpoints.parent}: another process trains in this folder{who}. Stop it, wait for it, or choose another --run-dir"
+    return (
+        f"{checkpoints.parent}: another process trains in this folder{who}. Stop it, wait for it, or choose another"
+        " --run-dir"
+    )
 
 
 def _let_go(path: Path, ended: threading.Event) -> None:
@@ -216,7 +233,7 @@ def _let_go(path: Path, ended: threading.Event) -> None:
             if _read_owner(path.read_text()) == owner():
                 path.unlink()
 
-
+# %% ../../nbs/run/02_folder.ipynb #202ab6fa
 @contextmanager
 def held(
     checkpoints: Path,  # The run's folder of checkpoints
@@ -249,7 +266,8 @@ def launch_id(
     if "TORCHELASTIC_RESTART_COUNT" not in env:
         return ""
     name = env.get("TORCHELASTIC_RUN_ID", "none")
-    return name if name != "none" else f"{socket.gethostname()}:{os.getppid()}"  # without a name, the agent that starts them
+    # without a name, the agent that starts them
+    return name if name != "none" else f"{socket.gethostname()}:{os.getppid()}"
 
 
 def restarted(
@@ -266,7 +284,9 @@ def restarted(
     if not env.get("TORCHELASTIC_RESTART_COUNT", "0").strip("0"):
         return False
     try:
-        return json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["starts"][-1]["launch"] == launch_id(env)
+        return json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["starts"][-1]["launch"] == launch_id(
+            env
+        )
     except (OSError, ValueError, KeyError, IndexError, TypeError):
         return False
 
@@ -288,7 +308,7 @@ def earlier_starts(
     except (ValueError, AttributeError) as e:
         raise ValueError(f"{path} is no run's config.json ({e}): move it away, or choose another --run-dir") from e
 
-
+# %% ../../nbs/run/02_folder.ipynb #099f9c9f
 def record_start(
     run_dir: Path,  # The run's folder
     run: RunConfig,  # As it starts now
@@ -296,7 +316,9 @@ def record_start(
     source: Path | None,  # The checkpoint it resumes from
     command: str,  # Command line
 ) -> None:
-    """Write config.json: the run with its versions, and one line for each start. Raises ValueError for a foreign config.json
+    """Write config.json: the run with its versions, and one line for each start
+
+    Raises ValueError for a foreign config.json
 
     Args:
         run_dir: The run's folder
@@ -306,5 +328,17 @@ def record_start(
         command: Command line
     """
     path, earlier = run_dir / "config.json", earlier_starts(run_dir)
-    start = {"step": step, "from": str(source) if source else None, "command": command, "versions": versions(), "launch": launch_id(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    write_file(path, json.dumps({"run": to_dict(run), "command": command, "versions": versions(), "starts": [*earlier, start]}, indent=1))
+    start = {
+        "step": step,
+        "from": str(source) if source else None,
+        "command": command,
+        "versions": versions(),
+        "launch": launch_id(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    write_file(
+        path,
+        json.dumps(
+            {"run": to_dict(run), "command": command, "versions": versions(), "starts": [*earlier, start]}, indent=1
+        ),
+    )

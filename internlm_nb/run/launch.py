@@ -88,15 +88,21 @@ def differences(
         for name in sorted({*prints[0], *found}):
             if (here := found.get(name, "absent")) != (there := prints[0].get(name, "absent")):
                 lines.setdefault(f"{name} is {here}, on rank 0 {there}", []).append(rank)
-    return [f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''}: {line}" for line, ranks in lines.items()]
+    return [
+        f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''}:"
+        f" {line}"
+        for line, ranks in lines.items()
+    ]
 
-
+# %% ../../nbs/run/05_launch.ipynb #31135de9
 def agree_on(
     run: RunConfig,  # As this rank understands it
     mesh: Mesh,  # Who must agree
-    facts: Mapping[str, str] | None = None,  # More that must be equal, by what to call it in a message: what the data folders hold
+    # More that must be equal, by what to call it in a message: what the data folders hold
+    facts: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise ValueError that lists, with their ranks, the fields, versions, code and facts in which ranks differ (RankFailed on ranks other than 0)
+    """Raise ValueError that lists, with their ranks, the fields, versions, code and facts in which ranks differ
+    (RankFailed on ranks other than 0)
 
     Args:
         run: As this rank understands it
@@ -113,13 +119,14 @@ def agree_on(
 
     run_on_all(judge, world, "comparing what ranks are about to do")
 
-
+# %% ../../nbs/run/05_launch.ipynb #ca5d5e7d
 def agree_on_data(
     loader: Loader,  # of the run
     validation: Validation | None,  # likewise
     mesh: Mesh,  # who must agree
 ) -> None:
-    """Raise ValueError that lists the ranks whose folders hold other data than rank 0's (RankFailed on ranks other than 0)
+    """Raise ValueError that lists the ranks whose folders hold other data than rank 0's (RankFailed on ranks other than
+    0)
 
     Args:
         loader: of the run
@@ -133,12 +140,17 @@ def agree_on_data(
     told = [json.loads(text) for text in gather_texts(json.dumps(facts), world, "what the data folders hold")]
 
     def judge() -> None:
-        lines = [f"rank {rank}: {line}" for rank, found in enumerate(told) for line in data_differences(told[0], found, folders, "on rank 0")]
+        lines = [
+            f"rank {rank}: {line}"
+            for rank, found in enumerate(told)
+            for line in data_differences(told[0], found, folders, "on rank 0")
+        ]
         if lines:
-            raise ValueError("ranks read other data:\n  " + "\n  ".join(lines[:8]) + "\nGive all of them the same folder")
+            raise ValueError(
+                "ranks read other data:\n  " + "\n  ".join(lines[:8]) + "\nGive all of them the same folder"
+            )
 
     run_on_all(judge, world, "comparing what the data folders hold")
-
 
 # %% ../../nbs/run/05_launch.ipynb #907f8935
 def _best_seconds(once: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
@@ -155,11 +167,12 @@ def _best_seconds(once: Callable[[], object], device: torch.device, repeats: int
             best = min(best, time.perf_counter() - begin)
     return best
 
-
+# %% ../../nbs/run/05_launch.ipynb #89980c50
 def measure_links(
     mesh: Mesh,  # All of its ranks call this
     size_bytes: int = 4 << 20,  # Of a message
-) -> dict[str, list[float]]:  # GB/s by rank, the same on all ranks: `next` to the next rank, then each axis that has several ranks
+) -> dict[str, list[float]]:
+    # GB/s by rank, the same on all ranks: `next` to the next rank, then each axis that has several ranks
     """Bandwidth of each rank's link to the next, and of all-reduces
 
     Args:
@@ -173,7 +186,9 @@ def measure_links(
     x, y = (torch.zeros(size_bytes // 4, device=mesh.device) for _ in range(2))
 
     def ring() -> None:
-        start_send_receive([(x, (world.coord + 1) % world.size)], [(y, (world.coord - 1) % world.size)], world, "measuring links").wait()
+        start_send_receive(
+            [(x, (world.coord + 1) % world.size)], [(y, (world.coord - 1) % world.size)], world, "measuring links"
+        ).wait()
 
     def reduce(axis: Axis) -> None:
         start_all_reduce(x, axis, "measuring links").wait()
@@ -184,12 +199,23 @@ def measure_links(
     for name in ("tensor", "replica"):
         axis = mesh.axis(name)
         if axis.size > 1:
-            rates[name] = 2 * size_bytes * (axis.size - 1) / axis.size / _best_seconds(lambda axis=axis: reduce(axis), mesh.device)
+            rates[name] = (
+                2
+                * size_bytes
+                * (axis.size - 1)
+                / axis.size
+                / _best_seconds(lambda axis=axis: reduce(axis), mesh.device)
+            )
     for name, rate in rates.items():
-        out[name] = [r / 1e9 for r in all_gather(torch.tensor([rate], dtype=torch.float64, device=mesh.device), world, "measuring links").tolist()]
+        out[name] = [
+            r / 1e9
+            for r in all_gather(
+                torch.tensor([rate], dtype=torch.float64, device=mesh.device), world, "measuring links"
+            ).tolist()
+        ]
     return out
 
-
+# %% ../../nbs/run/05_launch.ipynb #47529194
 def describe_links(
     rates: dict[str, list[float]],  # From `measure_links`
 ) -> list[str]:
@@ -201,8 +227,16 @@ def describe_links(
     lines = []
     for name, each in rates.items():
         middle = statistics.median(each)
-        lines.append(f"links, {'to the next rank' if name == 'next' else f'all-reduce over {name}'}: {middle:.2f} GB/s (slowest {min(each):.2f}, rank {each.index(min(each))})")
-        lines += [f"rank {rank} is slow: {rate:.2f} GB/s, where the median is {middle:.2f}. Look at its cable, its switch, or who else uses it" for rank, rate in enumerate(each) if rate < middle / 3]
+        lines.append(
+            f"links, {'to the next rank' if name == 'next' else f'all-reduce over {name}'}: {middle:.2f} GB/s (slowest"
+            f" {min(each):.2f}, rank {each.index(min(each))})"
+        )
+        lines += [
+            f"rank {rank} is slow: {rate:.2f} GB/s, where the median is {middle:.2f}. Look at its cable, its switch, or"
+            " who else uses it"
+            for rank, rate in enumerate(each)
+            if rate < middle / 3
+        ]
     return lines
 
 # %% ../../nbs/run/05_launch.ipynb #bc7222e3
@@ -221,12 +255,13 @@ def _look_for(path: Path, run_dir: Path) -> None:
             )
         time.sleep(0.05)
 
-
+# %% ../../nbs/run/05_launch.ipynb #d6e3a71e
 def check_disk(
     run_dir: Path,  # The run's folder; made by the first rank when missing
     mesh: Mesh,  # Whose ranks must all see it, and be able to write there
 ) -> None:
-    """Raise OSError, or RankFailed naming ranks, when the run's folder is another one for a rank, or it cannot write there
+    """Raise OSError, or RankFailed naming ranks, when the run's folder is another one for a rank, or it cannot write
+    there
 
     Args:
         run_dir: The run's folder; made by the first rank when missing
@@ -256,10 +291,13 @@ def check_disk(
 
 # %% ../../nbs/run/05_launch.ipynb #1a7233e8
 def choose_together(
-    find: Callable[[dict[Path, str]], Path | None],  # Chooses, passing over those that are known to be damaged (and why); called on the first rank alone
+    # Chooses, passing over those that are known to be damaged (and why); called on the first rank alone
+    find: Callable[[dict[Path, str]], Path | None],
     world: Axis,  # Ranks that share the work; all call this
 ) -> Path | None:  # The same on all; None: start anew
-    """A checkpoint whose bytes have all been compared with their checksums, each by one rank. Raises what `find` raises (RankFailed on the other ranks)
+    """A checkpoint whose bytes have all been compared with their checksums, each by one rank
+
+    Raises what `find` raises (RankFailed on the other ranks)
 
     Args:
         find: Chooses, passing over those that are known to be damaged (and why); called on the first rank alone
@@ -280,7 +318,7 @@ def choose_together(
             return Path(name)
         damaged[Path(name)] = wrong[0]
 
-
+# %% ../../nbs/run/05_launch.ipynb #86ba22dd
 def _compare(path: Path, world: Axis) -> str:  # What is damaged; empty: nothing
     """This rank's share of the checksums
 

@@ -125,9 +125,11 @@ class Moments:
             step: likewise
         """
         stops, saves = self.each("wants_stop", step), self.each("wants_save", step)
-        return [float(w) for w in (*(r in stops for r in STOPS), any(saves), *(self.troubles.kind == k for k in TROUBLES))]
+        return [
+            float(w) for w in (*(r in stops for r in STOPS), any(saves), *(self.troubles.kind == k for k in TROUBLES))
+        ]
 
-
+# %% ../../nbs/run/13_moments.ipynb #9844f476
 def save_wished(
     wished: Sequence[float],  # of all ranks, as `Moments.wishes` puts them
 ) -> bool:

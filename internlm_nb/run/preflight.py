@@ -27,7 +27,8 @@ def memory_needed(
     run: RunConfig,  # Architecture, precision, what is cut
     layout: Layout = Layout(1),  # Of the world
 ) -> int:  # Bytes
-    """Weights, gradients, masters and moments of the fullest rank, with what is gathered and under way; activations come on top
+    """Weights, gradients, masters and moments of the fullest rank, with what is gathered and under way; activations
+    come on top
 
     Args:
         run: Architecture, precision, what is cut
@@ -48,9 +49,11 @@ def checkpoint_bytes(
         run: Architecture and precision
     """
     p = PRECISIONS[run.train.precision]
-    return num_params(run.model) * (p.param.itemsize + 2 * p.master.itemsize + (p.master.itemsize if p.has_master else 0))
+    return num_params(run.model) * (
+        p.param.itemsize + 2 * p.master.itemsize + (p.master.itemsize if p.has_master else 0)
+    )
 
-
+# %% ../../nbs/run/03_preflight.ipynb #f662222e
 def memory_there(
     device: torch.device,  # Where the run computes
 ) -> int:  # Bytes; a very large number where it cannot be told
@@ -69,7 +72,7 @@ def memory_there(
     except (AttributeError, ValueError, OSError):
         return sys.maxsize
 
-
+# %% ../../nbs/run/03_preflight.ipynb #873b9903
 def check_memory(
     run: RunConfig,  # What is to be trained
     device: torch.device,  # Where
@@ -86,15 +89,16 @@ def check_memory(
     need, host = memory.device, memory_there(torch.device("cpu"))
     if memory.host > host:
         raise ValueError(
-            f"--zero.offload keeps {memory.host / 1e9:.0f} GB of masters and moments of each rank in the host's memory, which has {host / 1e9:.0f} GB: "
-            f"share them out (--zero.optim -1), or leave --zero.offload away"
+            f"--zero.offload keeps {memory.host / 1e9:.0f} GB of masters and moments of each rank in the host's memory,"
+            f" which has {host / 1e9:.0f} GB: share them out (--zero.optim -1), or leave --zero.offload away"
         )
     if need > there:
         owners = ", ".join(f"{name} {n / 1e9:.1f}" for name, n in memory._asdict().items() if n and name != "host")
         raise ValueError(
-            f"{run.name} needs {need / 1e9:.0f} GB for weights, gradients and optimizer ({owners}), and {device} has {there / 1e9:.0f} GB: "
-            f"make the model smaller (--model.num-layers, --model.hidden-size), use a larger device, or share it out: "
-            f"--zero.optim -1 (then --zero.grad -1 and --zero.param -1) over data ranks, --parallel.tensor, --parallel.pipeline{', --parallel.expert' if run.model.num_experts else ''}"
+            f"{run.name} needs {need / 1e9:.0f} GB for weights, gradients and optimizer ({owners}), and {device} has"
+            f" {there / 1e9:.0f} GB: make the model smaller (--model.num-layers, --model.hidden-size), use a larger"
+            " device, or share it out: --zero.optim -1 (then --zero.grad -1 and --zero.param -1) over data ranks,"
+            f" --parallel.tensor, --parallel.pipeline{', --parallel.expert' if run.model.num_experts else ''}"
         )
 
 # %% ../../nbs/run/03_preflight.ipynb #f3dc3132
@@ -105,7 +109,8 @@ def check_batch(
     run: RunConfig,  # What is to be trained
     ranks: int = 1,  # Size of the data axis
 ) -> None:
-    """Raise ValueError, before any pack is made, when the packs that a rank holds are more than the machine has memory for
+    """Raise ValueError, before any pack is made, when the packs that a rank holds are more than the machine has memory
+    for
 
     Args:
         run: What is to be trained
@@ -116,11 +121,12 @@ def check_batch(
     need = TOKEN_BYTES * max(packs * d.packed_length, d.seq_len * (d.valid_micro_bsz or d.micro_bsz))
     if need > there:
         raise ValueError(
-            f"--data.micro-num {d.micro_num} packs of --data.seq-len {d.seq_len} x --data.micro-bsz {d.micro_bsz} tokens over {ranks} data ranks, "
-            f"--data.prefetch {d.prefetch} steps ahead, take {need / 1e9:,.0f} GB of a rank's memory, and the machine has {there / 1e9:,.0f} GB: make one of them smaller"
+            f"--data.micro-num {d.micro_num} packs of --data.seq-len {d.seq_len} x --data.micro-bsz {d.micro_bsz}"
+            f" tokens over {ranks} data ranks, --data.prefetch {d.prefetch} steps ahead, take {need / 1e9:,.0f} GB of a"
+            f" rank's memory, and the machine has {there / 1e9:,.0f} GB: make one of them smaller"
         )
 
-
+# %% ../../nbs/run/03_preflight.ipynb #c38b48a2
 def check_data(
     run: RunConfig,  # What is to be trained
     loader: Loader,  # Its training data
@@ -129,7 +135,8 @@ def check_data(
     coord: int = 0,  # This rank's place on the data axis
     ranks: int = 1,  # Size of the data axis: the looking is shared out
 ) -> None:
-    """Raise TokenFileError for documents that are broken or do not fit the vocabulary, and ValueError for a validation or a step that cannot be
+    """Raise TokenFileError for documents that are broken or do not fit the vocabulary, and ValueError for a validation
+    or a step that cannot be
 
     Args:
         run: What is to be trained
@@ -141,13 +148,19 @@ def check_data(
     """
     check_batch(run, ranks)
     if run.train.valid_every and validation is None:
-        raise ValueError(f"--train.valid-every is {run.train.valid_every}, but there is nothing to validate on: give --data.valid-folder, or set it to 0")
+        raise ValueError(
+            f"--train.valid-every is {run.train.valid_every}, but there is nothing to validate on: give"
+            " --data.valid-folder, or set it to 0"
+        )
     if run.data.valid_folder and not run.train.valid_every:
         if not Path(run.data.valid_folder).exists():
             raise ValueError(f"--data.valid-folder: there is no {run.data.valid_folder}")
         say(f"{run.data.valid_folder} is not used: --train.valid-every is 0")
     if run.data.seq_len > run.model.max_position_embeddings and run.model.rope_scaling == "none":
-        say(f"sequences of {run.data.seq_len} are longer than --model.max-position-embeddings {run.model.max_position_embeddings}: raise it, or choose --model.rope-scaling")
+        say(
+            f"sequences of {run.data.seq_len} are longer than --model.max-position-embeddings"
+            f" {run.model.max_position_embeddings}: raise it, or choose --model.rope-scaling"
+        )
     for line in [*loader.remarks, *(validation.remarks if validation else [])]:
         say(line)
     for stream in [*loader.streams, *([validation.stream] if validation else [])]:

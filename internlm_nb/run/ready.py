@@ -71,7 +71,9 @@ def look(
     mesh: Mesh,  # by which ranks
     say: Callable[[str], object],  # takes remarks
 ) -> tuple[Resolved, Loader, Validation | None]:
-    """What can be known before there is a model: configuration, memory and data. Raises ValueError or TokenFileError that names what is wrong
+    """What can be known before there is a model: configuration, memory and data
+
+    Raises ValueError or TokenFileError that names what is wrong
 
     Args:
         run: what to train
@@ -85,7 +87,7 @@ def look(
     check_data(run, loader, validation, say, mesh.coords.data, layout.data)
     return resolved, loader, validation
 
-
+# %% ../../nbs/run/12_ready.ipynb #e90fb651
 def get_ready(
     run: RunConfig,  # what to train
     run_dir: Path,  # where everything goes
@@ -95,7 +97,8 @@ def get_ready(
 ) -> Ready:
     """Check, agree with the other ranks, build, load, and open the folder.
 
-    Raises ValueError, TokenFileError or CheckpointError that name what is wrong; RankFailed where it is wrong on another rank.
+    Raises ValueError, TokenFileError or CheckpointError that name what is wrong; RankFailed where it is wrong on
+    another rank.
 
     Args:
         run: what to train

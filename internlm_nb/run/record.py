@@ -46,7 +46,7 @@ class Launched:
     own: Tensor  # (4,) float64: loss, gradient norm, skipped, loss scale; every rank has the same
     clock: StepClock  # the step's moments
 
-
+# %% ../../nbs/run/09_record.ipynb #5cc0ff06
 @dataclass(frozen=True)
 class Sums:
     """One step's figures over all ranks, on the host
@@ -125,9 +125,7 @@ class Figures:
         if not self.reads:
             return [0.0] * COUNTS + extremes
         train, lengths = self.run.train, [n for p in packs for n in p.lengths]
-        flops = step_flops(
-            self.run.model, lengths, self.run.data.seq_len, train.recompute, train.recompute_policy
-        )
+        flops = step_flops(self.run.model, lengths, self.run.data.seq_len, train.recompute, train.recompute_policy)
         documents = [p.num_documents for p in packs]
         here = slice(EXTREMES * self.coord, EXTREMES * (self.coord + 1))
         extremes[here] = [max(p.largest_length for p in packs), max(documents), min(documents)]
@@ -196,7 +194,7 @@ class Reading:
     wait_s: float  # longest time that a rank waited for data
     memory_bytes: float  # of the rank that has used most
 
-
+# %% ../../nbs/run/09_record.ipynb #01ba985a
 def read_steps(
     figures: Figures,
     steps: Sequence[Launched],  # since the last reading, the same number on every rank
@@ -227,7 +225,7 @@ def read_steps(
     waits, memory = (numbers[own - k * ranks : own - (k - 1) * ranks] for k in (2, 1))
     return Reading(sums, wished, max(waits), max(memory))
 
-
+# %% ../../nbs/run/09_record.ipynb #d85bbb6b
 def _sums(figures: Figures, row: list[float], own: list[float]) -> Sums:
     "One step's numbers under their names"
     packs, tokens, documents, *flops = row[:COUNTS]
@@ -252,7 +250,7 @@ def _sums(figures: Figures, row: list[float], own: list[float]) -> Sums:
         loss_scale=scale,
     )
 
-
+# %% ../../nbs/run/09_record.ipynb #7ee5e857
 def _of_experts(run: RunConfig, row: list[float]) -> dict[str, float]:
     "How evenly a mixture's experts are used, and how many choices found theirs full, over the layers"
     if not row:

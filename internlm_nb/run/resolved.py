@@ -111,7 +111,7 @@ class Resolved:
     memory_bytes: int  # weights, gradients and optimizer of one rank; activations come on top
     checkpoint_bytes: int  # what all ranks together write
 
-
+# %% ../../nbs/run/04_resolved.ipynb #4ce3b0cc
 def resolve(
     run: RunConfig,  # what is to be trained
     world: int = 1,  # ranks that were started

@@ -75,7 +75,9 @@ class Saver:
         """
         begin = time.monotonic()
         step = state.step
-        chosen = run_on_all(partial(self._choose, step, snapshot), self.world, "choosing where to save", only_first=True)
+        chosen = run_on_all(
+            partial(self._choose, step, snapshot), self.world, "choosing where to save", only_first=True
+        )
         folder = Path(broadcast_text(chosen or "", self.world, "where to save"))
         missing = snapshot or step not in {f.step for f in steps(self.checkpoints)}
         self.wrote = bool(all_reduce_number(int(missing and self.world.coord == 0), self.world, "is it to be saved?"))
@@ -94,12 +96,15 @@ class Saver:
         return Found(step, folder)
 
     def _refuse_drifted(self) -> None:
-        "Raise CheckpointError where ranks that hold the same weights do not have the same numbers: nothing is saved of them"
+        """Raise CheckpointError where ranks that hold the same weights do not have the same numbers: nothing is saved
+        of them
+        """
         same_kernels = not (self.run.train.compile and self.mesh.device.type == "cuda")
         if names := drifted(self.optimizer.engine, same_kernels):
             message = (
-                f"nothing is saved: {some(names)} differ between ranks that hold copies of them. A memory or a link is broken, or "
-                "code changes weights on some ranks alone; go on from the newest checkpoint, on other machines"
+                f"nothing is saved: {some(names)} differ between ranks that hold copies of them. A memory or a link is"
+                " broken, or code changes weights on some ranks alone; go on from the newest checkpoint, on other"
+                " machines"
             )
             raise CheckpointError(message) if self.world.coord == 0 else RankFailed(message)
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from ..base.check import some
 from ..checkpoint.durable import CheckpointError, in_bytes, require_space, sweep
-from ..checkpoint.keep import mark_best, newest_sound, resolve, set_aside, space_needed, steps, superseded_remark
+from ..checkpoint.keep import mark_best, newest_sound, resolve, set_aside, space_needed, steps
+from ..checkpoint.keep import superseded_remark
 from ..checkpoint.reader import Checkpoint
 from ..data.loader import Loader, Validation, parse_folders
 from ..data.provenance import find_tokenizer, keep_tokenizer
@@ -44,7 +45,8 @@ def find_checkpoint(
     run: RunConfig,  # Says how to resume
     run_dir: Path,  # The run's folder
     say: Say,  # Takes remarks
-    damaged: Mapping[Path, str] | None = None,  # Checkpoints known to be damaged, and why: the caller compares checksums; None: compare them here
+    # Checkpoints known to be damaged, and why: the caller compares checksums; None: compare them here
+    damaged: Mapping[Path, str] | None = None,
     guard: Guard | None = None,  # Of the folder; taken where a run was here before
 ) -> Path | None:
     """The checkpoint to resume from, its checksums compared: a damaged one is passed over, with a word.
@@ -67,10 +69,12 @@ def find_checkpoint(
     look = partial(resolve, run_dir=run_dir, verify=damaged is None, say=say, damaged=damaged)
     if restarted(run_dir) and run.checkpoint.resume != "auto":
         if found := look("auto"):
-            say(f"started again by the launcher: the run goes on from its own newest checkpoint, not as --checkpoint.resume {run.checkpoint.resume} says")
+            say(
+                "started again by the launcher: the run goes on from its own newest checkpoint, not as"
+                f" --checkpoint.resume {run.checkpoint.resume} says"
+            )
             return found
     return look(run.checkpoint.resume)
-
 
 # %% ../../nbs/run/06_start.ipynb #a5724c89
 @torch.no_grad()
@@ -108,12 +112,11 @@ def reheated(
     if now <= 1.05 * max(was, would):
         return ""
     return (
-        f"WARNING: the learning rate jumps up. It was {was:.3g} at step {step - 1}, and is {now:.3g} from step {step} on "
-        f"(of {new.train.steps} steps, before of {old.train.steps}).\n"
-        f"  To go on at the rate that was reached: --optim.lr {was:.3g} --optim.schedule.kind constant "
-        "--optim.schedule.warmup-ratio 0 --optim.schedule.init-steps 0\n"
-        "  To train on with a schedule from its beginning: a new run from these weights, with --checkpoint.init and "
-        "another --run-dir"
+        f"WARNING: the learning rate jumps up. It was {was:.3g} at step {step - 1}, and is {now:.3g} from step {step}"
+        f" on (of {new.train.steps} steps, before of {old.train.steps}).\n  To go on at the rate that was reached:"
+        f" --optim.lr {was:.3g} --optim.schedule.kind constant --optim.schedule.warmup-ratio 0"
+        " --optim.schedule.init-steps 0\n  To train on with a schedule from its beginning: a new run from these"
+        " weights, with --checkpoint.init and another --run-dir"
     )
 
 # %% ../../nbs/run/06_start.ipynb #66abef0e
@@ -141,7 +144,10 @@ def load_start(
         checkpoint = Checkpoint(resume)
         found = check_resume(checkpoint, run, data_facts(loader), data_facts(validation))
         if (made := checkpoint.state["train"]["step"]) > run.train.steps:
-            raise ValueError(f"--train.steps is {run.train.steps}, but {resume} has made {made} steps: ask for at least as many, or go on from an earlier checkpoint with --checkpoint.resume PATH")
+            raise ValueError(
+                f"--train.steps is {run.train.steps}, but {resume} has made {made} steps: ask for at least as many, or"
+                " go on from an earlier checkpoint with --checkpoint.resume PATH"
+            )
         for change in found:
             say(f"changed since the checkpoint: {change}")
         if run.checkpoint.init:
@@ -188,7 +194,7 @@ def copy_tokenizer(
     except (ValueError, OSError) as error:
         say(f"the run keeps no tokenizer: {error}")
 
-
+# %% ../../nbs/run/06_start.ipynb #077ef32a
 def ask_for_room(
     run: RunConfig,  # Says how many checkpoints are kept
     run_dir: Path,  # Where they go
@@ -196,7 +202,8 @@ def ask_for_room(
     size_bytes: int,  # Of one
     say: Say,  # Takes remarks
 ) -> None:
-    """Raise CheckpointError when the disk has no room for those that stand at the same time; a remark where all of a run are kept, which somebody may still move away
+    """Raise CheckpointError when the disk has no room for those that stand at the same time; a remark where all of a
+    run are kept, which somebody may still move away
 
     Args:
         run: Says how many checkpoints are kept
@@ -213,9 +220,12 @@ def ask_for_room(
     free = require_space(run_dir, space_needed(size_bytes, at_once - 1, 1, best, snapshots, run_dir / CHECKPOINTS))
     longer = saves if not keep.keep_last else keep.keep_last + left // keep.keep_every if keep.keep_every else 0
     if (all_of_them := size_bytes * longer) > free:
-        say(f"WARNING: {run_dir} has {in_bytes(free)} free, and the checkpoints that this run is to keep will take {in_bytes(all_of_them)}: move some away in time, or give --checkpoint.keep-last")
+        say(
+            f"WARNING: {run_dir} has {in_bytes(free)} free, and the checkpoints that this run is to keep will take"
+            f" {in_bytes(all_of_them)}: move some away in time, or give --checkpoint.keep-last"
+        )
 
-
+# %% ../../nbs/run/06_start.ipynb #a64f7613
 def open_folder(
     run: RunConfig,  # As it starts now
     run_dir: Path,  # The run's folder
@@ -255,7 +265,8 @@ def open_folder(
     if remark := superseded_remark(checkpoints):
         say(remark)
     if run.checkpoint.best and state.best_step == state.step and state.step in {f.step for f in steps(checkpoints)}:
-        mark_best(checkpoints, state.step, state.best_loss or 0.0)  # again: the run may have died between saving it and saying so
+        # again: the run may have died between saving it and saying so
+        mark_best(checkpoints, state.step, state.best_loss or 0.0)
     copy_tokenizer(run, run_dir, say)
     record_start(run_dir, run, state.step, resume, command)
 
@@ -284,7 +295,7 @@ def fast_paths(
         taken.append(f"products of the blocks in float8 ({run.train.fp8})")
     return [f"fast paths: {', '.join(taken)}"] if taken else []
 
-
+# %% ../../nbs/run/06_start.ipynb #31b1891a
 def expert_remarks(
     run: RunConfig,  # What is trained
     mesh: Mesh,  # By how many ranks, on what
@@ -304,15 +315,20 @@ def expert_remarks(
     if layout.expert > 1 and not model.capacity_factor:
         out.append("experts without a capacity: in each block the host waits to learn how many tokens go where")
     elif mesh.device.type == "cuda" and not model.capacity_factor:
-        if reason := why_not_grouped(mesh.device, PRECISIONS[run.train.precision].param, model.hidden_size, model.ffn_size // layout.tensor):
-            out.append(f"experts one after another: in each block the host waits to learn how many tokens each has, since {reason}")
+        if reason := why_not_grouped(
+            mesh.device, PRECISIONS[run.train.precision].param, model.hidden_size, model.ffn_size // layout.tensor
+        ):
+            out.append(
+                "experts one after another: in each block the host waits to learn how many tokens each has, since"
+                f" {reason}"
+            )
     if layout.pipeline > 1 and run.parallel.schedule in ("zbh1", "zbv"):
         out.append("experts' weight gradients are computed with their input's, so the bubble is larger than drawn")
     if layout.pipeline > 1:
         out.append("experts/* are not measured with a pipeline")
     return out
 
-
+# %% ../../nbs/run/06_start.ipynb #a5acd341
 def not_default(
     run: RunConfig,
 ) -> list[str]:  # At most one line
@@ -322,11 +338,18 @@ def not_default(
         At most one line
     """
     plain = dict(flatten(RunConfig(run.name, run.model)))
-    changed = [(name, value) for name, value in flatten(run) if value != plain[name] and not name.startswith(("model.", "name"))]
-    shown = [f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in changed]
+    changed = [
+        (name, value)
+        for name, value in flatten(run)
+        if value != plain[name] and not name.startswith(("model.", "name"))
+    ]
+    shown = [
+        f"--{name.replace('_', '-')} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in changed
+    ]
     return [f"not as by default: {'  '.join(shown)}"] if shown else []
 
-
+# %% ../../nbs/run/06_start.ipynb #3a53c176
 def saving(
     run: RunConfig,
 ) -> str:
@@ -334,13 +357,16 @@ def saving(
     c = run.checkpoint
     if not (c.every or c.snapshot_every):
         return (
-            "saved: at the end alone, or when the run is asked to stop. A crash loses all of it: give --checkpoint.every"
+            "saved: at the end alone, or when the run is asked to stop. A crash loses all of it: give"
+            " --checkpoint.every"
         )
-    when = [f"every {n} steps{kind}" for n, kind in ((c.every, ""), (c.snapshot_every, " as one of two snapshots")) if n]
+    when = [
+        f"every {n} steps{kind}" for n, kind in ((c.every, ""), (c.snapshot_every, " as one of two snapshots")) if n
+    ]
     kept = f"the newest {c.keep_last} are kept" if c.keep_last else "all are kept"
     return f"saved: {', '.join(when)} and at the end; {kept}{f', and each {c.keep_every}th' if c.keep_every else ''}"
 
-
+# %% ../../nbs/run/06_start.ipynb #5ec69be3
 def summary(
     run: RunConfig,  # What is trained
     run_dir: Path,  # Where
@@ -357,7 +383,9 @@ def summary(
     """
     d, layout, precision = run.data, mesh.layout, PRECISIONS[run.train.precision]
     tokens = d.packed_length * d.micro_num
-    others = [f"{name} {getattr(layout, name)}" for name in ("sequence", "context", "pipeline") if getattr(layout, name) > 1]
+    others = [
+        f"{name} {getattr(layout, name)}" for name in ("sequence", "context", "pipeline") if getattr(layout, name) > 1
+    ]
     ranks = []
     if layout.world > 1:
         axes = " x ".join([*others, f"data {layout.data}"])
@@ -365,17 +393,34 @@ def summary(
         ranks.append(f"ranks: {layout.world} = tensor {layout.tensor} ({layout.mode}) x {axes}{experts}")
     if layout.pipeline > 1:
         chunks = "stage" if run.parallel.chunks == 1 else "stages"
-        ranks.append(f"pipeline: schedule {run.parallel.schedule}, {run.parallel.chunks} {chunks} a rank, {d.micro_num // layout.data} micro-batches")
+        ranks.append(
+            f"pipeline: schedule {run.parallel.schedule}, {run.parallel.chunks} {chunks} a rank,"
+            f" {d.micro_num // layout.data} micro-batches"
+        )
     sharding = sharding_of(run, layout)
-    zero = [f"Hybrid ZeRO: {sharding.describe(layout.replica)}; weights freed: {run.zero.reshard}"] if sharding != Sharding() else []
+    zero = (
+        [f"Hybrid ZeRO: {sharding.describe(layout.replica)}; weights freed: {run.zero.reshard}"]
+        if sharding != Sharding()
+        else []
+    )
     backend = f"attention backend {run.train.attention}"
     if run.train.attention == "auto":
         backend = describe_backend(mesh.device, precision.param, run.model.head_dim)
-    again = f"; {run.train.recompute:g} of the {run.model.num_layers} blocks computed again in backward" if run.train.recompute else ""
+    again = (
+        f"; {run.train.recompute:g} of the {run.model.num_layers} blocks computed again in backward"
+        if run.train.recompute
+        else ""
+    )
     return [
-        f"run {run.name}: {num_params(run.model):,} parameters ({run.model.family}), on {mesh.device} in {run.train.precision}",
+        (
+            f"run {run.name}: {num_params(run.model):,} parameters ({run.model.family}), on {mesh.device} in"
+            f" {run.train.precision}"
+        ),
         *not_default(run),
-        f"length: {run.train.steps:,} steps of {d.micro_num} packs of {d.micro_bsz} x {d.seq_len} = {tokens:,} tokens; {tokens * run.train.steps:,} tokens in all",
+        (
+            f"length: {run.train.steps:,} steps of {d.micro_num} packs of {d.micro_bsz} x {d.seq_len} = {tokens:,}"
+            f" tokens; {tokens * run.train.steps:,} tokens in all"
+        ),
         f"data: {', '.join(loader.sources)} (types {', '.join(loader.types)})",
         saving(run),
         *ranks,
@@ -383,6 +428,9 @@ def summary(
         *zero,
         backend,
         *fast_paths(run, mesh.device.type),
-        f"memory: {memory_needed(run, layout) / 1e9:.2f} GB for weights, gradients and optimizer{' of a rank' if layout.world > 1 else ''}{again}",
+        (
+            f"memory: {memory_needed(run, layout) / 1e9:.2f} GB for weights, gradients and"
+            f" optimizer{' of a rank' if layout.world > 1 else ''}{again}"
+        ),
         f"folder: {run_dir}",
     ]

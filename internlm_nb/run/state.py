@@ -69,7 +69,12 @@ class TrainState:
             skipped: Did its update do nothing?
         """
         if skipped:
-            return replace(self, step=self.step + 1, inf_nan_skip_batches=self.inf_nan_skip_batches + 1, bad_in_a_row=self.bad_in_a_row + 1)
+            return replace(
+                self,
+                step=self.step + 1,
+                inf_nan_skip_batches=self.inf_nan_skip_batches + 1,
+                bad_in_a_row=self.bad_in_a_row + 1,
+            )
         return replace(
             self, step=self.step + 1, num_consumed_tokens=self.num_consumed_tokens + tokens,
             num_consumed_samples=self.num_consumed_samples + samples, bad_in_a_row=0,
@@ -90,7 +95,8 @@ def versions() -> dict[str, str]:
 def data_facts(
     loader: Loader | Validation | None,  # of the run; None: there is no validation
 ) -> list[dict[str, Any]]:  # one a folder, from `data.facts`; empty for synthetic data
-    """What the order of the data depends on beside the configuration: a folder that holds something else gives other batches
+    """What the order of the data depends on beside the configuration: a folder that holds something else gives other
+    batches
 
     Args:
         loader: of the run; None: there is no validation
@@ -100,12 +106,14 @@ def data_facts(
     """
     return [] if loader is None else loader.facts()
 
-
+# %% ../../nbs/run/01_state.ipynb #6513270e
 def state_chunks(
     optimizer: Optimizer,
     saving: bool = False,  # only what this rank writes, and weights beside masters? Else all that it has, to be loaded
 ) -> dict[str, Chunk]:  # by logical name
-    """Weights, masters, moments, step counts and loss scale, with their places in the logical whole. All of it is shared memory, but weights that are rounded from masters
+    """Weights, masters, moments, step counts and loss scale, with their places in the logical whole
+
+    All of it is shared memory, but weights that are rounded from masters
 
     Args:
         saving: only what this rank writes, and weights beside masters? Else all that it has, to be loaded
@@ -132,7 +140,7 @@ def state_chunks(
         out[name] = Chunk(tensor, tuple(tensor.shape))
     return out
 
-
+# %% ../../nbs/run/01_state.ipynb #d23f0824
 def save_run(
     folder: str | Path,  # The checkpoint's folder, named by its step
     model: nn.Module,  # Its parameters, by logical name
@@ -144,7 +152,9 @@ def save_run(
     valid: Sequence[Mapping[str, Any]] = (),  # The same of the validation set
     mesh: Mesh | None = None,  # Ranks that save together, all of them; None: one process alone
 ) -> Path:
-    """Write everything that a resume needs; complete or absent. Raises CheckpointError where it failed, RankFailed on the other ranks
+    """Write everything that a resume needs; complete or absent
+
+    Raises CheckpointError where it failed, RankFailed on the other ranks
 
     Args:
         folder: The checkpoint's folder, named by its step
@@ -158,15 +168,27 @@ def save_run(
         mesh: Ranks that save together, all of them; None: one process alone
     """
     if lost := sorted(dict(model.named_parameters()).keys() - optimizer.engine.params.keys()):
-        raise CheckpointError(f"{folder}: the optimizer knows nothing of {some(lost)}, which would not be saved: give its engine all parameters of the model")
+        raise CheckpointError(
+            f"{folder}: the optimizer knows nothing of {some(lost)}, which would not be saved: give its engine all"
+            " parameters of the model"
+        )
     chunks = state_chunks(optimizer, saving=True)
-    about = {"step": state.step, "train": asdict(state), "run": to_dict(run), "data": list(data), "valid_data": list(valid), "versions": versions()}
+    about = {
+        "step": state.step,
+        "train": asdict(state),
+        "run": to_dict(run),
+        "data": list(data),
+        "valid_data": list(valid),
+        "versions": versions(),
+    }
     if mesh is None or mesh.layout.world == 1:
         return save_state(folder, chunks, about, overwrite=overwrite)
     return _save_together(folder, chunks, about, overwrite, mesh.axis("world"))
 
-
-def _save_together(folder: str | Path, tensors: Mapping[str, Chunk], about: Mapping[str, Any], overwrite: bool, world: Axis) -> Path:
+# %% ../../nbs/run/01_state.ipynb #9531985d
+def _save_together(
+    folder: str | Path, tensors: Mapping[str, Chunk], about: Mapping[str, Any], overwrite: bool, world: Axis
+) -> Path:
     "Each rank writes its share; where one fails, all take back what they wrote"
     what = f"saving {folder}"
     met = False  # did a meeting end this? Then nobody waits in another
@@ -179,7 +201,9 @@ def _save_together(folder: str | Path, tensors: Mapping[str, Chunk], about: Mapp
 
     try:
         with at_work(world, what):  # writing may take longer than a collective's timeout
-            return save_state(folder, tensors, about, overwrite=overwrite, rank=world.coord, ranks=world.size, barrier=come)
+            return save_state(
+                folder, tensors, about, overwrite=overwrite, rank=world.coord, ranks=world.size, barrier=come
+            )
     except Exception as e:
         if not met:
             raise_together(e, world, what)
@@ -207,16 +231,21 @@ def _refuse_unknown(checkpoint: Source, model: nn.Module) -> None:
     known = {f"model.{n}" for n in parameter_names(model.cfg)}  # type: ignore[arg-type]  # of all stages, where the model is only some of them
     extra = [n for n in checkpoint.names if n.startswith("model.") and n not in known]
     if extra:
-        raise CheckpointError(f"{checkpoint.folder} has weights that this model has no place for: {some(extra)}. Is --model the right one?")
+        raise CheckpointError(
+            f"{checkpoint.folder} has weights that this model has no place for: {some(extra)}. Is --model the right"
+            " one?"
+        )
 
-
+# %% ../../nbs/run/01_state.ipynb #36f675cc
 def load_run(
     checkpoint: Checkpoint,  # Open
     model: nn.Module,  # Filled in place
     optimizer: Optimizer,  # Filled in place
     cast: bool = False,  # Was it saved in another precision?
 ) -> TrainState:
-    """Everything back to where it was. Raises CheckpointError naming the tensor that is missing, too much or of a wrong shape
+    """Everything back to where it was
+
+    Raises CheckpointError naming the tensor that is missing, too much or of a wrong shape
 
     Args:
         checkpoint: Open
@@ -234,7 +263,10 @@ def init_run(
     model: nn.Module,  # Filled in place
     optimizer: Optimizer,  # Its masters are filled in place
 ) -> None:
-    """Weights only: the run starts at step 0 with fresh moments. Sequence length and rope may differ, shapes may not. Raises CheckpointError naming the tensors that are missing, too many or of a wrong shape
+    """Weights only: the run starts at step 0 with fresh moments
+
+    Sequence length and rope may differ, shapes may not. Raises CheckpointError naming the tensors that are missing, too
+    many or of a wrong shape
 
     Args:
         checkpoint: Open: a native checkpoint, or a reader over another kind of folder
@@ -257,7 +289,7 @@ def _judge_data(found: list[Change], old: RunConfig, new: RunConfig, was: list, 
     moved = not differ and [weight for _, weight in folders[0]] == [weight for _, weight in folders[1]]
     return [replace(c, breaks=False) if moved and c.name == "data.train_folder" else c for c in found]
 
-
+# %% ../../nbs/run/01_state.ipynb #6b0d549b
 def check_resume(
     checkpoint: Checkpoint,  # To go on from
     run: RunConfig,  # As asked for now
@@ -277,7 +309,9 @@ def check_resume(
     """
     saved: Mapping[str, Any] = checkpoint.state
     if "run" not in saved or "train" not in saved:
-        raise CheckpointError(f"{checkpoint.folder} holds no training state: take its weights with --checkpoint.init {checkpoint.folder}")
+        raise CheckpointError(
+            f"{checkpoint.folder} holds no training state: take its weights with --checkpoint.init {checkpoint.folder}"
+        )
     old = from_dict(RunConfig, saved["run"])
     found = changes(old, run, saved["train"]["step"])
     if data is not None and "data" in saved:
@@ -291,7 +325,8 @@ def check_resume(
         listed = "\n  ".join(str(c) for c in found if c.breaks)
         harmless = ", ".join(str(c) for c in found if not c.breaks)
         raise ValueError(
-            f"cannot resume from {checkpoint.folder}: with these changes it would be another run\n  {listed}\n{f'(allowed: {harmless})' + chr(10) if harmless else ''}"
-            f"Leave them as they were, or start a new run from these weights with --checkpoint.init {checkpoint.folder} and another --run-dir"
+            f"cannot resume from {checkpoint.folder}: with these changes it would be another run\n "
+            f" {listed}\n{f'(allowed: {harmless})' + chr(10) if harmless else ''}Leave them as they were, or start a"
+            f" new run from these weights with --checkpoint.init {checkpoint.folder} and another --run-dir"
         )
     return found

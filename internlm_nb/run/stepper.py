@@ -87,7 +87,8 @@ class Stepper:
         self,
         state: TrainState,  # before the steps that were launched
         wishes: Sequence[float] = (),  # of this rank
-    ) -> tuple[TrainState, list[StepRecord], Sequence[Record], list[bool]]:  # state after them, their records, this rank's own, and for each wish whether any rank has it
+    ) -> tuple[TrainState, list[StepRecord], Sequence[Record], list[bool]]:
+        # state after them, their records, this rank's own, and for each wish whether any rank has it
         """Wait for the steps that were launched, and count them
 
         Args:

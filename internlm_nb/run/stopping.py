@@ -31,7 +31,7 @@ class StopRequest:
 
     asked = False
 
-
+# %% ../../nbs/run/08_stopping.ipynb #b2217139
 TOGETHER_S = 0.5  # A terminal and a wrapper both send Ctrl-C: signals this close together are one request
 
 

@@ -231,7 +231,8 @@ class Trainer:
         self,
         steps: int | None = None,  # make this many steps and return; None: to the end of the run
     ) -> Stopped:
-        """Train until the end, an interruption, the time limit or the stop file; saved when it returns (but for PAUSED).
+        """Train until the end, an interruption, the time limit or the stop file; saved when it returns (but for
+        PAUSED).
 
         Raises RuntimeError when the last step was cut off in the middle, FloatingPointError after too many bad steps
         in a row, CheckpointError when another process is in the folder; what reading the data raises, after a save.
@@ -245,7 +246,9 @@ class Trainer:
             self.say(f"{self.run_dir} is complete: {made} of {whole} steps are made. For more, raise --train.steps")
             return Stopped.DONE
         if not self.stepper.between_steps:
-            raise RuntimeError(f"the last step was cut off: make a new Trainer on {self.run_dir}, to go on from its newest checkpoint")
+            raise RuntimeError(
+                f"the last step was cut off: make a new Trainer on {self.run_dir}, to go on from its newest checkpoint"
+            )
         self.request.asked, self.stopped = False, None
         self.troubles.take()
         self.started = self.started if self.first_call else time.monotonic()  # a further call has time of its own
@@ -295,7 +298,9 @@ class Trainer:
             raise
 
     def _leave(self, error: BaseException) -> None:
-        "An error ends the run: what a process alone has launched and not read is written down, and callbacks hear of it"
+        """An error ends the run: what a process alone has launched and not read is written down, and callbacks hear of
+        it
+        """
         stepper = self.stepper
         whole = stepper.between_steps
         if stepper.pending and self.world.size == 1:

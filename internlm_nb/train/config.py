@@ -54,10 +54,13 @@ class TrainConfig:
     seed: int = 1024  # Of the initial weights and of the order of the data
     device: str = "auto"  # auto (cuda if there is one), cpu, cuda, cuda:1 ...
     recompute: float = 0.0  # Share of the blocks whose activations are computed again in backward
-    recompute_policy: Literal["full", "selective"] = "full"  # selective keeps the matrix products and computes the rest again
+    # selective keeps the matrix products and computes the rest again
+    recompute_policy: Literal["full", "selective"] = "full"
     attention: str = "auto"  # Attention backend: auto, flash, varlen, sdpa, reference
     compile: bool = False  # torch.compile each block: slow to start, faster steps
-    fp8: Fp8 = "none"  # Products of the blocks in float8, through torchao: tensorwise (one scale a tensor, fastest) or rowwise. GPUs from Ada and Hopper on
+    # Products of the blocks in float8, through torchao: tensorwise (one scale a tensor, fastest) or rowwise. GPUs from
+    # Ada and Hopper on
+    fp8: Fp8 = "none"
     label_smoothing: float = 0.0  # Share of the target that is spread over the vocabulary
     valid_every: int = 0  # Validate before step 0 and after every n steps; 0: never
     max_minutes: float = 0.0  # Stop in time and save; 0: no limit
@@ -75,16 +78,20 @@ class TrainConfig:
         if not 0 <= self.recompute <= 1:
             raise ValueError(f"--train.recompute is {self.recompute}: give a share of the blocks, from 0 to 1")
         if self.fp8 != "none" and self.precision != "bfloat16":
-            raise ValueError(f"--train.fp8 {self.fp8} is for --train.precision bfloat16, not {self.precision}: change one of them")
+            raise ValueError(
+                f"--train.fp8 {self.fp8} is for --train.precision bfloat16, not {self.precision}: change one of them"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"--train.label-smoothing is {self.label_smoothing}: give a share, from 0 to below 1")
         try:
             parse_steps(self.profile_steps)
         except ValueError as e:
             raise ValueError(f"--train.profile-steps: {e}") from e
-        check_range(self, "--train.", ["valid_every", "max_minutes", "max_bad_steps"], 0, what="0 (off) or a positive number")
+        check_range(
+            self, "--train.", ["valid_every", "max_minutes", "max_bad_steps"], 0, what="0 (off) or a positive number"
+        )
 
-
+# %% ../../nbs/train/05_config.ipynb #b5b94af3
 MOST_RANKS = 2**20  # On an axis: more than any machine has
 MOST_BUCKET_MB = 2**20  # 1 TiB
 MOST_TIMEOUT = 366 * 24 * 3600  # A year, in seconds
@@ -108,7 +115,9 @@ class ParallelConfig:
     """
 
     tensor: int = 1  # Ranks that split every matrix between them
-    mode: TensorMode = "mtp"  # Activations between blocks: mtp whole on every tensor rank; msp split along the sequence; fsp split, and gathered again in backward
+    # Activations between blocks: mtp whole on every tensor rank; msp split along the sequence; fsp split, and gathered
+    # again in backward
+    mode: TensorMode = "mtp"
     sequence: int = 1  # Ranks that split a pack's tokens, and its heads inside attention (Ulysses)
     context: int = 1  # Ranks that split a pack's tokens in zigzag, also inside attention (ring attention)
     pipeline: int = 1  # Ranks that split the layers
@@ -124,15 +133,24 @@ class ParallelConfig:
         check_range(self, "--parallel.", sizes, 1, MOST_RANKS, what=f"1 (no split) or more, up to {MOST_RANKS:,}")
         wanted = {"interleaved": self.chunks > 1, "zbv": self.chunks == 2}.get(self.schedule, self.chunks == 1)
         if not wanted:
-            raise ValueError(f"--parallel.chunks is {self.chunks}, but --parallel.schedule {self.schedule} has {({'interleaved': '2 or more', 'zbv': '2'}).get(self.schedule, '1')} a rank: change one of them")
+            raise ValueError(
+                f"--parallel.chunks is {self.chunks}, but --parallel.schedule {self.schedule} has"
+                f" {({'interleaved': '2 or more', 'zbv': '2'}).get(self.schedule, '1')} a rank: change one of them"
+            )
         if self.pipeline == 1 and self.chunks > 1:
-            raise ValueError(f"--parallel.chunks is {self.chunks}, but --parallel.pipeline is 1: pieces of a model are for several pipeline ranks")
+            raise ValueError(
+                f"--parallel.chunks is {self.chunks}, but --parallel.pipeline is 1: pieces of a model are for several"
+                " pipeline ranks"
+            )
         if self.pipeline == 1 and self.schedule != "1f1b":
-            raise ValueError(f"--parallel.schedule is {self.schedule}, but --parallel.pipeline is 1: a schedule is for several pipeline ranks")
+            raise ValueError(
+                f"--parallel.schedule is {self.schedule}, but --parallel.pipeline is 1: a schedule is for several"
+                " pipeline ranks"
+            )
         check_range(self, "--parallel.", ["bucket_mb"], 0, MOST_BUCKET_MB, above=True)
         check_range(self, "--parallel.", ["timeout"], 0, MOST_TIMEOUT, above=True)
 
-
+# %% ../../nbs/train/05_config.ipynb #731bbc41
 def as_options(
     text: str,  # A message for somebody who writes Python
 ) -> str:  # For somebody who writes command lines
@@ -144,12 +162,17 @@ def as_options(
     Returns:
         For somebody who writes command lines
     """
-    return re.sub(r"Sharding\(param=(-?\d+), grad=(-?\d+), optim=(-?\d+)\)", r"--zero.param \1 --zero.grad \2 --zero.optim \3", text)
+    return re.sub(
+        r"Sharding\(param=(-?\d+), grad=(-?\d+), optim=(-?\d+)\)",
+        r"--zero.param \1 --zero.grad \2 --zero.optim \3",
+        text,
+    )
 
-
+# %% ../../nbs/train/05_config.ipynb #506f68ac
 @dataclass(frozen=True)
 class ZeroConfig:
-    """Hybrid ZeRO: over how many of the ranks with the same weights each of three things is cut. param divides grad, grad divides optim; -1: all of them. 1, 1, 1: nothing is cut
+    """Hybrid ZeRO: over how many of the ranks with the same weights each of three things is cut. param divides grad,
+    grad divides optim; -1: all of them. 1, 1, 1: nothing is cut
 
     Args:
         param: Ranks over which weights are cut: gathered where they are used
@@ -164,8 +187,11 @@ class ZeroConfig:
     param: int = 1  # Ranks over which weights are cut: gathered where they are used
     grad: int = 1  # Ranks over which gradients are cut
     optim: int = 1  # Ranks over which masters and moments are cut
-    reshard: Reshard = "forward"  # Gathered weights are freed after forward and again after backward; backward: after backward only; step: at the end of the step; never
-    grad_dtype: Literal["master", "param"] = "master"  # In which gradients are summed and sent: the masters' type, or the weights'
+    # Gathered weights are freed after forward and again after backward; backward: after backward only; step: at the end
+    # of the step; never
+    reshard: Reshard = "forward"
+    # In which gradients are summed and sent: the masters' type, or the weights'
+    grad_dtype: Literal["master", "param"] = "master"
     offload: bool = False  # Keep masters and moments in the host's memory; they come to the device for their update
     check: bool = False  # Look for reads of freed or old numbers: slow, to find faults
 
@@ -173,13 +199,18 @@ class ZeroConfig:
         check_fields(self, "--zero.")
         for name in ("param", "grad", "optim"):
             if not (0 < getattr(self, name) <= MOST_RANKS or getattr(self, name) == -1):
-                raise ValueError(f"--zero.{name} is {shown(getattr(self, name))}: give a number of ranks, or -1 for all that hold the same weights")
+                raise ValueError(
+                    f"--zero.{name} is {shown(getattr(self, name))}: give a number of ranks, or -1 for all that hold"
+                    " the same weights"
+                )
         try:
             Sharding(self.param, self.grad, self.optim)
         except ValueError as e:
-            raise ValueError(f"--zero.param {self.param} --zero.grad {self.grad} --zero.optim {self.optim}: {as_options(str(e))}") from e
+            raise ValueError(
+                f"--zero.param {self.param} --zero.grad {self.grad} --zero.optim {self.optim}: {as_options(str(e))}"
+            ) from e
 
-
+# %% ../../nbs/train/05_config.ipynb #145103c7
 @dataclass(frozen=True)
 class CheckpointConfig:
     """When to save, what to keep, where to start
@@ -201,14 +232,23 @@ class CheckpointConfig:
     snapshot_every: int = 0  # Save to snapshot/0 and snapshot/1 in turn, for short-lived safety; 0: never
     best: bool = True  # Keep the checkpoint with the lowest validation loss
     resume: str = "auto"  # auto (newest complete one of the run's folder), none (start anew), or a checkpoint's path
-    init: str = ""  # Take weights only, and start at step 0: from a checkpoint, a run, a Hugging Face folder or a step of the older system
-    stop_file: str = ""  # File holding n: at step n save and quit; -n: only save. Default: the file stop in the run's folder
+    # Take weights only, and start at step 0: from a checkpoint, a run, a Hugging Face folder or a step of the older
+    # system
+    init: str = ""
+    # File holding n: at step n save and quit; -n: only save. Default: the file stop in the run's folder
+    stop_file: str = ""
 
     def __post_init__(self):
         check_fields(self, "--checkpoint.")
-        check_range(self, "--checkpoint.", ["every", "keep_last", "keep_every", "snapshot_every"], 0, what="0 (off) or a number of steps")
+        check_range(
+            self,
+            "--checkpoint.",
+            ["every", "keep_last", "keep_every", "snapshot_every"],
+            0,
+            what="0 (off) or a number of steps",
+        )
 
-
+# %% ../../nbs/train/05_config.ipynb #30d0a2b8
 SinkName = Literal["console", "tensorboard", "jsonl", "trackio", "wandb"]
 
 
@@ -226,23 +266,32 @@ class LogConfig:
         peak_tflops: Peak of the device, for MFU; 0: from its datasheet, measured by a matrix product on CPU
     """
 
-    sinks: tuple[SinkName, ...] = ("console", "tensorboard")  # metrics.jsonl is always written; tensorboard only where its package is installed; trackio (see them with: trackio show) and wandb are trackers: pip install 'internlm_nb[tracking]'
+    # metrics.jsonl is always written; tensorboard only where its package is installed; trackio (see them with: trackio
+    # show) and wandb are trackers: pip install 'internlm_nb[tracking]'
+    sinks: tuple[SinkName, ...] = ("console", "tensorboard")
     every: int = 0  # Steps from one line of the terminal to the next; 0: each step up to 10, then each 10th
     line: Literal["short", "keys"] = "short"  # The terminal's lines: for people, or key=value pairs for tools
     plots_every: int = 0  # Draw plots/ after every n steps (they are always drawn at the end)
     progress: bool = True  # Progress bar
-    flush_every: int = 1  # Steps whose figures are read, added up over ranks and written together; between, the host does not wait for the device. Wishes to stop are heard as often
+    # Steps whose figures are read, added up over ranks and written together; between, the host does not wait for the
+    # device. Wishes to stop are heard as often
+    flush_every: int = 1
     peak_tflops: float = 0.0  # Peak of the device, for MFU; 0: from its datasheet, measured by a matrix product on CPU
 
     def __post_init__(self):
-        if isinstance(self.sinks, (tuple, list)) and (unknown := {s for s in self.sinks if isinstance(s, str)} - set(typing.get_args(SinkName))):
-            raise ValueError(f"--log.sinks: no sink is called {', '.join(map(repr, sorted(unknown)))}: choose from {', '.join(typing.get_args(SinkName))}")
+        if isinstance(self.sinks, (tuple, list)) and (
+            unknown := {s for s in self.sinks if isinstance(s, str)} - set(typing.get_args(SinkName))
+        ):
+            raise ValueError(
+                f"--log.sinks: no sink is called {', '.join(map(repr, sorted(unknown)))}: choose from"
+                f" {', '.join(typing.get_args(SinkName))}"
+            )
         check_fields(self, "--log.", {"peak_tflops": "0 means the device's own"})
         check_range(self, "--log.", ["every"], 0, what="0 (each step up to 10, then each 10th) or a number of steps")
         check_range(self, "--log.", ["flush_every"], 1, what="1 (after each step) or more")
         check_range(self, "--log.", ["plots_every", "peak_tflops"], 0, what="0 (off) or a positive number")
 
-
+# %% ../../nbs/train/05_config.ipynb #86592243
 @dataclass(frozen=True)
 class RunConfig:
     """Everything about a run
@@ -267,12 +316,22 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)  # Saving and resuming
     log: LogConfig = field(default_factory=LogConfig)  # Sinks and plots
     parallel: ParallelConfig = field(default_factory=ParallelConfig)  # Layout of ranks: the same computation in any
-    zero: ZeroConfig = field(default_factory=ZeroConfig)  # What ranks with the same weights share out: the same computation in any
+    # What ranks with the same weights share out: the same computation in any
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
 
     def __post_init__(self):
         check_fields(self, "--")
-        if not self.name or "/" in self.name or self.name in (".", "..") or not self.name.isprintable() or len(self.name.encode()) > 200:
-            raise ValueError(f"--name is {shown(self.name)}: it names a folder in runs/, so it is one word without slashes, of at most 200 bytes; other places are for --run-dir")
+        if (
+            not self.name
+            or "/" in self.name
+            or self.name in (".", "..")
+            or not self.name.isprintable()
+            or len(self.name.encode()) > 200
+        ):
+            raise ValueError(
+                f"--name is {shown(self.name)}: it names a folder in runs/, so it is one word without slashes, of at"
+                " most 200 bytes; other places are for --run-dir"
+            )
 
 # %% ../../nbs/train/05_config.ipynb #61a0dfa7
 T = TypeVar("T")
@@ -291,13 +350,15 @@ def to_dict(
     """
     return dataclasses.asdict(config)
 
-
+# %% ../../nbs/train/05_config.ipynb #4fd3e758
 def from_dict(
     cls: type[T],  # The dataclass to make
     values: dict[str, Any],  # As `to_dict` gives; missing fields take their defaults
     where: str = "",  # Path of the names above, for messages
 ) -> T:
-    """A configuration from JSON values. Raises ValueError that names a field which is unknown, missing or of a wrong kind
+    """A configuration from JSON values
+
+    Raises ValueError that names a field which is unknown, missing or of a wrong kind
 
     Args:
         cls: The dataclass to make
@@ -309,14 +370,21 @@ def from_dict(
     out = {}
     for name, value in values.items():
         if name not in known:
-            raise ValueError(f"{cls.__name__} has no field {where + name!r}; it was written by another version, or by hand. Fields: {', '.join(known)}")
+            raise ValueError(
+                f"{cls.__name__} has no field {where + name!r}; it was written by another version, or by hand. Fields:"
+                f" {', '.join(known)}"
+            )
         out[name] = _value(hints[name], value, where + name)
-    missing = [n for n, f in known.items() if n not in out and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+    missing = [
+        n
+        for n, f in known.items()
+        if n not in out and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise ValueError(f"{cls.__name__} needs {', '.join(where + m for m in missing)}")
     return cls(**out)
 
-
+# %% ../../nbs/train/05_config.ipynb #d6d106fb
 def _value(hint: Any, value: Any, where: str) -> Any:
     "One field's value as its type says"
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -383,7 +451,7 @@ class Change:
     def __str__(self) -> str:
         return self.text or f"--{self.name.replace('_', '-')}: {self.old!r} -> {self.new!r}"
 
-
+# %% ../../nbs/train/05_config.ipynb #71436e1d
 # Fields under these that may change in the middle of a run. All others of model and data, and the seed, may not.
 _MAY_CHANGE = ("data.valid", "data.prefetch")
 
@@ -408,7 +476,10 @@ def changes(
     def breaks(name: str) -> bool:
         if name == "data.skip_batches":  # batches to come may be left out; what is done must stay as it was
             return SkippedBatches(was[name]).spans_before(step) != SkippedBatches(now[name]).spans_before(step)
-        return (name.startswith(("model.", "data.")) and not name.startswith(_MAY_CHANGE)) or name in ("train.seed", "optim.frozen")
+        return (name.startswith(("model.", "data.")) and not name.startswith(_MAY_CHANGE)) or name in (
+            "train.seed",
+            "optim.frozen",
+        )
 
     ignored = ("checkpoint.resume", "checkpoint.init")
     return [Change(n, was.get(n), now.get(n), breaks(n)) for n in now if n not in ignored and was.get(n) != now.get(n)]

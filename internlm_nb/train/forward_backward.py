@@ -40,14 +40,17 @@ class PipelineRunner:
     chunks: int = 1  # Stages on each rank
     split: int = 1  # Ranks over which tokens are split between blocks: the tensor axis in msp and fsp
     queue: WeightQueue | None = None  # For weight gradients, where the schedule puts them off
-    plans: dict[tuple[int, bool], MessagePlan] = field(default_factory=dict, repr=False)  # By micro-batches, and whether there is a backward
+    # By micro-batches, and whether there is a backward
+    plans: dict[tuple[int, bool], MessagePlan] = field(default_factory=dict, repr=False)
 
     def plan(
         self,
         micro_num: int,  # Micro-batches of this data rank
         training: bool = True,  # With backward?
     ) -> MessagePlan:
-        """The plan for so many micro-batches. Raises ValueError when the schedule cannot be made for them, ScheduleError when it cannot be run
+        """The plan for so many micro-batches
+
+        Raises ValueError when the schedule cannot be made for them, ScheduleError when it cannot be run
 
         Args:
             micro_num: Micro-batches of this data rank
@@ -56,7 +59,9 @@ class PipelineRunner:
         if (micro_num, training) not in self.plans:
             least = 2 * self.axis.size  # enough for every schedule: an evaluation only asks where stages lie
             schedule = make_schedule(self.name, self.axis.size, micro_num if training else least, self.chunks)
-            self.plans[micro_num, training] = check_schedule(schedule if training else evaluation_schedule(schedule, micro_num))
+            self.plans[micro_num, training] = check_schedule(
+                schedule if training else evaluation_schedule(schedule, micro_num)
+            )
         return self.plans[micro_num, training]
 
 # %% ../../nbs/train/07_forward_backward.ipynb #87f1e51f
@@ -81,7 +86,17 @@ def forward_backward(
     if isinstance(model, PipelinePart):
         staged = model.staged
         assert isinstance(staged, PipelineRunner), "build_model says how a part is run"
-        run_schedule(model, staged.plan(len(batches)), batches, staged.axis, minimise, note, lambda _, term: extra(term), staged.queue, staged.split)
+        run_schedule(
+            model,
+            staged.plan(len(batches)),
+            batches,
+            staged.axis,
+            minimise,
+            note,
+            lambda _, term: extra(term),
+            staged.queue,
+            staged.split,
+        )
         return
     for i, batch in enumerate(batches):
         out = model(batch.input_ids, batch.segments, batch.indexes, labels=batch.labels)
@@ -91,7 +106,7 @@ def forward_backward(
             last()
         minimise(i, out).backward()
 
-
+# %% ../../nbs/train/07_forward_backward.ipynb #6b911f97
 @torch.no_grad()
 def forward_only(
     model: nn.Module,  # A Transformer, or a `PipelinePart` with its `staged`
@@ -109,7 +124,15 @@ def forward_only(
         staged = model.staged
         assert isinstance(staged, PipelineRunner), "build_model says how a part is run"
         if batches:
-            run_schedule(model, staged.plan(len(batches), training=False), batches, staged.axis, lambda _, out: out.loss_sum, note, split=staged.split)
+            run_schedule(
+                model,
+                staged.plan(len(batches), training=False),
+                batches,
+                staged.axis,
+                lambda _, out: out.loss_sum,
+                note,
+                split=staged.split,
+            )
         return
     for i, batch in enumerate(batches):
         out = model(batch.input_ids, batch.segments, batch.indexes, labels=batch.labels)

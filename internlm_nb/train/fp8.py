@@ -52,16 +52,23 @@ def takes_part(
     Args:
         name: dotted, in the model
     """
-    return isinstance(module, nn.Linear) and "blocks." in name and not module.in_features % 16 and not module.out_features % 16
+    return (
+        isinstance(module, nn.Linear)
+        and "blocks." in name
+        and not module.in_features % 16
+        and not module.out_features % 16
+    )
 
-
+# %% ../../nbs/train/06_fp8.ipynb #1407ab33
 def fp8_linears(
     model: nn.Module,  # with `blocks`; changed in place
     kind: Fp8,  # none: nothing happens
     device: torch.device | str,  # where the run computes
     emulate: bool = False,  # for tests
 ) -> list[str]:  # names of the linears that changed
-    """Have the blocks' products computed in float8; parameters keep their names, types and values. Raises ValueError where that cannot be
+    """Have the blocks' products computed in float8; parameters keep their names, types and values
+
+    Raises ValueError where that cannot be
 
     Args:
         model: with `blocks`; changed in place

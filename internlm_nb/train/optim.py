@@ -47,17 +47,22 @@ def _matching(patterns: tuple[str, ...], names: list[str], option: str) -> set[s
     for pattern in patterns:
         hits = {n for n in names if fnmatchcase(n, pattern)}
         if not hits:
-            raise ValueError(f"--optim.{option}: no parameter matches {pattern!r}. Names look like {names[0]!r}, {names[-1]!r}; * stands for anything")
+            raise ValueError(
+                f"--optim.{option}: no parameter matches {pattern!r}. Names look like {names[0]!r}, {names[-1]!r}; *"
+                " stands for anything"
+            )
         found |= hits
     return found
 
-
+# %% ../../nbs/train/04_optim.ipynb #0dea6e4e
 def param_groups(
     names: list[str],  # Logical parameter names
     cfg: OptimConfig,  # With patterns
     here: Container[str] | None = None,  # Those that this rank has; None: all
 ) -> list[ParamGroup]:  # In order of first appearance; frozen parameters are in none
-    """Sort parameters into groups of equal peak learning rate and decay. Raises ValueError for a pattern that matches nothing, a rate that is none, or a rank that is left nothing to train
+    """Sort parameters into groups of equal peak learning rate and decay
+
+    Raises ValueError for a pattern that matches nothing, a rate that is none, or a rank that is left nothing to train
 
     Args:
         names: Logical parameter names
@@ -83,14 +88,18 @@ def param_groups(
         if n not in frozen and (here is None or n in here):
             groups.setdefault((lr[n], 0.0 if n in no_decay else cfg.weight_decay), []).append(n)
     if not groups:
-        raise ValueError(f"--optim.frozen leaves no parameter to train{'' if here is None else ' on this pipeline stage: make --parallel.pipeline smaller'}")
+        raise ValueError(
+            "--optim.frozen leaves no parameter to"
+            f" train{'' if here is None else ' on this pipeline stage: make --parallel.pipeline smaller'}"
+        )
     return [ParamGroup(tuple(ns), *key) for key, ns in groups.items()]
 
 # %% ../../nbs/train/04_optim.ipynb #dda01bf6
 def freeze(
     model: nn.Module,  # each parameter's `requires_grad` is set
     cfg: OptimConfig,  # with patterns
-    names: Sequence[str] | None = None,  # logical names of the whole model's parameters, where this rank has a part of them; None: those of `model`
+    # logical names of the whole model's parameters, where this rank has a part of them; None: those of `model`
+    names: Sequence[str] | None = None,
 ) -> None:
     """Freeze what the patterns say, and nothing else. Raises ValueError for a pattern that matches no parameter
 
@@ -117,7 +126,7 @@ class UpdateInfo:
     grad_norm: Tensor  # () norm of the gradient before clipping, loss scale removed
     skipped: Tensor  # () float32, 1 where the gradient was not finite and nothing was changed
 
-
+# %% ../../nbs/train/04_optim.ipynb #989bc9dc
 class Optimizer:
     """AdamW over an engine's masters: accumulate, clip by one global norm, update or skip, write back
 
@@ -133,14 +142,18 @@ class Optimizer:
         engine: HybridZero,  # has masters, and brings gradients
         cfg: OptimConfig,  # rates, decay, groups
         loss_scale: LossScale | None = None,  # for fp16
-        names: Sequence[str] | None = None,  # logical names of the whole model's parameters, where this rank has a part of them; None: the engine's
+        # logical names of the whole model's parameters, where this rank has a part of them; None: the engine's
+        names: Sequence[str] | None = None,
     ):
         self.engine, self.cfg = engine, cfg
         self.loss_scale = loss_scale or LossScale(LossScaleConfig(), engine.mesh.device, enabled=False)
         self.groups = param_groups(list(names or engine.params), cfg, engine.params)
         trained = {n for n, p in engine.params.items() if p.requires_grad}
         if wrong := trained ^ {n for group in self.groups for n in group.names}:
-            raise ValueError(f"{some(sorted(wrong))}: frozen for the engine and not for the optimizer, or the other way round; call freeze(model, cfg) before the engine is made")
+            raise ValueError(
+                f"{some(sorted(wrong))}: frozen for the engine and not for the optimizer, or the other way round; call"
+                " freeze(model, cfg) before the engine is made"
+            )
         kinds: list[dict[str, Any]] = [{"params": [], "weight_decay": group.weight_decay} for group in self.groups]
         group_of = {name: kind for group, kind in zip(self.groups, kinds) for name in group.names}
         for shard in engine.shards:
@@ -148,7 +161,8 @@ class Optimizer:
         rates, device = (cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps), engine.mesh.device
         self.inner = HostAdamW(kinds, *rates, device) if engine.offload else FusedAdamW(kinds, *rates)
         self.grads: list[Tensor] | None = None  # of the engine's shards, once they are collected
-        for shard, *moments in zip(engine.shards, zeros_like_masters(engine), zeros_like_masters(engine)):  # now, not at the first step: a checkpoint is loaded into them
+        # now, not at the first step: a checkpoint is loaded into them
+        for shard, *moments in zip(engine.shards, zeros_like_masters(engine), zeros_like_masters(engine)):
             count = torch.zeros((), dtype=torch.float32, device=device)
             self.inner.state[shard.master] = {"step": count, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
             if engine.mesh.recorder is not None:
@@ -157,7 +171,8 @@ class Optimizer:
 
     def zero_grad(
         self,
-        expected: Mapping[str, int] | int | None = None,  # gradients that each parameter will get in this step; None: until `last_micro_batch` is called
+        # gradients that each parameter will get in this step; None: until `last_micro_batch` is called
+        expected: Mapping[str, int] | int | None = None,
     ) -> None:
         """A step begins: forget the gradients of the last one
 
@@ -206,7 +221,10 @@ class Optimizer:
 
     @torch.no_grad()
     def update(self) -> UpdateInfo:
-        "Clip, then update or skip; the host waits for nothing. Raises RuntimeError for a parameter that got no gradient"
+        """Clip, then update or skip; the host waits for nothing
+
+        Raises RuntimeError for a parameter that got no gradient
+        """
         grads = self.collect()
         norm = self.engine.squares(grads).sqrt().to(self.engine.master) / self.loss_scale.scale
         coef = (self.cfg.clip / (norm + 1e-6)).clamp(max=1.0) if self.cfg.clip > 0 else torch.ones_like(norm)
@@ -222,14 +240,27 @@ class Optimizer:
         self,
         saving: bool = False,  # only what this rank writes into a checkpoint?
     ) -> dict[str, ParamRange]:
-        """What this rank has of the masters and their moments, by `master.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`, and the number of updates, `adam_step.NAME`: shared memory, to be read or written
+        """What this rank has of the masters and their moments, by `master.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME`,
+        and the number of updates, `adam_step.NAME`: shared memory, to be read or written
 
         Args:
             saving: only what this rank writes into a checkpoint?
         """
         shards = self.engine.shards
         states = [self.inner.state[shard.master] for shard in shards]
-        kinds = {"master": [shard.master for shard in shards], "exp_avg": [s["exp_avg"] for s in states], "exp_avg_sq": [s["exp_avg_sq"] for s in states]}
-        out = {f"{kind}.{part.name}": part for kind, tensors in kinds.items() for part in trained_parts(self.engine, tensors, saving)}
+        kinds = {
+            "master": [shard.master for shard in shards],
+            "exp_avg": [s["exp_avg"] for s in states],
+            "exp_avg_sq": [s["exp_avg_sq"] for s in states],
+        }
+        out = {
+            f"{kind}.{part.name}": part
+            for kind, tensors in kinds.items()
+            for part in trained_parts(self.engine, tensors, saving)
+        }
         counts = {shard.name: state["step"] for shard, state in zip(shards, states)}
-        return out | {f"adam_step.{part.name}": part._replace(tensor=counts[part.name]) for name, part in out.items() if name.startswith("master.")}
+        return out | {
+            f"adam_step.{part.name}": part._replace(tensor=counts[part.name])
+            for name, part in out.items()
+            if name.startswith("master.")
+        }

@@ -15,7 +15,8 @@ from .schedules import ScheduleConfig
 # %% ../../nbs/train/02_options.ipynb #c99df092
 PrecisionName = Literal["float32", "float64", "bfloat16", "float16", "tf32"]
 Fp8 = Literal["none", "tensorwise", "rowwise"]  # one scale for a tensor: fastest; one a row: closest to bf16
-ELEMENT_BYTES = {"float32": (4, 4), "tf32": (4, 4), "float64": (8, 8), "bfloat16": (2, 4), "float16": (2, 4)}  # of a weight, of its master
+# of a weight, of its master
+ELEMENT_BYTES = {"float32": (4, 4), "tf32": (4, 4), "float64": (8, 8), "bfloat16": (2, 4), "float16": (2, 4)}
 
 # %% ../../nbs/train/02_options.ipynb #ce00b3c8
 MOST_SCALE = 2.0**126  # The scale is an fp32 number, and so is its double
@@ -48,15 +49,17 @@ class LossScaleConfig:
         check_range(self, "--train.loss-scale.", ["max"], 0, MOST_SCALE, above=True)
         if not 0 < self.min <= self.init <= self.max:
             raise ValueError(
-                f"the loss scale starts at --train.loss-scale.init {self.init} and moves within --train.loss-scale.min {self.min} "
-                f"and --train.loss-scale.max {self.max}: choose 0 < min <= init <= max"
+                f"the loss scale starts at --train.loss-scale.init {self.init} and moves within --train.loss-scale.min"
+                f" {self.min} and --train.loss-scale.max {self.max}: choose 0 < min <= init <= max"
             )
         if not (self.growth >= 1 and 0 < self.backoff <= 1):
             raise ValueError(
                 f"the loss scale grows by {self.growth} and falls by {self.backoff}: "
                 "--train.loss-scale.growth is at least 1, --train.loss-scale.backoff above 0 and at most 1"
             )
-        check_range(self, "--train.loss-scale.", ["growth_interval", "hysteresis"], 1, what="a number of steps, at least 1")
+        check_range(
+            self, "--train.loss-scale.", ["growth_interval", "hysteresis"], 1, what="a number of steps, at least 1"
+        )
 
 # %% ../../nbs/train/02_options.ipynb #d038a73d
 LEAST_EPS = 2.0**-126  # the smallest normal fp32 number: below it arithmetic may take it for 0
@@ -64,7 +67,9 @@ LEAST_EPS = 2.0**-126  # the smallest normal fp32 number: below it arithmetic ma
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedules and its parameter groups. Names are matched by shell patterns, e.g. '*norm.weight' or '*.bias'
+    """AdamW, its schedules and its parameter groups
+
+    Names are matched by shell patterns, e.g. '*norm.weight' or '*.bias'
 
     Args:
         lr: Peak learning rate
@@ -95,7 +100,13 @@ class OptimConfig:
     def __post_init__(self):
         check_fields(self, "--optim.", {"clip": "0 means no clipping"})
         check_range(self, "--optim.", ["lr", "beta2_c", "weight_decay", "clip"], 0, what="0 or a positive number")
-        check_range(self, "--optim.", ["eps"], LEAST_EPS, what="a positive number: it keeps a gradient that is 0 from becoming 0/0")
+        check_range(
+            self,
+            "--optim.",
+            ["eps"],
+            LEAST_EPS,
+            what="a positive number: it keeps a gradient that is 0 from becoming 0/0",
+        )
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--optim.{name} is {getattr(self, name)}: a moment's decay lies from 0 to below 1")

@@ -53,16 +53,26 @@ def choose_device(
     except RuntimeError as e:
         raise ValueError(f"--train.device is {name!r}, which is no device: write auto, cpu, cuda or cuda:N") from e
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--train.device is {name!r}, on which nothing here was ever tried: write auto, cpu, cuda or cuda:N")
+        raise ValueError(
+            f"--train.device is {name!r}, on which nothing here was ever tried: write auto, cpu, cuda or cuda:N"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--train.device is {name!r}, but this PyTorch ({torch.__version__}) finds no CUDA device: write auto or cpu")
+        raise ValueError(
+            f"--train.device is {name!r}, but this PyTorch ({torch.__version__}) finds no CUDA device: write auto"
+            " or cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--train.device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+        raise ValueError(
+            f"--train.device is {name!r}, but there are {torch.cuda.device_count()} CUDA devices, counted from 0"
+        )
     if device.type == "cuda" and local_rank is not None:
         if device.index is not None:
             raise ValueError(f"--train.device is {name!r}, but every rank has a GPU of its own: write auto or cuda")
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; start fewer processes on it, or write --train.device cpu")
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: this node has {torch.cuda.device_count()}; start fewer processes"
+                " on it, or write --train.device cpu"
+            )
         return torch.device("cuda", local_rank)
     return torch.device("cuda", 0) if device == torch.device("cuda") else device
 
@@ -82,16 +92,25 @@ def layout_of(
         layout = Layout(world, p.tensor, p.sequence, p.context, p.pipeline, p.expert, p.mode)
         check(layout, run.model, run.data.seq_len, run.data.micro_bsz, run.data.micro_num, p.chunks)
     except ValueError as e:
-        fields = [f"--parallel.{name} {size}" for name in ("tensor", "sequence", "context", "pipeline", "chunks", "expert") if (size := getattr(p, name)) > 1]
+        fields = [
+            f"--parallel.{name} {size}"
+            for name in ("tensor", "sequence", "context", "pipeline", "chunks", "expert")
+            if (size := getattr(p, name)) > 1
+        ]
         ranks = p.tensor * p.sequence * p.context * p.pipeline * p.expert
-        alone = f"; one process was started: begin the line with torchrun --nproc-per-node {ranks}, or with internlm-train --nproc {ranks}" if world == 1 < ranks else ""
+        alone = (
+            f"; one process was started: begin the line with torchrun --nproc-per-node {ranks}, or with internlm-train"
+            f" --nproc {ranks}"
+            if world == 1 < ranks
+            else ""
+        )
         raise ValueError(f"{e} (fields: {' '.join([*fields, f'--data.micro-num {run.data.micro_num}'])}{alone})") from e
     if p.pipeline > 1:
         _check_micro_num(run, layout)
     sharding_of(run, layout)
     return layout
 
-
+# %% ../../nbs/train/09_parallelize.ipynb #61502dee
 def _check_micro_num(run: RunConfig, layout: Layout) -> None:
     "Can the schedule be made for a data rank's share of the packs? Raises ValueError in terms of what the user writes"
     p, n = run.parallel, run.data.micro_num
@@ -108,13 +127,17 @@ def _check_micro_num(run: RunConfig, layout: Layout) -> None:
         return
     right = next((m for m in range(each, each + 2 * p.pipeline + 1) if not why_not_made(m)), None)
     if layout.data == 1 or right is None:
-        raise ValueError(f"{reason} (fields: --parallel.schedule {p.schedule} --parallel.chunks {p.chunks} --data.micro-num {n})")
+        raise ValueError(
+            f"{reason} (fields: --parallel.schedule {p.schedule} --parallel.chunks {p.chunks} --data.micro-num {n})"
+        )
     raise ValueError(
-        f"--data.micro-num {n} gives each of {layout.data} data ranks {each} {'pack' if each == 1 else 'packs'}: {reason.partition(': write')[0]}. "
-        f"Write --data.micro-num {right * layout.data}{' or more' if p.schedule == 'zbv' else ''}, or --parallel.schedule {'zbh1' if p.schedule == 'zbv' else '1f1b'} --parallel.chunks 1"
+        f"--data.micro-num {n} gives each of {layout.data} data ranks {each} {'pack' if each == 1 else 'packs'}:"
+        f" {reason.partition(': write')[0]}. Write --data.micro-num"
+        f" {right * layout.data}{' or more' if p.schedule == 'zbv' else ''}, or --parallel.schedule"
+        f" {'zbh1' if p.schedule == 'zbv' else '1f1b'} --parallel.chunks 1"
     )
 
-
+# %% ../../nbs/train/09_parallelize.ipynb #4f06e95a
 def sharding_of(
     run: RunConfig,  # Three factors
     layout: Layout,  # Says how many ranks hold the same weights
@@ -130,8 +153,15 @@ def sharding_of(
         return Sharding(z.param, z.grad, z.optim).resolved(layout.replica)
     except ValueError as e:
         ranks = max(z.param, z.grad, z.optim)
-        alone = f"; one process was started: begin the line with torchrun --nproc-per-node {ranks}, or with internlm-train --nproc {ranks}" if layout.world == 1 else ""
-        raise ValueError(f"--zero.param {z.param} --zero.grad {z.grad} --zero.optim {z.optim}: {as_options(str(e))}{alone}") from e
+        alone = (
+            f"; one process was started: begin the line with torchrun --nproc-per-node {ranks}, or with internlm-train"
+            f" --nproc {ranks}"
+            if layout.world == 1
+            else ""
+        )
+        raise ValueError(
+            f"--zero.param {z.param} --zero.grad {z.grad} --zero.optim {z.optim}: {as_options(str(e))}{alone}"
+        ) from e
 
 # %% ../../nbs/train/09_parallelize.ipynb #2b09d143
 def refuse(
@@ -148,7 +178,9 @@ def refuse(
     train, dtype = run.train, PRECISIONS[run.train.precision].param
     sharding_of(run, layout)
     if train.attention != "auto" and (reason := why_not(train.attention, device, dtype, run.model.head_dim)):
-        raise ValueError(f"--train.attention {train.attention} cannot run here: {reason}; write auto, or another backend")
+        raise ValueError(
+            f"--train.attention {train.attention} cannot run here: {reason}; write auto, or another backend"
+        )
     split = layout.pipeline > 1 and run.parallel.schedule in ("zbh1", "zbv")
     if train.compile and split:
         raise ValueError(
@@ -159,8 +191,9 @@ def refuse(
         return
     if layout.tensor > 1 or split:
         raise ValueError(
-            f"--train.fp8 {train.fp8} works on whole matrices with a whole backward, not with --parallel.tensor {layout.tensor} and "
-            f"schedule {run.parallel.schedule}: write --train.fp8 none, or --parallel.tensor 1 and a schedule without halves"
+            f"--train.fp8 {train.fp8} works on whole matrices with a whole backward, not with --parallel.tensor"
+            f" {layout.tensor} and schedule {run.parallel.schedule}: write --train.fp8 none, or --parallel.tensor 1 and"
+            " a schedule without halves"
         )
     if reason := why_not_fp8(device):
         raise ValueError(f"--train.fp8 {train.fp8} cannot run here: {reason}; write --train.fp8 none")
@@ -188,7 +221,7 @@ def cut_stages(
     part.staged = staged
     return part
 
-
+# %% ../../nbs/train/09_parallelize.ipynb #167774ef
 def mark_copies(
     model: nn.Module,  # whole, or a `PipelinePart`
     placements: Mapping[str, Placement],
@@ -231,16 +264,37 @@ def units_of(
     out: list[UnitSpec] = []
     for chain, stage in enumerate(stages):
         if stage == 0:
-            out.append(UnitSpec("embedding", model.embedding, group("embedding"), needed_in_backward=False, chain=chain, joins=one_rank))
+            out.append(
+                UnitSpec(
+                    "embedding",
+                    model.embedding,
+                    group("embedding"),
+                    needed_in_backward=False,
+                    chain=chain,
+                    joins=one_rank,
+                )
+            )
         for layer in ranges[stage]:
-            out.append(UnitSpec(f"blocks.{layer}", model.blocks[layer], group(f"blocks.{layer}"), chain=chain, fed=stage > 0))  # type: ignore[arg-type]
+            out.append(
+                UnitSpec(f"blocks.{layer}", model.blocks[layer], group(f"blocks.{layer}"), chain=chain, fed=stage > 0)
+            )  # type: ignore[arg-type]
         if stage == last:
             if part is not None and part.holds_copy:
                 out.append(UnitSpec("embedding", None, group("embedding"), chain=chain, joins=False))
-            out.append(UnitSpec("head", model.head, group("head"), ("embedding",) if tied else (), keep=True, chain=chain, fed=stage > 0))
+            out.append(
+                UnitSpec(
+                    "head",
+                    model.head,
+                    group("head"),
+                    ("embedding",) if tied else (),
+                    keep=True,
+                    chain=chain,
+                    fed=stage > 0,
+                )
+            )
     return out
 
-
+# %% ../../nbs/train/09_parallelize.ipynb #321a6ec1
 def extra_sums_of(
     model: nn.Module,  # built
     mesh: Mesh,  # this rank's place
@@ -276,11 +330,12 @@ class Built(NamedTuple):
     engine: HybridZero
     optimizer: Optimizer
 
-
+# %% ../../nbs/train/09_parallelize.ipynb #7243d47c
 def build_model(
     run: RunConfig,  # architecture, precision, recomputation
     mesh: Mesh | torch.device,  # this rank's place and device; a device: one process alone
-) -> tuple[Transformer | PipelinePart, dict[str, Placement]]:  # the model, or this rank's stages of it, and which part of each parameter is here
+) -> tuple[Transformer | PipelinePart, dict[str, Placement]]:
+    # the model, or this rank's stages of it, and which part of each parameter is here
     """Lines 1 to 9: a model that can compute. Raises ValueError for choices that cannot be
 
     Args:
@@ -292,24 +347,28 @@ def build_model(
     """
     mesh = mesh if isinstance(mesh, Mesh) else single(mesh)
     refuse(run, mesh.layout, mesh.device)
-    model = Transformer(run.model, device="meta", dtype=PRECISIONS[run.train.precision].param)  # 1. names and shapes, no memory
+    # 1. names and shapes, no memory
+    model = Transformer(run.model, device="meta", dtype=PRECISIONS[run.train.precision].param)
     model = cut_stages(run, model, mesh)  # 2. this rank's stages of a pipeline
     placements = tensor_parallel(model, mesh.axis("tensor"), mesh.layout.mode)  # 3. matrices and vocabulary
     placements = mark_copies(model, expert_parallel(model, mesh, placements))  # 4. experts
     sequence_parallel(model, mesh)  # 5. Ulysses and ring attention
-    init_placed(allocate(model, mesh.device), placements, run.train.seed)  # 6. each rank draws its own part, asking nobody
+    # 6. each rank draws its own part, asking nobody
+    init_placed(allocate(model, mesh.device), placements, run.train.seed)
     settle(model, run)
     recompute(model, run.train.recompute, run.train.recompute_policy)  # 7. inside of blocks
     fp8_linears(model, run.train.fp8, mesh.device)  # 8. products of blocks
     compile_blocks(model, run.train.compile)  # 9. blocks as they will run
     return model.train(), placements
 
-
+# %% ../../nbs/train/09_parallelize.ipynb #bcc0fd98
 def build(
     run: RunConfig,  # all of it
     mesh: Mesh,  # this rank's place and device
 ) -> Built:
-    """Lines 1 to 11: a model that can train. Raises ValueError for choices that cannot be, or a pattern that matches no parameter
+    """Lines 1 to 11: a model that can train
+
+    Raises ValueError for choices that cannot be, or a pattern that matches no parameter
 
     Args:
         run: all of it
@@ -318,9 +377,11 @@ def build(
     precision, names = PRECISIONS[run.train.precision], parameter_names(run.model)
     model, placements = build_model(run, mesh)  # 1. to 9.
     freeze(model, run.optim, names)
-    engine = make_engine(model, precision, mesh, run.zero, placements, run.parallel.bucket_mb)  # 10. Hybrid ZeRO around the finished blocks
+    # 10. Hybrid ZeRO around the finished blocks
+    engine = make_engine(model, precision, mesh, run.zero, placements, run.parallel.bucket_mb)
     scale = LossScale(run.train.loss_scale, mesh.device, enabled=precision.loss_scale)
-    return Built(model, placements, engine, Optimizer(engine, run.optim, scale, names))  # 11. AdamW over the engine's masters
+    # 11. AdamW over the engine's masters
+    return Built(model, placements, engine, Optimizer(engine, run.optim, scale, names))
 
 # %% ../../nbs/train/09_parallelize.ipynb #079e731e
 def settle(
@@ -353,7 +414,7 @@ def compile_blocks(
         block.attention.attend = torch.compiler.disable(block.attention.attend)  # type: ignore[union-attr]
         block.compile()  # type: ignore[operator]
 
-
+# %% ../../nbs/train/09_parallelize.ipynb #a1b49bf7
 def make_engine(
     model: nn.Module,  # filled, and frozen where it is to be
     precision: Precision,  # dtypes of masters and weights
@@ -378,9 +439,19 @@ def make_engine(
     grad = precision.param if zero.grad_dtype == "param" else precision.master
     extra = extra_sums_of(model, mesh, placements or {})
     return HybridZero(
-        units_of(model), mesh, Sharding(zero.param, zero.grad, zero.optim), placements, precision.master, grad, zero.reshard, overlap, zero.check,
-        int(bucket_mb * 2**20), extra, zero.offload,
-    )  # fmt: skip
+        units_of(model),
+        mesh,
+        Sharding(zero.param, zero.grad, zero.optim),
+        placements,
+        precision.master,
+        grad,
+        zero.reshard,
+        overlap,
+        zero.check,
+        int(bucket_mb * 2**20),
+        extra,
+        zero.offload,
+    )
 
 # %% ../../nbs/train/09_parallelize.ipynb #b7e7ca8c
 def make_optimizer(
@@ -391,7 +462,8 @@ def make_optimizer(
     zero: ZeroConfig | None = None,  # what is cut over how many ranks; None: nothing
     placements: Mapping[str, Placement] | None = None,  # which part of each parameter is here; None: all of it
     loss_scale: LossScale | None = None,  # for fp16
-    names: Sequence[str] | None = None,  # logical names of the whole model's parameters, where this rank has a part of them; None: those of `model`
+    # logical names of the whole model's parameters, where this rank has a part of them; None: those of `model`
+    names: Sequence[str] | None = None,
     bucket_mb: float = 32.0,  # MiB of gradients up to which small units are reduced together
     overlap: bool = True,  # launch exchanges ahead, and wait late
 ) -> Optimizer:

@@ -19,7 +19,9 @@ _all_ = ["LossScaleConfig", "PrecisionName"]
 # %% ../../nbs/train/03_precision.ipynb #301bc5cf
 @dataclass(frozen=True)
 class Precision:
-    """One row of the table: how weights, masters and gradients are kept. Source: Micikevicius et al. 2018, mixed precision training
+    """One row of the table: how weights, masters and gradients are kept
+
+    Source: Micikevicius et al. 2018, mixed precision training
 
     Args:
         name: What the user writes
@@ -129,4 +131,8 @@ class LossScale:
 
     def named_state(self) -> dict[str, torch.Tensor]:
         "The tensors a checkpoint keeps, by name; updated in place when loaded"
-        return {"scaler.scale": self.scale, "scaler.clean": self.clean, "scaler.overflows": self.overflows} if self.enabled else {}
+        return (
+            {"scaler.scale": self.scale, "scaler.clean": self.clean, "scaler.overflows": self.overflows}
+            if self.enabled
+            else {}
+        )

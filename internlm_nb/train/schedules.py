@@ -26,12 +26,14 @@ class ScheduleConfig:
         decay_shape: Decay of wsd: straight to min_lr, or as 1 - sqrt(x), fast at first
     """
 
-    kind: Literal["cosine", "constant", "linear", "wsd"] = "cosine"  # What follows the warm-up; wsd: stable, then a short decay
+    # What follows the warm-up; wsd: stable, then a short decay
+    kind: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
     warmup_ratio: float = 0.01  # Share of all steps spent in linear warm-up
     init_steps: int = 0  # Steps at learning rate 0 before the warm-up
     min_lr: float = 0.0  # Learning rate at the end of cosine, linear and wsd (eta_min)
     decay_ratio: float = 0.1  # Share of all steps, at the end, spent in the decay of wsd
-    decay_shape: Literal["linear", "sqrt"] = "linear"  # Decay of wsd: straight to min_lr, or as 1 - sqrt(x), fast at first
+    # Decay of wsd: straight to min_lr, or as 1 - sqrt(x), fast at first
+    decay_shape: Literal["linear", "sqrt"] = "linear"
 
     def __post_init__(self):
         check_fields(self, "--optim.schedule.")
@@ -101,7 +103,9 @@ def lr_at(
     total_steps: int,  # steps of the whole run
     cfg: ScheduleConfig,  # shape of the schedule
 ) -> float:
-    """Learning rate of one step; a `base_lr` under `min_lr` stays at its height. ValueError for a negative step and for parts that do not fit
+    """Learning rate of one step; a `base_lr` under `min_lr` stays at its height
+
+    ValueError for a negative step and for parts that do not fit
 
     Args:
         step: number of the step, from 0
@@ -131,7 +135,8 @@ def beta2_at(
     init: float,  # beta2 of the optimizer, the least that comes back
     c: float,  # exponent; 0 turns the schedule off
 ) -> float:
-    """Adam's second beta at a step that counts from 1: max(init, 1 - step**(-c)); ValueError for a step under 1 and a negative exponent. Shazeer and Stern, Adafactor (2018), section 7.2
+    """Adam's second beta at a step that counts from 1: max(init, 1 - step**(-c)); ValueError for a step under 1 and a
+    negative exponent. Shazeer and Stern, Adafactor (2018), section 7.2
 
     Args:
         step: number of the step, from 1

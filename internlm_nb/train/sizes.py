@@ -67,7 +67,7 @@ class Spec(NamedTuple):
     fed: bool = False  # does what comes into the chain want a gradient?
     joins: bool = True
 
-
+# %% ../../nbs/train/11_sizes.ipynb #602533dc
 def specs_of(
     run: RunConfig,
     layout: Layout,
@@ -84,7 +84,8 @@ def specs_of(
     cfg, p = run.model, run.parallel
     stages, last = (0,), 0
     if p.pipeline > 1:
-        schedule = make_schedule(p.schedule, p.pipeline, 2 * p.pipeline, p.chunks)  # who has which stage does not depend on how many packs
+        # who has which stage does not depend on how many packs
+        schedule = make_schedule(p.schedule, p.pipeline, 2 * p.pipeline, p.chunks)
         stages, last = schedule.stages_of(coords.pipeline), schedule.stages - 1
     layers = split_layers(cfg.num_layers, last + 1)
     shapes = local_shapes(cfg, layout)
@@ -119,7 +120,7 @@ class Buffer(NamedTuple):
     units: tuple[str, ...]
     params: Shapes
 
-
+# %% ../../nbs/train/11_sizes.ipynb #cda79077
 def buffers_of(
     specs: list[Spec],
     frozen: tuple[str, ...],  # patterns of parameters that are not trained
@@ -186,7 +187,7 @@ def engine_sizes(
         units.append(UnitSizes(flat, width, summed if trained else 0, own, copies, prefix))
     return EngineSizes(tuple(units), _chains(specs, buffers, units), zero.reshard)
 
-
+# %% ../../nbs/train/11_sizes.ipynb #31e7aed1
 def _chains(specs: list[Spec], buffers: list[Buffer], units: list[UnitSizes]) -> tuple[tuple[StopSizes, ...], ...]:
     "The stops of each chain"
     at = {spec.name: [i for i, buffer in enumerate(buffers) if spec.name in buffer.units] for spec in specs}
@@ -233,7 +234,7 @@ class StateMemory(NamedTuple):
         "All that lies on the device"
         return sum(self) - self.host
 
-
+# %% ../../nbs/train/11_sizes.ipynb #9b09ab55
 def state_memory(
     run: RunConfig,
     layout: Layout,  # of the world
@@ -249,7 +250,8 @@ def state_memory(
     have = memory_held(sizes)
     trained = [unit for unit in sizes.units if unit.grad_bytes]
     width = ELEMENT_BYTES[run.train.precision][1]
-    own = [unit.layout.size // unit.layout.factors.optim * width for unit in trained]  # bytes of a copy as wide as a master
+    # bytes of a copy as wide as a master
+    own = [unit.layout.size // unit.layout.factors.optim * width for unit in trained]
     narrow = any(unit.grad_bytes < width for unit in trained)
     on_host = run.zero.offload
     state = have["masters"] + 2 * sum(own)
@@ -265,7 +267,7 @@ def state_memory(
         state if on_host else 0,
     )
 
-
+# %% ../../nbs/train/11_sizes.ipynb #55c0a74d
 def most_memory(
     run: RunConfig,
     layout: Layout | int,  # of the world, or its ranks: then the run says how they are laid out

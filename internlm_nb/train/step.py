@@ -88,10 +88,11 @@ class StepOutput:
     loss: Tensor  # () mean over the step's targets
     grad_norm: Tensor  # () before clipping
     skipped: Tensor  # () float32, 1 where the gradient was not finite and nothing was changed
-    expert_tokens: Tensor | None = None  # (layers, experts) int64, choices of this rank's tokens in the layers before the head; None: no experts
+    # (layers, experts) int64, choices of this rank's tokens in the layers before the head; None: no experts
+    expert_tokens: Tensor | None = None
     expert_dropped: Tensor | None = None  # (layers,) int64, those that found their expert full
 
-
+# %% ../../nbs/train/08_step.ipynb #8fa624f7
 def train_step(
     model: Transformer | PipelinePart,  # With gradients
     optimizer: Optimizer,  # Its rates already set for this step
@@ -101,7 +102,10 @@ def train_step(
     clock: StepClock | None = None,  # Gets the marks start, backward (its end), reduced and end
     mesh: Mesh | None = None,  # Ranks that train together; None: one process alone
 ) -> StepOutput:
-    """One optimizer step over micro-batches. Nothing in it waits for the device, except experts without a capacity where the host must know how many tokens go where: over several ranks, and where `why_not_grouped` gives a reason
+    """One optimizer step over micro-batches
+
+    Nothing in it waits for the device, except experts without a capacity where the host must know how many tokens go
+    where: over several ranks, and where `why_not_grouped` gives a reason
 
     Args:
         model: With gradients
@@ -119,9 +123,13 @@ def train_step(
     optimizer.zero_grad(expected_gradients(model, len(batches)) if staged else None)
     total = torch.zeros((), dtype=torch.float64, device=device)
     targets: int | Tensor = max(num_targets, 1)  # a step without any target has loss 0, not 0/0
-    if mesh is not None and mesh.axis("loss").size > 1:  # law 3 counts over all ranks: a number that only the device knows
-        mine = 0 if staged and model.head is None else num_targets  # all stages read a pack, and the last one counts its targets
-        targets = all_reduce(torch.full((), mine, dtype=torch.int64, device=device), mesh.axis("loss"), "number of targets").clamp(min=1)
+    # law 3 counts over all ranks: a number that only the device knows
+    if mesh is not None and mesh.axis("loss").size > 1:
+        # all stages read a pack, and the last one counts its targets
+        mine = 0 if staged and model.head is None else num_targets
+        targets = all_reduce(
+            torch.full((), mine, dtype=torch.int64, device=device), mesh.axis("loss"), "number of targets"
+        ).clamp(min=1)
 
     def minimise(i: int, out: LossOutput) -> Tensor:
         loss = out.loss_sum / targets
@@ -136,7 +144,9 @@ def train_step(
         if meter is not None:
             meter.add(out.token_loss, out.correct, batches[i].type_ids, batches[i].labels)
 
-    forward_backward(model, batches, minimise, note, lambda extra: optimizer.scaled(extra / targets), optimizer.last_micro_batch)
+    forward_backward(
+        model, batches, minimise, note, lambda extra: optimizer.scaled(extra / targets), optimizer.last_micro_batch
+    )
     clock.mark("backward")
     summed = start_all_reduce(total, mesh.axis("loss"), "loss") if mesh is not None else None
     optimizer.collect()
@@ -174,11 +184,18 @@ def evaluate(
     meter, was_training = TypeMeter(names, device), model.training
     model.eval()
     packs, data = list(packs), mesh.axis("data") if mesh is not None else None
-    if data is not None and packs:  # equally many for each, since ranks may have experts of each other's; a padding pack has no targets
+    # equally many for each, since ranks may have experts of each other's; a padding pack has no targets
+    if data is not None and packs:
         blank = padding_pack(len(packs[0].input_ids), 1)
         packs = [*packs, *[blank] * (-len(packs) % data.size)][data.coord :: data.size]
     for start in range(0, len(packs), _GROUP):
         batches = [Batch.of(p, device, mesh) for p in packs[start : start + _GROUP]]
-        forward_only(model, batches, lambda i, out, batches=batches: meter.add(out.token_loss, out.correct, batches[i].type_ids, batches[i].labels))
+        forward_only(
+            model,
+            batches,
+            lambda i, out, batches=batches: meter.add(
+                out.token_loss, out.correct, batches[i].type_ids, batches[i].labels
+            ),
+        )
     model.train(was_training)
     return meter.read(axis=None if mesh is None else mesh.axis("loss"))

@@ -46,7 +46,7 @@ def owner_of(
         return schedule.rank_of(next(stage for stage, layers in enumerate(model.ranges) if layer in layers))
     return schedule.rank_of(0 if kind == "embedding" else model.stage_count - 1)
 
-
+# %% ../../nbs/train/10_whole.ipynb #a01ac23a
 @torch.no_grad()
 def whole_weights(
     cfg: ModelConfig,  # architecture
@@ -54,7 +54,8 @@ def whole_weights(
     engine: HybridZero,  # around it
     placements: Mapping[str, Placement],  # which part of each parameter is here
     mesh: Mesh,  # all of its ranks call this, and go through all of it
-) -> Iterator[tuple[str, Tensor | None]]:  # the parameter on rank 0, None elsewhere; to be used before the next one is asked for
+) -> Iterator[tuple[str, Tensor | None]]:
+    # the parameter on rank 0, None elsewhere; to be used before the next one is asked for
     """The whole model's weights, one after another, in the model's order
 
     Args:
@@ -117,7 +118,11 @@ def whole_model(
         with engine.gathered():
             yield model if mesh.rank == 0 else None
         return
-    whole = allocate(Transformer(cfg, device="meta", dtype=next(model.parameters()).dtype), mesh.device) if mesh.rank == 0 else None
+    whole = (
+        allocate(Transformer(cfg, device="meta", dtype=next(model.parameters()).dtype), mesh.device)
+        if mesh.rank == 0
+        else None
+    )
     params = {} if whole is None else dict(whole.named_parameters())
     for name, weight in whole_weights(cfg, model, engine, placements, mesh):
         if weight is not None:

@@ -51,7 +51,9 @@ def ring_s(
     if ranks == 1:
         return 0.0
     far = ranks * stride > links.node
-    latency, speed = (links.between_s, links.between / min(stride, links.node)) if far else (links.inside_s, links.inside)
+    latency, speed = (
+        (links.between_s, links.between / min(stride, links.node)) if far else (links.inside_s, links.inside)
+    )
     if op == "broadcast":
         return (ranks - 1) * latency + size_bytes / speed
     return (2 if op == "all_reduce" else 1) * (ranks - 1) * (latency + size_bytes / ranks / speed)
@@ -77,7 +79,7 @@ class StepTime(NamedTuple):
         "All of it; nothing is hidden behind computation"
         return sum(self)
 
-
+# %% ../../nbs/zero/09_amsp.ipynb #3c2496eb
 def amsp_time(
     params: int,  # Φ
     layers: int,  # L
@@ -120,7 +122,7 @@ class Choice(NamedTuple):
     seconds: float  # of a step's exchanges
     bytes: float  # of states on each rank, 2Φ/p + 2Φ/g + 12Φ/o
 
-
+# %% ../../nbs/zero/09_amsp.ipynb #c61c96db
 def ranked(
     params: int,  # Φ
     layers: int,  # L
@@ -148,10 +150,14 @@ def ranked(
         size = state_bytes(params, s, widths=Widths(grad=2)).total
         out.append(Choice(s, amsp_time(params, layers, s, ranks, micro_num, bucket_bytes, links).total, size))
     least = min(c.bytes for c in out)
-    require(least <= limit_bytes, f"{params} parameters over {ranks} ranks take {least:.3g} bytes on each at least, more than {limit_bytes:.3g}: take more ranks, or raise limit_bytes")
+    require(
+        least <= limit_bytes,
+        f"{params} parameters over {ranks} ranks take {least:.3g} bytes on each at least, more than {limit_bytes:.3g}:"
+        " take more ranks, or raise limit_bytes",
+    )
     return sorted((c for c in out if c.bytes <= limit_bytes), key=lambda c: (c.seconds, c.bytes))
 
-
+# %% ../../nbs/zero/09_amsp.ipynb #c79dbc12
 def best(
     params: int,  # Φ
     layers: int,  # L

@@ -33,7 +33,7 @@ def fingerprint(
     bits = x.detach().reshape(-1).view(_BITS[x.element_size()])
     return torch.stack([bits.sum(dtype=torch.int64), bits[::2].sum(dtype=torch.int64)])
 
-
+# %% ../../nbs/zero/12_copies.ipynb #707c5f3d
 def drifted(
     engine: HybridZero,  # all ranks call this
     same_kernels: bool = True,  # False: ranks of a tensor axis may differ in gradients that each computes for itself

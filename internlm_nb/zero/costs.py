@@ -54,7 +54,7 @@ class Memory(NamedTuple):
         "All of it"
         return sum(self)
 
-
+# %% ../../nbs/zero/08_costs.ipynb #fd09e37c
 def state_bytes(
     params: int,  # Φ: of one whole copy; with tensor, pipeline or expert parallelism what a rank has of it
     sharding: Sharding,  # without -1
@@ -77,7 +77,13 @@ def state_bytes(
     few = min(units * unit, params)
     whole = 0 if p == 1 else params if reshard in ("step", "never") else few
     buffers = widths.param * whole + (widths.reduce * few if g > 1 else 0)
-    return Memory(widths.param * params / p, widths.grad * params / g, widths.master * params / o, widths.moments * params / o, buffers)
+    return Memory(
+        widths.param * params / p,
+        widths.grad * params / g,
+        widths.master * params / o,
+        widths.moments * params / o,
+        buffers,
+    )
 
 # %% ../../nbs/zero/08_costs.ipynb #bda679a2
 class Exchange(NamedTuple):
@@ -122,7 +128,7 @@ def leaving(
     links = [(a, b) for group in groups for a, b in zip(group, (*group[1:], group[0]))]
     return sum(a // node != b // node for a, b in links) / len(links)
 
-
+# %% ../../nbs/zero/08_costs.ipynb #2c564d56
 def exchanges(
     params: int,  # Φ: of one whole copy; with tensor, pipeline or expert parallelism what a rank has of it
     sharding: Sharding,
@@ -170,13 +176,23 @@ def exchanges(
 
 # %% ../../nbs/zero/08_costs.ipynb #dfeccc62
 def _by_kind(step: tuple[Exchange, ...], level: Literal["inside", "between"]) -> list[float]:
-    "Bytes over one kind of link: of gathers to compute with, of what follows each micro-batch, of what comes once a step"
+    """Bytes over one kind of link: of gathers to compute with, of what follows each micro-batch, of what comes once a
+    step
+    """
     out = [0.0, 0.0, 0.0]
     for e in step:
-        out[0 if e.phase in ("gather for forward", "gather for backward") else 1 if e.phase == "reduce each micro-batch" else 2] += getattr(e, level)
+        out[
+            (
+                0
+                if e.phase in ("gather for forward", "gather for backward")
+                else 1
+                if e.phase == "reduce each micro-batch"
+                else 2
+            )
+        ] += getattr(e, level)
     return out
 
-
+# %% ../../nbs/zero/08_costs.ipynb #75ff199d
 def plot_costs(
     params: int,  # Φ: of what a rank has, were nothing sharded
     unit: int,  # parameters of the largest unit
@@ -200,7 +216,15 @@ def plot_costs(
     """
     import matplotlib.pyplot as plt
 
-    fig, axes = plt.subplots(1, 3, figsize=(8.4, 0.9 + 0.24 * len(choices)), dpi=80, sharey=True, layout="constrained", width_ratios=(5, 3, 3))
+    fig, axes = plt.subplots(
+        1,
+        3,
+        figsize=(8.4, 0.9 + 0.24 * len(choices)),
+        dpi=80,
+        sharey=True,
+        layout="constrained",
+        width_ratios=(5, 3, 3),
+    )
     shards = {name: s.resolved(layout.replica) for name, s in choices.items()}
     rows = [f"{name}  {s.param}, {s.grad}, {s.optim}" for name, s in shards.items()]
     owners = [state_bytes(params, s, unit, reshard, widths) for s in shards.values()]

@@ -44,7 +44,7 @@ class Piece(NamedTuple):
     last: int  # one past the last
     start: int  # element of the buffer
 
-
+# %% ../../nbs/zero/02_flat.ipynb #98772790
 @dataclass(frozen=True)
 class FlatLayout:
     """Where each parameter of a unit lies in its buffer, and how the buffer is cut
@@ -127,13 +127,18 @@ def lay_out(
     """
     p, g, o = factors or (1, 1, 1)
     require(len(shapes) > 0, "a unit without parameters: leave it out")
-    require(min(p, g, o) > 0 and g % p == 0 and o % g == 0, f"(param, grad, optim) = ({p}, {g}, {o}): each must divide the next")
+    require(
+        min(p, g, o) > 0 and g % p == 0 and o % g == 0,
+        f"(param, grad, optim) = ({p}, {g}, {o}): each must divide the next",
+    )
     starts, at = [], 0
     for shape in shapes.values():
         starts.append(at)
         at += -(-prod(shape) // align) * align
     size = -(-at // (o * align)) * o * align
-    return FlatLayout(tuple(shapes), tuple(tuple(shape) for shape in shapes.values()), tuple(starts), Factors(p, g, o), size)
+    return FlatLayout(
+        tuple(shapes), tuple(tuple(shape) for shape in shapes.values()), tuple(starts), Factors(p, g, o), size
+    )
 
 # %% ../../nbs/zero/02_flat.ipynb #e919418b
 def join(
@@ -164,7 +169,7 @@ def join(
         open_ = mine
     return groups[::-1]
 
-
+# %% ../../nbs/zero/02_flat.ipynb #f24d04fd
 def join_by_kind(
     kinds: Sequence[tuple[int, str]],  # of each part of a unit, in the order of forward: its chain, and how it is cut
     sizes: Sequence[int],  # elements of each

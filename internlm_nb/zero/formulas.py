@@ -60,7 +60,7 @@ class StopSizes(NamedTuple):
     units: tuple[int, ...]  # by their place among the units
     again: bool  # once more for its backward?
 
-
+# %% ../../nbs/zero/07_formulas.ipynb #a648a58c
 class EngineSizes(NamedTuple):
     """All that the closed forms need of an engine
 
@@ -75,7 +75,7 @@ class EngineSizes(NamedTuple):
     reshard: Reshard  # when wholes are freed
     overlap: bool = True  # is the next unit under way while one is computed with?
 
-
+# %% ../../nbs/zero/07_formulas.ipynb #8b6bfeae
 def sizes_of(
     engine: "HybridZero",
 ) -> EngineSizes:
@@ -91,7 +91,9 @@ def sizes_of(
         units.append(UnitSizes(unit.layout, unit.unsharded.element_size(), grad, master, copies, prefix))
     chains = tuple(
         tuple(
-            StopSizes(tuple(at[u] for u in stop.units), stop.back and stop.spec.needed_in_backward and not stop.spec.keep)
+            StopSizes(
+                tuple(at[u] for u in stop.units), stop.back and stop.spec.needed_in_backward and not stop.spec.keep
+            )
             for stop in chain
         )
         for chain in engine.chains
@@ -119,7 +121,7 @@ def gathers(
         return micro_num
     return micro_num * sum(1 + stop.again for chain in engine.chains for stop in chain if unit in stop.units)
 
-
+# %% ../../nbs/zero/07_formulas.ipynb #6d32a901
 def traffic(
     engine: EngineSizes,
     micro_num: int,  # micro-batches of a step
@@ -170,7 +172,7 @@ def memory_held(
         out["masters"] += n // o * unit.master_bytes
     return out
 
-
+# %% ../../nbs/zero/07_formulas.ipynb #1279688c
 def most_gathered(
     engine: EngineSizes,
 ) -> int:  # bytes
@@ -179,6 +181,7 @@ def most_gathered(
     Returns:
         bytes
     """
+
     def weigh(stops: tuple[StopSizes, ...]) -> int:
         return sum(engine.units[i].whole_bytes for i in {i for stop in stops for i in stop.units})
 
@@ -189,7 +192,7 @@ def most_gathered(
     ahead = 2 if engine.overlap else 1
     return max(weigh(chain[i : i + ahead]) for chain in engine.chains for i in range(len(chain)))
 
-
+# %% ../../nbs/zero/07_formulas.ipynb #3555d6ae
 def most_buffered(
     engine: EngineSizes,
 ) -> int:  # bytes
@@ -201,7 +204,9 @@ def most_buffered(
         bytes
     """
     backward = [i for chain in reversed(engine.chains) for stop in reversed(chain) for i in reversed(stop.units)]
-    leave = [i for i in dict.fromkeys(backward) if engine.units[i].grad_bytes and engine.units[i].layout.factors.grad > 1]
+    leave = [
+        i for i in dict.fromkeys(backward) if engine.units[i].grad_bytes and engine.units[i].layout.factors.grad > 1
+    ]
     free: dict[int, int] = {}
     going: list[tuple[int, int]] = []  # (size of a buffer, stages that are left)
     out = 0

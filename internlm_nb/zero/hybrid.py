@@ -62,7 +62,8 @@ class ParamRange(NamedTuple):
 
 
 class ExtraSum(NamedTuple):
-    """Parameters whose gradients are summands over one more axis: of norms that saw a rank's tokens only, or of an embedding that two stages hold
+    """Parameters whose gradients are summands over one more axis: of norms that saw a rank's tokens only, or of an
+    embedding that two stages hold
 
     Args:
         coords: on that axis, of those who hold them; None: all
@@ -73,7 +74,7 @@ class ExtraSum(NamedTuple):
     purpose: str
     coords: tuple[int, ...] | None = None  # on that axis, of those who hold them; None: all
 
-
+# %% ../../nbs/zero/06_hybrid.ipynb #21f91a99
 def shares(
     sizes: Sequence[int],  # of some pieces that several ranks hold alike
     coord: int,  # this rank's place among them
@@ -125,9 +126,11 @@ def cuts_of(
     weights = sharding.resolved(mesh.axis("replica").size).factors
     experts = sharding.for_experts(mesh.axis("expert_replica").size).factors
     out = {"weights": ZeroCut(mesh.nested(*weights), weights)}
-    return out | {"experts": ZeroCut(mesh.nested(*experts, expert=True), experts) if mesh.layout.expert > 1 else out["weights"]}
+    return out | {
+        "experts": ZeroCut(mesh.nested(*experts, expert=True), experts) if mesh.layout.expert > 1 else out["weights"]
+    }
 
-
+# %% ../../nbs/zero/06_hybrid.ipynb #023a80a2
 class BufferPlan(NamedTuple):
     """A flat buffer that is to be made
 
@@ -146,13 +149,15 @@ class BufferPlan(NamedTuple):
         units = self.units[0] if len(self.units) == 1 else f"{self.units[0]} to {self.units[-1]}"
         return units if self.kind == "weights" else f"{units} {self.kind}"
 
-
+# %% ../../nbs/zero/06_hybrid.ipynb #4da60990
 def plan_buffers(
     units: Sequence[UnitSpec],
     placements: Mapping[str, Placement],
     limits: Mapping[str, int],  # elements to which units of a kind join; missing: they do not
 ) -> list[BufferPlan]:
-    """Which parameters lie in which buffer, in the order of the units. Raises ValueError for a parameter or a name that is given twice
+    """Which parameters lie in which buffer, in the order of the units
+
+    Raises ValueError for a parameter or a name that is given twice
 
     Args:
         limits: elements to which units of a kind join; missing: they do not
@@ -176,25 +181,46 @@ def plan_buffers(
 def _flat(plan: BufferPlan, cut: ZeroCut, master: torch.dtype, check: bool, offload: bool) -> FlatUnit:
     "A planned buffer, made"
     (p, g, o), frozen = cut.factors, "frozen" in plan.kind
-    layout = lay_out({n: tuple(w.shape) for n, w in plan.params.items()}, Factors(p, p, p) if frozen else Factors(p, g, o))
+    layout = lay_out(
+        {n: tuple(w.shape) for n, w in plan.params.items()}, Factors(p, p, p) if frozen else Factors(p, g, o)
+    )
     return FlatUnit(plan.name, plan.params, layout, cut.axes, None if frozen else master, check, offload)
 
-
+# %% ../../nbs/zero/06_hybrid.ipynb #26bc9858
 def _optim_shards(units: Sequence[FlatUnit], placements: Mapping[str, Placement]) -> list[OptimShard]:
     "This rank's pieces of trained parameters that are cut over the same axes"
-    pieces = [(unit, piece, counts(placements[piece.name])) for unit in units for piece in unit.layout.pieces(*unit.layout.slice_of(unit.spot))]
+    pieces = [
+        (unit, piece, counts(placements[piece.name]))
+        for unit in units
+        for piece in unit.layout.pieces(*unit.layout.slice_of(unit.spot))
+    ]
     if not pieces:
         return []
     copies, out = units[0].axes.copies, []
-    mine = shares([piece.last - piece.first if counted else 0 for _, piece, counted in pieces], copies.coord, copies.size)
+    mine = shares(
+        [piece.last - piece.first if counted else 0 for _, piece, counted in pieces], copies.coord, copies.size
+    )
     for (unit, (name, first, last, start), counted), saves in zip(pieces, mine):
         origin, size = unit.layout.slice_of(unit.spot)[0], last - first
         assert unit.master is not None
-        out.append(OptimShard(unit, name, first, start, start + size, unit.master[start - origin : start - origin + size], counted, saves))
+        out.append(
+            OptimShard(
+                unit,
+                name,
+                first,
+                start,
+                start + size,
+                unit.master[start - origin : start - origin + size],
+                counted,
+                saves,
+            )
+        )
     return out
 
-
-def _chains(specs: Sequence[UnitSpec], units: Mapping[str, list[FlatUnit]], trained: Container[FlatUnit]) -> list[list[Stop]]:
+# %% ../../nbs/zero/06_hybrid.ipynb #dc7a615d
+def _chains(
+    specs: Sequence[UnitSpec], units: Mapping[str, list[FlatUnit]], trained: Container[FlatUnit]
+) -> list[list[Stop]]:
     "The stops of each chain"
     chains: dict[int, list[Stop]] = {}
     for spec in specs:
@@ -238,7 +264,8 @@ class HybridZero:
         reshard: Reshard = "forward",  # when gathered parameters are freed
         overlap: bool = True,  # launch ahead and wait late; False: at once, with the same bits
         check: bool = False,  # look for reads of freed or old numbers: slow, and the host waits
-        bucket_bytes: int = 0,  # of gradients: where parameters stay whole, small units are reduced together up to so many
+        # of gradients: where parameters stay whole, small units are reduced together up to so many
+        bucket_bytes: int = 0,
         extra_sums: Sequence[ExtraSum] = (),  # over further axes, once a step
         offload: bool = False,  # masters lie in the host's memory
     ):
@@ -252,16 +279,27 @@ class HybridZero:
         self.pool, self.journeys = BufferPool(check, mesh.recorder), ReductionQueue(overlap)
         self._last = False  # is the next backward pass the step's last?
         cuts, summed = cuts_of(mesh, sharding), grad or master
-        plans = plan_buffers(units, self.placements, {kind: bucket_bytes // summed.itemsize for kind, cut in cuts.items() if cut.joins})
-        self.units = [_flat(plan, cuts["experts" if "experts" in plan.kind else "weights"], master, check, offload) for plan in plans]
-        self.sums = {u: Accumulator(u.name, u.layout, u.axes, summed, u.unsharded.device, self.pool) for u in self.units if u.master is not None}
+        plans = plan_buffers(
+            units, self.placements, {kind: bucket_bytes // summed.itemsize for kind, cut in cuts.items() if cut.joins}
+        )
+        self.units = [
+            _flat(plan, cuts["experts" if "experts" in plan.kind else "weights"], master, check, offload)
+            for plan in plans
+        ]
+        self.sums = {
+            u: Accumulator(u.name, u.layout, u.axes, summed, u.unsharded.device, self.pool)
+            for u in self.units
+            if u.master is not None
+        }
         kinds = [[u for u in self.sums if u.axes is axes] for axes in dict.fromkeys(cut.axes for cut in cuts.values())]
         self.shards = [shard for some_units in kinds for shard in _optim_shards(some_units, self.placements)]
         of_spec = {spec.name: [u for u, plan in zip(self.units, plans) if spec.name in plan.units] for spec in units}
         self.chains = _chains(units, of_spec, self.sums)
         self.gathers = Gathers(self.chains, reshard, overlap)
         trained = [(sums, name, p) for unit, sums in self.sums.items() for name, p in unit.params.items()]
-        self._undo = [p.register_post_accumulate_grad_hook(partial(self._arrived, sums, name)).remove for sums, name, p in trained]
+        self._undo = [
+            p.register_post_accumulate_grad_hook(partial(self._arrived, sums, name)).remove for sums, name, p in trained
+        ]
 
     def _arrived(self, sums: Accumulator, name: str, p: Tensor) -> None:
         "A gradient is there: the unit's may be complete with it"
@@ -273,7 +311,8 @@ class HybridZero:
 
     def start(
         self,
-        expected: Mapping[str, int] | int | None = None,  # gradients that each parameter will get in this step; None: until `last` is called
+        # gradients that each parameter will get in this step; None: until `last` is called
+        expected: Mapping[str, int] | int | None = None,
     ) -> None:
         """A step begins, and the last one's gradients are let go. Raises ValueError for a parameter without a number
 
@@ -290,8 +329,13 @@ class HybridZero:
         self._last = True
 
     @torch.no_grad()
-    def finish(self) -> list[Tensor]:  # for each shard its gradient, of all ranks and micro-batches, in the master's dtype; with `offload` as it was summed
-        """Wait for every reduction. Raises RuntimeError that names a parameter without a gradient; in check mode ZeroError for one that is not finite
+    def finish(self) -> list[Tensor]:
+        # for each shard its gradient, of all ranks and micro-batches, in the master's dtype; with `offload` as it was
+        # summed
+        """Wait for every reduction
+
+        Raises RuntimeError that names a parameter without a gradient; in check mode ZeroError for one that is not
+        finite
 
         Returns:
             for each shard its gradient, of all ranks and micro-batches, in the master's dtype; with `offload` as it was summed
@@ -304,7 +348,10 @@ class HybridZero:
         self.pool.clear()
         if self.check:
             self._look_for_lost()
-        grads = [self.sums[x.unit].piece(x.name, x.start, x.stop, x.unit.layout.slice_of(x.unit.spot)[0]) for x in self.shards]
+        grads = [
+            self.sums[x.unit].piece(x.name, x.start, x.stop, x.unit.layout.slice_of(x.unit.spot)[0])
+            for x in self.shards
+        ]
         if not self.offload:  # otherwise each is cast when its turn comes: there may be no room for all
             grads = [g.to(self.master) for g in grads]
         for names, axis, purpose, coords in self.extra_sums:
@@ -321,7 +368,9 @@ class HybridZero:
     def _look(self, grads: Sequence[Tensor]) -> None:
         for shard, g in zip(self.shards, grads):
             if not g.isfinite().all():
-                raise ZeroError(f"unit {shard.unit.name}: its gradient is not finite. If the loss is sound, freed memory was read")
+                raise ZeroError(
+                    f"unit {shard.unit.name}: its gradient is not finite. If the loss is sound, freed memory was read"
+                )
 
     def squares(
         self,
@@ -337,7 +386,11 @@ class HybridZero:
         """
         mine = [g for shard, g in zip(self.shards, grads) if shard.counted and shard.unit.axes.copies.coord == 0]
         norms = torch._foreach_norm(mine, 2, self.master) if mine else []  # type: ignore[reportPrivateImportUsage]
-        total = torch.stack([n.double() for n in norms]).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        total = (
+            torch.stack([n.double() for n in norms]).square().sum()
+            if norms
+            else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
+        )
         return all_reduce(total, self.mesh.axis("world"), "gradient norm")
 
     def master_updated(self) -> None:
@@ -352,7 +405,9 @@ class HybridZero:
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
-        "The model's parameters whole, for as long as somebody looks at them or computes with them, on any rank; all ranks enter together"
+        """The model's parameters whole, for as long as somebody looks at them or computes with them, on any rank; all
+        ranks enter together
+        """
         for unit in self.units:
             unit.unshard()
         self.gathers.held = True
@@ -379,14 +434,21 @@ def zeros_like_masters(
     Returns:
         one for each shard, where masters lie
     """
-    made = {u: to_host(torch.zeros_like(u.optim_shard, dtype=engine.master)) if engine.offload else torch.zeros_like(u.optim_shard, dtype=engine.master) for u in engine.sums}
+    made = {
+        u: (
+            to_host(torch.zeros_like(u.optim_shard, dtype=engine.master))
+            if engine.offload
+            else torch.zeros_like(u.optim_shard, dtype=engine.master)
+        )
+        for u in engine.sums
+    }
     out = []
     for shard in engine.shards:
         origin = shard.unit.layout.slice_of(shard.unit.spot)[0]
         out.append(made[shard.unit][shard.start - origin : shard.stop - origin])
     return out
 
-
+# %% ../../nbs/zero/06_hybrid.ipynb #c8a94814
 def trained_parts(
     engine: HybridZero,
     tensors: Sequence[Tensor],  # for each shard one of its size: masters, or moments
@@ -405,7 +467,7 @@ def trained_parts(
             out.append(ParamRange(shard.name, tensor[begin:end], shard.first + begin))
     return out
 
-
+# %% ../../nbs/zero/06_hybrid.ipynb #830ae19e
 def frozen_parts(
     engine: HybridZero,
     saving: bool = False,  # only what this rank writes into a checkpoint?
@@ -421,7 +483,10 @@ def frozen_parts(
             continue
         (_, grad, optim, copies), (start, stop) = unit.axes, unit.layout.slice_of(unit.spot, "param")
         pieces = list(unit.layout.pieces(start, stop))
-        coord, ranks = (copies.coord * optim.size + optim.coord) * grad.size + grad.coord, copies.size * optim.size * grad.size
+        coord, ranks = (
+            (copies.coord * optim.size + optim.coord) * grad.size + grad.coord,
+            copies.size * optim.size * grad.size,
+        )
         counted = [last - first if counts(engine.placements[name]) else 0 for name, first, last, _ in pieces]
         for (name, first, last, at), (begin, end) in zip(pieces, shares(counted, coord, ranks)):
             begin, end = (begin, end) if saving else (0, last - first)
@@ -429,7 +494,7 @@ def frozen_parts(
                 out.append(ParamRange(name, unit.param_shard[at - start + begin : at - start + end], first + begin))
     return out
 
-
+# %% ../../nbs/zero/06_hybrid.ipynb #28f1a81b
 def held_bytes(
     engine: HybridZero,
 ) -> dict[str, int]:  # by owner: parameters, gathered, gradients, masters, buffers
@@ -442,6 +507,10 @@ def held_bytes(
         "parameters": sum(u.param_shard.numel() * u.param_shard.element_size() for u in engine.units),
         "gathered": sum(u.unsharded.untyped_storage().nbytes() for u in engine.units if u.is_sharded),
         "gradients": sum(sums.held_bytes for sums in engine.sums.values()),
-        "masters": sum(u.master.numel() * u.master.element_size() for u in engine.units if u.master is not None and u.master is not u.optim_shard),
+        "masters": sum(
+            u.master.numel() * u.master.element_size()
+            for u in engine.units
+            if u.master is not None and u.master is not u.optim_shard
+        ),
         "buffers": engine.pool.held_bytes,
     }

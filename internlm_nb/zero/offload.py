@@ -56,13 +56,33 @@ class FusedAdamW:
             first, second, counts = ([s[which] for s in states] for which in ("exp_avg", "exp_avg_sq", "step"))
             _update(group, masters, [grads[m] for m in masters], first, second, counts, found_inf)
 
-
-def _update(group: Mapping[str, Any], masters: list, grads: list, first: list, second: list, counts: list, found_inf: Tensor) -> None:
+# %% ../../nbs/zero/11_offload.ipynb #47868e4a
+def _update(
+    group: Mapping[str, Any], masters: list, grads: list, first: list, second: list, counts: list, found_inf: Tensor
+) -> None:
     "One call of PyTorch's function"
-    rates: dict[str, Any] = dict(lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"], eps=group["eps"])
-    adamw(masters, grads, first, second, [], counts, fused=True, found_inf=found_inf, amsgrad=False, maximize=False, **rates)
+    rates: dict[str, Any] = dict(
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+    )
+    adamw(
+        masters,
+        grads,
+        first,
+        second,
+        [],
+        counts,
+        fused=True,
+        found_inf=found_inf,
+        amsgrad=False,
+        maximize=False,
+        **rates,
+    )
 
-
+# %% ../../nbs/zero/11_offload.ipynb #4109d8d6
 class HostAdamW(FusedAdamW):
     """AdamW whose masters and moments lie with the host, as PyTorch's fused kernel computes it on the device
 
@@ -81,7 +101,8 @@ class HostAdamW(FusedAdamW):
     ):
         super().__init__(groups, lr, betas, eps)
         self.device = device
-        self.ways = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else None  # in and out
+        # in and out
+        self.ways = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else None
 
     def _fetch(self, master: Tensor, after: Any) -> tuple[list[Tensor], Any]:
         "Copies of master and moments on the device, and when they are there"
@@ -137,5 +158,6 @@ class HostAdamW(FusedAdamW):
             _update(group, [here[0]], [scaled], [here[1]], [here[2]], [self.state[master]["step"]], found_inf)
             held.append((here, self._return(master, here)))
         if self.ways is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self.ways[1])  # masters are read next, to be rounded into weights
+            # masters are read next, to be rounded into weights
+            torch.cuda.current_stream(self.device).wait_stream(self.ways[1])
             torch.cuda.current_stream(self.device).wait_stream(self.ways[0])

@@ -103,7 +103,8 @@ class Rounds:
 
     def start(
         self,
-        due: Mapping[str, int] | int | None,  # gradients that each parameter will get in this step; None: until `arrived` is told of the last
+        # gradients that each parameter will get in this step; None: until `arrived` is told of the last
+        due: Mapping[str, int] | int | None,
     ) -> None:
         """A step begins. Raises ValueError for a parameter without a number
 
@@ -113,7 +114,10 @@ class Rounds:
         self.due = None if due is None else {n: due if isinstance(due, int) else due.get(n, 0) for n in self.names}
         for name, number in (self.due or {}).items():
             if number < 1:
-                raise ValueError(f"{number} gradients are expected of parameter {name!r}: each takes part at least once a step, so give 1 or more, or freeze it")
+                raise ValueError(
+                    f"{number} gradients are expected of parameter {name!r}: each takes part at least once a step, so"
+                    " give 1 or more, or freeze it"
+                )
         self.counts: dict[str, int] = dict.fromkeys(self.names, 0)
         self.closed = 0  # rounds
         self.waiting, self.missing = set(self.names), set(self.names)  # no gradient in this round; not their last one
@@ -134,7 +138,10 @@ class Rounds:
             is it this parameter's first gradient of the step?
         """
         if self.left or (self.due is not None and self.counts[name] == self.due[name]):
-            raise RuntimeError(f"parameter {name!r} got more gradients than start was told to expect: unit {self.unit} has left already")
+            raise RuntimeError(
+                f"parameter {name!r} got more gradients than start was told to expect: unit {self.unit} has left"
+                " already"
+            )
         self.counts[name] += 1
         self.waiting.discard(name)
         if last or (self.due is not None and self.counts[name] == self.due[name]):
@@ -156,7 +163,10 @@ class Rounds:
         "No more gradients will come. Raises RuntimeError that names a parameter without any"
         lost = next((n for n, count in self.counts.items() if not count), None)
         if lost is not None:
-            raise RuntimeError(f"parameter {lost!r} got no gradient: it takes no part in the loss. Freeze it with --optim.frozen '{lost}'")
+            raise RuntimeError(
+                f"parameter {lost!r} got no gradient: it takes no part in the loss. Freeze it with --optim.frozen"
+                f" '{lost}'"
+            )
         self.missing.clear()
 
 # %% ../../nbs/zero/04_reduce.ipynb #bc994310
@@ -188,12 +198,15 @@ class Accumulator:
         ends = [*(start for start, _ in self.ranges.values()), layout.size]
         self.held: dict[str, Tensor] = {}  # gradients of this round; with `alone` of the step
         self.sums: Tensor | None = None  # 1/g
-        self.gaps = [(stop, following) for (_, stop), following in zip(self.ranges.values(), ends[1:]) if stop < following]
+        self.gaps = [
+            (stop, following) for (_, stop), following in zip(self.ranges.values(), ends[1:]) if stop < following
+        ]
         self.start(None)
 
     def start(
         self,
-        due: Mapping[str, int] | int | None,  # gradients that each parameter will get in this step; None: until `arrive` is told of the last
+        # gradients that each parameter will get in this step; None: until `arrive` is told of the last
+        due: Mapping[str, int] | int | None,
     ) -> None:
         """A step begins, and the last one's gradients are let go. Raises ValueError for a parameter without a number
 
@@ -218,7 +231,10 @@ class Accumulator:
     @property
     def held_bytes(self) -> int:
         "Bytes of what is kept of gradients, whole ones under way apart"
-        return sum(t.numel() * t.element_size() for t in ([self.sums] if self.sums is not None else self.held.values() if self.alone else ()))
+        return sum(
+            t.numel() * t.element_size()
+            for t in ([self.sums] if self.sums is not None else self.held.values() if self.alone else ())
+        )
 
     def _tell(self, change: int) -> None:
         if change and self.axes.param.recorder is not None:
@@ -271,7 +287,10 @@ class Accumulator:
         return self._close() if self.rounds.complete else None
 
     def flush(self) -> Iterator[Handle] | None:
-        "The last journey, if it has not begun: of a unit that fewer micro-batches used than were expected. Raises RuntimeError that names a parameter without a gradient"
+        """The last journey, if it has not begun: of a unit that fewer micro-batches used than were expected
+
+        Raises RuntimeError that names a parameter without a gradient
+        """
         self.rounds.flush()
         return None if self.rounds.left else self._close()
 

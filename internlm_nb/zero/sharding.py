@@ -33,10 +33,11 @@ class Factors(NamedTuple):
     grad: int = 1  # g
     optim: int = 1  # o
 
-
+# %% ../../nbs/zero/01_sharding.ipynb #0b286c70
 @dataclass(frozen=True)
 class Sharding:
-    """Over how many ranks each kind of state is spread, param | grad | optim; -1 is all ranks that hold the same weights. Raises ValueError with a chain that would do. From AMSP (arXiv:2311.00257)
+    """Over how many ranks each kind of state is spread, param | grad | optim; -1 is all ranks that hold the same
+    weights. Raises ValueError with a chain that would do. From AMSP (arXiv:2311.00257)
 
     Args:
         param: p: parts of the parameters
@@ -50,11 +51,17 @@ class Sharding:
 
     def __post_init__(self) -> None:
         for name, size in zip(Factors._fields, self.factors):
-            require(type(size) is int and (size > 0 or size == -1), f"{name} is {size!r}: it must be a positive integer, or -1 for all ranks that hold the same weights")
+            require(
+                type(size) is int and (size > 0 or size == -1),
+                f"{name} is {size!r}: it must be a positive integer, or -1 for all ranks that hold the same weights",
+            )
         inner = 1
         for name, size in zip(Factors._fields, self.factors):
             if size != -1 and (inner == -1 or size % inner):
-                raise ValueError(f"(param, grad, optim) = {tuple(self.factors)}: each must divide the next, but {name} {size} is no multiple of {inner}; write {_nearest(*self.factors)}")
+                raise ValueError(
+                    f"(param, grad, optim) = {tuple(self.factors)}: each must divide the next, but {name} {size} is no"
+                    f" multiple of {inner}; write {_nearest(*self.factors)}"
+                )
             inner = size
 
     @property
@@ -78,8 +85,8 @@ class Sharding:
         out = Sharding(*(ranks if size == -1 else size for size in self.factors))
         require(
             ranks % out.optim == 0,
-            f"(param, grad, optim) = {tuple(out.factors)} of {ranks} ranks that hold the same weights: optim {out.optim} does not divide {ranks}; "
-            f"write {out.for_experts(ranks)}, or -1 for all",
+            f"(param, grad, optim) = {tuple(out.factors)} of {ranks} ranks that hold the same weights: optim"
+            f" {out.optim} does not divide {ranks}; write {out.for_experts(ranks)}, or -1 for all",
         )
         return out
 
@@ -101,7 +108,9 @@ class Sharding:
         ranks: int,  # Z, that hold the same weights
         node: int = 8,  # of these, how many sit in one node; more than Z counts as Z
     ) -> "Sharding":
-        """A known scheme. Raises ValueError with the nearest names for an unknown one, and when `node` does not divide `ranks`
+        """A known scheme
+
+        Raises ValueError with the nearest names for an unknown one, and when `node` does not divide `ranks`
 
         Args:
             name: one of `known_factors()`
@@ -110,7 +119,11 @@ class Sharding:
         """
         known = known_factors(ranks, node)
         close = nearest(name, known)
-        require(name in known, f"no sharding named {name!r}: " + (f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(known)}"))
+        require(
+            name in known,
+            f"no sharding named {name!r}: "
+            + (f"did you mean {' or '.join(close)}?" if close else f"choose one of {', '.join(known)}"),
+        )
         return cls(*known[name]).resolved(ranks)
 
     def name(
@@ -118,7 +131,9 @@ class Sharding:
         ranks: int,  # Z, that hold the same weights
         node: int = 8,  # of these, how many sit in one node
     ) -> str | None:
-        """What the field calls these factors; None where it has no name for them. Where several names fit, the first of `known_factors()`
+        """What the field calls these factors; None where it has no name for them
+
+        Where several names fit, the first of `known_factors()`
 
         Args:
             ranks: Z, that hold the same weights
@@ -140,9 +155,12 @@ class Sharding:
         """
         p, g, o = self.resolved(ranks).factors
         name = self.name(ranks, node)
-        return f"{name + ': ' if name else ''}parameters over {p}, gradients over {g}, optimizer states over {o} of {ranks} ranks"
+        return (
+            f"{name + ': ' if name else ''}parameters over {p}, gradients over {g}, optimizer states over {o} of"
+            f" {ranks} ranks"
+        )
 
-
+# %% ../../nbs/zero/01_sharding.ipynb #b0882411
 def _nearest(p: int, g: int, o: int) -> Sharding:
     "The chain that keeps p and makes the others as much larger as they must be"
     g = -1 if -1 in (p, g) else -(-g // p) * p
@@ -202,6 +220,7 @@ def shardings(
     Args:
         ranks: Z, that hold the same weights
     """
+
     def divisors(n: int) -> list[int]:
         return [d for d in range(1, n + 1) if n % d == 0]
 
@@ -218,12 +237,14 @@ def _share(factors: Factors, coord: int) -> list[range]:
         out.append(range(start, start + o // parts))
     return out
 
-
+# %% ../../nbs/zero/01_sharding.ipynb #4c22cab7
 def plot_slices(
     sharding: Sharding,
     ranks: int = 8,  # Z, that hold the same weights
 ) -> "Figure":
-    """Which part of one unit each rank holds: a column a kind of state, a row a rank. In a column, ranks of one colour hold the same
+    """Which part of one unit each rank holds: a column a kind of state, a row a rank
+
+    In a column, ranks of one colour hold the same
 
     Args:
         ranks: Z, that hold the same weights
@@ -233,11 +254,26 @@ def plot_slices(
     s = sharding.resolved(ranks)
     fig, axes = plt.subplots(1, 3, figsize=(6, 0.75 + 0.13 * ranks), dpi=80, sharey=True, layout="constrained")
     colours = plt.get_cmap("tab20" if s.optim > 10 else "tab10").colors  # type: ignore[attr-defined]
-    for kind, (ax, name, parts) in enumerate(zip(axes, ("parameters, p", "gradients, g", "optimizer states, o"), s.factors)):
+    for kind, (ax, name, parts) in enumerate(
+        zip(axes, ("parameters, p", "gradients, g", "optimizer states, o"), s.factors)
+    ):
         for coord in range(ranks):
             part = _share(s.factors, coord)[kind]
-            ax.barh(coord, len(part), 0.8, part.start, color=colours[part.start * parts // s.optim % len(colours)], alpha=0.7)
-        ax.set(xlim=(0, s.optim), ylim=(ranks - 0.4, -0.6), xticks=(0, s.optim), xticklabels=("0", "all"), yticks=range(ranks))
+            ax.barh(
+                coord,
+                len(part),
+                0.8,
+                part.start,
+                color=colours[part.start * parts // s.optim % len(colours)],
+                alpha=0.7,
+            )
+        ax.set(
+            xlim=(0, s.optim),
+            ylim=(ranks - 0.4, -0.6),
+            xticks=(0, s.optim),
+            xticklabels=("0", "all"),
+            yticks=range(ranks),
+        )
         ax.set_title(f"{name} = {parts}", fontsize=8)
         ax.tick_params(labelsize=6, length=0)
         ax.spines[["top", "right"]].set_visible(False)
@@ -250,7 +286,8 @@ def greedy_owners(
     sizes: Sequence[int],  # elements of each tensor
     ranks: int,  # owners
 ) -> list[int]:  # the owner of each tensor
-    """InternEvo's partition of optimizer states: whole tensors, largest first, each to the rank that has least; among equals the first
+    """InternEvo's partition of optimizer states: whole tensors, largest first, each to the rank that has least; among
+    equals the first
 
     Args:
         sizes: elements of each tensor

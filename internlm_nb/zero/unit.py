@@ -19,7 +19,7 @@ from .flat import FlatLayout, ShardCoord
 class ZeroError(RuntimeError):
     "What check mode found: somebody would have computed with old or freed numbers"
 
-
+# %% ../../nbs/zero/03_unit.ipynb #d375eff1
 class Versions:
     """From which update each copy of a unit's parameters is
 
@@ -33,7 +33,15 @@ class Versions:
     ):
         self.updates = 0
         self.made: dict[str, int] = dict.fromkeys(("optim_shard", "grad_shard", "param_shard", "unsharded"), 0)
-        self._same = [(to, of) for axis, to, of in ((axes.optim, "grad_shard", "optim_shard"), (axes.grad, "param_shard", "grad_shard"), (axes.param, "unsharded", "param_shard")) if axis.size == 1]
+        self._same = [
+            (to, of)
+            for axis, to, of in (
+                (axes.optim, "grad_shard", "optim_shard"),
+                (axes.grad, "param_shard", "grad_shard"),
+                (axes.param, "unsharded", "param_shard"),
+            )
+            if axis.size == 1
+        ]
 
     def copied(
         self,
@@ -61,7 +69,7 @@ class Versions:
         "Copies that are older than the last update"
         return [what for what, at in self.made.items() if at != self.updates]
 
-
+# %% ../../nbs/zero/03_unit.ipynb #b72fac4a
 def to_host(
     x: Tensor,
 ) -> Tensor:  # a copy
@@ -98,7 +106,11 @@ class FlatUnit:
         on_host: bool = False,  # does the master lie in the host's memory?
     ):
         self.name, self.params, self.layout, self.axes, self.check = name, dict(params), layout, axes, check
-        self.spot = ShardCoord(axes.param.coord, axes.grad.coord, axes.optim.coord) if master is not None else ShardCoord(axes.param.coord)
+        self.spot = (
+            ShardCoord(axes.param.coord, axes.grad.coord, axes.optim.coord)
+            if master is not None
+            else ShardCoord(axes.param.coord)
+        )
         self.unsharded = _laid_out(name, params, layout)
         self.unsharded_bytes = self.unsharded.untyped_storage().nbytes()
         start, stop = layout.slice_of(self.spot, "param")
@@ -107,7 +119,11 @@ class FlatUnit:
         self.master: Tensor | None = None
         if master is not None:
             (a, b), (c, d) = (layout.slice_of(self.spot, level) for level in ("grad", "optim"))
-            self.grad_shard, self.optim_shard = self.param_shard[a - start : b - start], self.param_shard[c - start : d - start]  # 1/g and 1/o of the slice
+            # 1/g and 1/o of the slice
+            self.grad_shard, self.optim_shard = (
+                self.param_shard[a - start : b - start],
+                self.param_shard[c - start : d - start],
+            )
             wide = self.optim_shard.to(master)  # of one dtype they are one memory
             self.master = to_host(wide) if on_host else wide
         self._tell("parameters", self.param_shard.numel() * self.param_shard.element_size())
@@ -130,9 +146,21 @@ class FlatUnit:
         "Gathers between the master and a usable whole"
         steps: list[Callable[[], Handle]] = []
         if self.is_stale and self.axes.optim.size > 1:
-            steps.append(lambda: self._launch("grad_shard", "optim_shard", lambda: start_all_gather(self.optim_shard, self.axes.optim, "updated parameters", self.grad_shard)))
+            steps.append(
+                lambda: self._launch(
+                    "grad_shard",
+                    "optim_shard",
+                    lambda: start_all_gather(self.optim_shard, self.axes.optim, "updated parameters", self.grad_shard),
+                )
+            )
         if self.is_stale and self.axes.grad.size > 1:
-            steps.append(lambda: self._launch("param_shard", "grad_shard", lambda: start_all_gather(self.grad_shard, self.axes.grad, "updated parameters", self.param_shard)))
+            steps.append(
+                lambda: self._launch(
+                    "param_shard",
+                    "grad_shard",
+                    lambda: start_all_gather(self.grad_shard, self.axes.grad, "updated parameters", self.param_shard),
+                )
+            )
         if self.is_sharded and not self.is_unsharded:
             steps.append(lambda: self._launch("unsharded", "param_shard", self._gather))
         return steps
@@ -210,21 +238,33 @@ class FlatUnit:
     def _look(self) -> None:
         if old := self.versions.old:
             made, updates = self.versions.made, self.versions.updates
-            raise ZeroError(f"unit {self.name}: {', '.join(old)} of update {min(made.values())}, but there were {updates}: a gather is missing")
+            raise ZeroError(
+                f"unit {self.name}: {', '.join(old)} of update {min(made.values())}, but there were {updates}: a gather"
+                " is missing"
+            )
         start, stop = self.layout.slice_of(self.spot, "param")
         if not torch.equal(self.unsharded[start:stop], self.param_shard):
-            raise ZeroError(f"unit {self.name}: the whole differs from this rank's slice: it was freed or written after it was gathered")
+            raise ZeroError(
+                f"unit {self.name}: the whole differs from this rank's slice: it was freed or written after it was"
+                " gathered"
+            )
         if self.master is not None and not torch.equal(self.optim_shard, self.master.to(self.optim_shard)):
-            raise ZeroError(f"unit {self.name}: the slice is not what the master says: `master_updated` was not called after the last change")
+            raise ZeroError(
+                f"unit {self.name}: the slice is not what the master says: `master_updated` was not called after the"
+                " last change"
+            )
 
-
+# %% ../../nbs/zero/03_unit.ipynb #c6bf4fa2
 @torch.no_grad()
 def _laid_out(name: str, params: Mapping[str, nn.Parameter], layout: FlatLayout) -> Tensor:
     "One buffer of which all parameters become views"
     first = next(iter(params.values()))
     for n, p in params.items():
         if (p.dtype, p.device) != (first.dtype, first.device):
-            raise ValueError(f"unit {name}: {n} is {p.dtype} on {p.device}, others {first.dtype} on {first.device}; what is gathered together is of one kind")
+            raise ValueError(
+                f"unit {name}: {n} is {p.dtype} on {p.device}, others {first.dtype} on {first.device}; what is gathered"
+                " together is of one kind"
+            )
     full = torch.zeros(layout.size, dtype=first.dtype, device=first.device)
     for n in layout.names:
         start, stop = layout.range_of(n)

@@ -36,7 +36,8 @@ class UnitSpec:
     """
 
     name: str  # for messages, and for `also` of others
-    module: nn.Module | None  # around whose forward they are gathered; None: only modules that name this unit in `also` use them
+    # around whose forward they are gathered; None: only modules that name this unit in `also` use them
+    module: nn.Module | None
     params: Mapping[str, nn.Parameter]  # by logical name; those with requires_grad are trained, the others frozen
     also: tuple[str, ...] = ()  # other units with which the module computes, too
     needed_in_backward: bool = True  # does the module's backward read the weights?
@@ -70,7 +71,8 @@ def by_kind(
 def counts(
     place: Placement,  # of a parameter
 ) -> bool:
-    """Of the ranks that differ in tensor or pipeline and hold the same, is this one to count it? Ranks with other experts are looked at by the nested axes
+    """Of the ranks that differ in tensor or pipeline and hold the same, is this one to count it? Ranks with other
+    experts are looked at by the nested axes
 
     Args:
         place: of a parameter
@@ -119,7 +121,7 @@ class Stop:
         for unit in self.units:
             unit.reshard()
 
-
+# %% ../../nbs/zero/05_units.ipynb #e9de0479
 def tensors_in(
     out: Any,  # what a module gave: a tensor, or tuples, lists, dicts of them
 ) -> Iterator[Tensor]:
@@ -195,7 +197,9 @@ class Gathers:
         self._undo.append(partial(setattr, module, "_compiled_call_impl", compiled))
 
     def _enter(self, stop: Stop, following: Sequence[Stop]) -> None:
-        "Before a module's forward: its units must be whole, the next one's under way, and what is further on about to be"
+        """Before a module's forward: its units must be whole, the next one's under way, and what is further on about to
+        be
+        """
         if self.held:
             return
         stop.prefetch(1)
@@ -209,7 +213,10 @@ class Gathers:
             return
         given = list(tensors_in(out))
         if not given:
-            raise ZeroError(f"unit {stop.spec.name}: its module gave {type(out).__name__}, in which no tensor was found: give tensors, or tuples, lists or dicts of them")
+            raise ZeroError(
+                f"unit {stop.spec.name}: its module gave {type(out).__name__}, in which no tensor was found: give"
+                " tensors, or tuples, lists or dicts of them"
+            )
         wants = [t for t in given if t.requires_grad]
         if wants:
             stop.waiting += 1

@@ -19,7 +19,10 @@ def tidy(nb) -> bool:
     for c in nb.cells:
         if "outputs" in c:
             c.outputs = [
-                o for o in c.outputs if WIDGET not in o.get("data", {}) and not (o.output_type == "stream" and not CONTROL.sub("", "".join(o.text)).strip())
+                o
+                for o in c.outputs
+                if WIDGET not in o.get("data", {})
+                and not (o.output_type == "stream" and not CONTROL.sub("", "".join(o.text)).strip())
             ]
     return str(nb) != before
 

@@ -11,7 +11,11 @@ import sys
 from pathlib import Path
 
 PIECE = 4000  # characters of a piece of a longer text, about
-BUDGET = {"tinyshakespeare.txt": 450_000, "Moby_Dick.md": 620_000, "song_ci.txt": 560_000}  # characters taken from the start of the long sources
+BUDGET = {
+    "tinyshakespeare.txt": 450_000,
+    "Moby_Dick.md": 620_000,
+    "song_ci.txt": 560_000,
+}  # characters taken from the start of the long sources
 CODE_BYTES = 2_300_000
 
 
@@ -53,9 +57,13 @@ def classics(root):
 
 
 def modules(root):
-    records = [json.loads(line) for path in sorted((root / "code").glob("*.jsonl")) for line in path.open(encoding="utf-8")]
+    records = [
+        json.loads(line) for path in sorted((root / "code").glob("*.jsonl")) for line in path.open(encoding="utf-8")
+    ]
     chosen, total = [], 0
-    for record in sorted(records, key=lambda r: len(r["text"])):  # the small and middling ones: many styles rather than a few giants
+    for record in sorted(
+        records, key=lambda r: len(r["text"])
+    ):  # the small and middling ones: many styles rather than a few giants
         # a module with a copyright line of its own may have a licence of its own; sysconfig data is of one machine
         others = re.search("(?i)copyright", record["text"]) or "_sysconfigdata" in record["path"]
         if len(record["text"]) >= 1500 and total < CODE_BYTES and not others:

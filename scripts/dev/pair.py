@@ -98,7 +98,9 @@ class Worker:
     def __init__(self, checkout: Path, case: tuple, tokens: int, threads: int):
         env = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads)}
         code = [sys.executable, "-c", WORKER, json.dumps([*case, tokens, threads])]
-        self.process = subprocess.Popen(code, cwd=checkout, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            code, cwd=checkout, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def answer(self):
         "What it says next"
@@ -137,7 +139,10 @@ def main():
         sides = [Worker(path.resolve(), case, args.tokens, args.threads) for path in (args.old, args.new)]
         for side in sides:
             side.answer()
-        turns = [[side.turn(args.steps) for side in sides[:: 1 if i % 2 == 0 else -1]][:: 1 if i % 2 == 0 else -1] for i in range(args.rounds)]
+        turns = [
+            [side.turn(args.steps) for side in sides[:: 1 if i % 2 == 0 else -1]][:: 1 if i % 2 == 0 else -1]
+            for i in range(args.rounds)
+        ]
         for side in sides:
             side.close()
         ratios = [statistics.median(old[0]) / statistics.median(new[0]) for old, new in turns]
@@ -159,9 +164,17 @@ def main():
     print(f"geometric mean of the medians: {mean:.3f}")
     if args.out:
         commits = [
-            subprocess.run(["git", "-C", p, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip() for p in (args.old, args.new)
+            subprocess.run(
+                ["git", "-C", p, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+            ).stdout.strip()
+            for p in (args.old, args.new)
         ]
-        about = {"date": datetime.datetime.now().isoformat(timespec="seconds"), "commits": commits, "command": sys.argv[1:], "geometric_mean": mean}
+        about = {
+            "date": datetime.datetime.now().isoformat(timespec="seconds"),
+            "commits": commits,
+            "command": sys.argv[1:],
+            "geometric_mean": mean,
+        }
         args.out.write_text(json.dumps({**about, "cases": found}, indent=1) + "\n")
 
 
