@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .chunked import attend_by_chunks
 from .config import ModelConfig
 from .decode import decode_attention
+from .fused_ops import capability
 from .layers import apply_rope, linear, wide_dtype
 from .segments import KVCache, Positions, Segments
 
@@ -223,14 +224,18 @@ def why_not(
         return "the flash_attn package is not installed"
     if backend == "chunked":
         return None if device.type == "cpu" else f"it is made for the CPU, not {device.type}"
-    if device.type != "cuda":
+    if device.type not in ("cuda", "meta"):
         return f"it needs a CUDA device, not {device.type}"
+    if backend == "flash" and device.type == "meta":
+        return "the flash_attn package's kernel has no form without numbers"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
     if head_dim > 256 or head_dim % 8:
         return f"it needs a head_dim that is a multiple of 8 and at most 256, not {head_dim}"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if (capability(device) or (0, 0)) < (8, 0):
         return "it needs compute capability 8.0 (Ampere) or newer"
+    if device.type == "meta":
+        return None if backend == "varlen" else "only PyTorch's packed kernel has a form without numbers"
     if backend == "varlen" and not torch.backends.cuda.is_flash_attention_available():
         return "this build of PyTorch has no flash attention"
     if backend == "cudnn" and not torch.backends.cudnn.is_available():

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from .config import ModelConfig, capacity_of
 from .decode import thin_linear
 from .layers import FeedForward
-from .fused_ops import wide_dtype
+from .fused_ops import capability, wide_dtype
 from .segments import Positions
 
 # %% ../../nbs/model/15_moe.ipynb #73bbb8a7
@@ -297,11 +297,11 @@ def why_not_grouped(
         None: it can run
     """
     device = torch.device(device)
-    if device.type != "cuda":
+    if device.type not in ("cuda", "meta"):
         return f"grouped products run on CUDA devices, not {device.type}"
     if dtype != torch.bfloat16:
         return f"grouped products are for bfloat16, not {dtype}"
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability(device) < (8, 0):
+    if (capability(device) or (0, 0)) < (8, 0):
         return "grouped products need compute capability 8.0 (Ampere) or newer"
     if any(w % 8 for w in widths):
         return f"grouped products need widths divisible by 8, not {widths}"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.fused_ops import wide_dtype
+from ..model.fused_ops import capability, wide_dtype
 
 # %% ../../nbs/parallel/22_blockwise.ipynb #25dc2a5e
 def combine(
@@ -176,12 +176,12 @@ def has_flash(
         x: queries
     """
     return (
-        x.device.type == "cuda"
+        x.device.type in ("cuda", "meta")
         and x.dtype in (torch.bfloat16, torch.float16)
         and x.shape[-1] % 8 == 0
         and x.shape[-1] <= 256
-        and torch.backends.cuda.is_flash_attention_available()
-        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+        and (x.is_meta or torch.backends.cuda.is_flash_attention_available())
+        and (capability(x.device) or (0, 0)) >= (8, 0)
     )
 
 # %% ../../nbs/parallel/22_blockwise.ipynb #afcf0e77

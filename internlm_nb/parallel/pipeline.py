@@ -223,6 +223,8 @@ def run_schedule(
                 run.send(action)
             else:
                 kind, micro, stage = action
+                if axis.recorder is not None:
+                    axis.recorder.action(kind, micro, stage)
                 if kind == "F":
                     run.forward(micro, stage)
                 elif kind == "W":

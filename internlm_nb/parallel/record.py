@@ -154,6 +154,20 @@ class Recorder:
         if self.keep_events:
             self.events.append(Event("wait", call))
 
+    def action(
+        self,
+        kind: str,  # F, B, W or BW
+        micro: int,  # micro-batch
+        stage: int,  # of the pipeline
+    ) -> None:
+        """A pipeline begins an action; nothing is kept of it here
+
+        Args:
+            kind: F, B, W or BW
+            micro: micro-batch
+            stage: of the pipeline
+        """
+
     def total(
         self,
         axis: str | None = None,  # only this axis
