@@ -88,7 +88,7 @@ def flops(
         backward = name.endswith("backward")
         q = args[1 if backward else 0]  # (tokens, heads, head_dim)
         return (10 if backward else 4) * sum(causal_pairs(n, n) for n in lengths) * q.shape[1] * q.shape[2]
-    count = FLOPS.get(op._overloadpacket)
+    count = FLOPS.get(op._overloadpacket) or FLOPS.get(getattr(aten, name.removesuffix("_"), None))  # in place, too
     if count is not None:
         return count(*args, **kwargs, out_val=out)
     if name in _UNKNOWN or not any(word in name for word in ("mm", "attention", "attn", "conv")):
