@@ -71,7 +71,8 @@ def own_options(
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Train a language model.",
-        usage=f"{program()} [--nproc N] RUN_OR_FILE [--run-dir DIR] [--FIELD VALUE ...]",
+        usage=f"{program()} [--nproc N | --dry-run [--gpus N] [--cluster NAME]] RUN_OR_FILE [--run-dir DIR] "
+        "[--FIELD VALUE ...]",
         epilog=(
             f"runs: {names}\n\n`{program()} RUN --help` lists every field of a run, with its default.\n"
             f"example: {program()} demo --train.steps 100 --optim.lr 1e-3 --run-dir runs/short"
@@ -87,12 +88,17 @@ def own_options(
     parser.add_argument(
         "--nproc", metavar="N", type=int, default=0, help="start N ranks on this machine, which train together"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="train nothing: say what memory the run needs, and whether it fits"
+    )
+    parser.add_argument("--gpus", metavar="N", type=int, help="with --dry-run: ranks of the world (default: 1)")
+    parser.add_argument("--cluster", metavar="NAME", help="with --dry-run: where, e.g. a100-roce-4x100 or h100-80")
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         sys.exit(0 if argv else 2)
     first = 0
-    while first < len(argv) and argv[first].startswith(("--run-dir", "--nproc")):
-        first += 1 if "=" in argv[first] else 2
+    while first < len(argv) and argv[first].startswith(("--run-dir", "--nproc", "--dry-run", "--gpus", "--cluster")):
+        first += 1 if "=" in argv[first] or argv[first] == "--dry-run" else 2
     if first >= len(argv) or argv[first].startswith("-"):
         raise UsageError(
             f"name a run first, then its options. Runs: {names}; or the path of a Python file with a function run()"
@@ -100,6 +106,10 @@ def own_options(
     own, rest = parser.parse_known_args(argv)
     if own.nproc < 0:
         raise UsageError(f"--nproc is {own.nproc}: give the number of ranks to start on this machine")
+    if not own.dry_run and (own.gpus is not None or own.cluster is not None):
+        raise UsageError("--gpus and --cluster are for --dry-run; how many ranks train is said by torchrun or --nproc")
+    if own.dry_run and own.nproc:
+        raise UsageError("--dry-run starts no ranks: write --gpus N instead of --nproc N")
     return own, rest
 
 # %% ../../nbs/apps/03_pretrain.ipynb #b84f11f9
@@ -495,7 +505,7 @@ def run_rank(
 def main(
     args: Sequence[str] | None = None,  # command line without the program's name; None: of this process
     runs: Path | None = None,  # folder of the runs that have names; None: those of the package
-) -> Trainer | None:  # after training; None where --nproc had other processes do it
+) -> Trainer | None:  # after training; None where --nproc had other processes do it, and after --dry-run
     """Parse, prepare, train, finish
 
     Exits with code 2 for what cannot be started, 1 for what went wrong on the way, 130 when stopped at once; an
@@ -506,13 +516,18 @@ def main(
         runs: folder of the runs that have names; None: those of the package
 
     Returns:
-        after training; None where --nproc had other processes do it
+        after training; None where --nproc had other processes do it, and after --dry-run
     """
     argv = list(sys.argv[1:] if args is None else args)
     runs = shipped_runs() if runs is None else runs
     place = Place(0, 1, 0)
     try:
         own, rest = own_options(argv, runs)
+        if own.dry_run:
+            from internlm_nb.apps.plan import dry_run
+
+            dry_run(read_run(load_run_file(own.run, runs), rest, own.run, place), own.gpus or 1, own.cluster or "")
+            return None
         if own.nproc:
             if code := _start_all(own, argv, runs):
                 sys.exit(code)
