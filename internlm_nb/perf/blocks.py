@@ -99,6 +99,21 @@ class Blocks:
             self._open(key, storage.nbytes(), op)
             weakref.finalize(storage, self._close, key).atexit = False
 
+    def passing(
+        self,
+        size: int,  # bytes
+        op: str,  # operator
+    ) -> None:
+        """Memory that an operator takes for itself and gives back before it returns
+
+        Args:
+            size: bytes
+            op: operator
+        """
+        block = self._open(-1, size, op)
+        self._close(-1)
+        block.owner = "temporaries"
+
     def resized(
         self,
         storage: torch.UntypedStorage,

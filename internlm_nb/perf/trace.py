@@ -150,8 +150,7 @@ def claim(
         if u.master is not None and u.master is not u.optim_shard:
             blocks.claim([u.master], "masters", on_host=host)
     for sums in engine.sums.values():
-        if sums.sums is not None:
-            blocks.claim([sums.sums], "gradients")
+        blocks.claim([sums.sums] if sums.sums is not None else sums.held.values(), "gradients")
 
 # %% ../../nbs/perf/04_trace.ipynb #eb5c9802
 def look_over(

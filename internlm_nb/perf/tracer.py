@@ -175,6 +175,8 @@ class Tracer(TorchDispatchMode, Recorder):
             outs = tensors_of(out)
             for t in outs:
                 self.blocks.saw(t, op._opname)
+            if self.device.type == "cpu" and op._opname in _POINTWISE:
+                self._casts(op._opname, args, outs)
             if self.on and op.namespace != "internlm_nb" and op._opname not in FREE:
                 self._note(op, args, kwargs, out, outs)
         return out
@@ -186,6 +188,15 @@ class Tracer(TorchDispatchMode, Recorder):
         moved, host = moved_bytes(op, args, kwargs, ins, outs), self.blocks.any_on_host([*ins, *outs])
         self.log.append(Work(op._opname, work, moved, shapes, self.places.now()[0], self.at(), self.blocks.moment, host))
 
+    def _casts(self, name: str, args: Sequence[Any], outs: list[Tensor]) -> None:
+        "On a CPU an operator of tensors of two types casts the narrower one first, where no dispatch mode looks"
+        ins = [t for t in tensors_of(args) if t.dim()]  # a number among them decides nothing
+        widths = {t.dtype.itemsize for t in [*ins, *outs] if t.dtype.is_floating_point}
+        if len(widths) > 1:
+            for t in ins:
+                if t.dtype.itemsize < max(widths):
+                    self.blocks.passing(t.numel() * max(widths), name)
+
     def begin(self) -> None:
         "A step begins: the log is empty, and only what lives is remembered"
         self.reset()
@@ -195,6 +206,9 @@ class Tracer(TorchDispatchMode, Recorder):
         self.places.at.clear()
         self._action, self._micro, self._was = ("", 0, 0), 0, "forward"
         self.on, self.phase = True, "forward"
+
+# %% ../../nbs/perf/03_tracer.ipynb #a093dbf8
+_POINTWISE = {"add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "addcmul_"}
 
 # %% ../../nbs/perf/03_tracer.ipynb #c92f32b6
 class TracedClock(StepClock):
