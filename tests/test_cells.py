@@ -49,7 +49,7 @@ LONGER: dict[str, tuple[int, str]] = {
     "parallel.pipeline: _PipelineRun": (98, CLASS),
     "parallel.placement: Placement": (83, CLASS),
     "parallel.ranks: run_ranks": (61, STORY),
-    "parallel.record: Recorder": (70, CLASS),
+    "parallel.record: Recorder": (67, CLASS),
     "parallel.vocab: SplitCrossEntropy": (75, CLASS),
     "run.folder: Guard": (78, CLASS),
     "run.recorder: Recorder": (61, CLASS),

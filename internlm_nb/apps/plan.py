@@ -167,7 +167,11 @@ def dry_run(
     except ValueError as e:
         raise UsageError(str(e)) from e
     layout = need.stages[0].layout
-    axes = [f"{a} {n}" for a in ("data", "tensor", "sequence", "context", "pipeline", "expert") if (n := getattr(layout, a)) > 1]
+    axes = [
+        f"{a} {n}"
+        for a in ("data", "tensor", "sequence", "context", "pipeline", "expert")
+        if (n := getattr(layout, a)) > 1
+    ]
     print(f"{run.name} on {gpus} x {name}: {num_params(run.model):,} parameters; {', '.join(axes) or 'one rank'}")
     print(memory_table(need))
     if not need.fits:

@@ -526,7 +526,8 @@ def main(
         if own.dry_run:
             from internlm_nb.apps.plan import dry_run
 
-            dry_run(read_run(load_run_file(own.run, runs), rest, own.run, place), own.gpus or 1, own.cluster or "")
+            gpus = 1 if own.gpus is None else own.gpus
+            dry_run(read_run(load_run_file(own.run, runs), rest, own.run, place), gpus, own.cluster or "")
             return None
         if own.nproc:
             if code := _start_all(own, argv, runs):

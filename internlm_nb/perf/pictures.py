@@ -87,7 +87,9 @@ def plot_memory(
     ax.set(xlabel="operators of the step, in order", ylabel="GB", xlim=(0, len(moments) - 1))
     where = f"rank {trace.rank} of {trace.layout.world}"
     ax.set_title(f"{trace.run.name}, {where}: memory by owner, at most {size / 1e9:.1f} GB (traced)", fontsize=10)
-    ax.legend(*(x[::-1] for x in ax.get_legend_handles_labels()), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    ax.legend(
+        *(x[::-1] for x in ax.get_legend_handles_labels()), loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8
+    )
     return ax
 
 # %% ../../nbs/perf/08_pictures.ipynb #7068af12
@@ -118,7 +120,9 @@ def plot_timeline(
     for kind, colour in colours.items():
         for y, lane in enumerate(lanes):
             rows = [(s.start * 1e3, (s.end - s.start) * 1e3) for s in spans if (s.kind, s.lane) == (kind, lane)]
-            ax.broken_barh(rows, (y - 0.3, 0.6), facecolors=colour, label=kind if y == 0 or kind == "exchange" else None)
+            ax.broken_barh(
+                rows, (y - 0.3, 0.6), facecolors=colour, label=kind if y == 0 or kind == "exchange" else None
+            )
     for s in spans:
         if s.kind == "exchange":
             ax.plot([s.facts["launched"] * 1e3, s.start * 1e3], [lanes.index(s.lane)] * 2, color="black", lw=0.6)

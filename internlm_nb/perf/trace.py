@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,7 +24,7 @@ from ..model.fused_ops import meta_is
 from ..observe.metrics import TypeMeter
 from ..parallel.batch import Batch
 from ..parallel.layout import Layout
-from ..parallel.mesh import Mesh, Place, destroy, init_distributed, make_mesh, single
+from ..parallel.mesh import Mesh, Place, destroy, has_groups, init_distributed, make_mesh, single
 from ..parallel.record import Call
 from .blocks import Block, alive, by_owner, peak_of
 from .tracer import Exchange, TracedClock, Tracer, Work, gpu_without_numbers, watching
@@ -168,7 +167,7 @@ def look_over(
         raise ValueError(f"rank {rank} is not in a world of {world}: ranks count from 0 to {world - 1}")
     if run.train.fp8 != "none":
         raise ValueError(f"--train.fp8 {run.train.fp8} cannot be traced yet: trace it without, in --train.fp8 none")
-    if dist.is_initialized():
+    if has_groups():
         raise ValueError("a trace makes a world of its own: call it in a process that has no process group")
     remarks = []
     if run.train.compile:
