@@ -28,9 +28,10 @@ from internlm_nb.perf.trace import a_pack, trace_step
 from internlm_nb.train.config import LogConfig, ParallelConfig, RunConfig, TrainConfig, ZeroConfig
 from internlm_nb.train.parallelize import build, layout_of
 from internlm_nb.train.step import train_step
+from internlm_nb.train.traffic import step_traffic
 from internlm_nb.zero.hybrid import held_bytes
 
-LENGTHS = (24, 40)  # of a pack's documents
+LENGTHS = (24, 8, 20, 12)  # of a pack's documents
 
 
 def run_of(
@@ -260,3 +261,27 @@ def test_what_cannot_be_traced_is_said():
         trace_step(run, 3)
     destroy()
     assert not torch.distributed.is_initialized()  # a refusal leaves nothing behind
+
+
+# ---- bytes: the closed form of a whole step
+
+
+def counted(trace) -> dict[tuple[str, str, str], tuple[int, int, int]]:
+    out: dict[tuple[str, str, str], tuple[int, int, int]] = {}
+    for e in trace.exchanges:
+        if e.kind == "launch" and len(e.call.ranks) > 1:
+            c, key = e.call, (e.call.axis, e.call.purpose, e.call.op)
+            have = out.get(key, (0, 0, 0))
+            out[key] = have[0] + 1, have[1] + c.payload_bytes, have[2] + c.sent_bytes
+    return out
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_bytes_are_the_closed_form(name):
+    run, world = RUNS[name], 4
+    for rank in range(world):
+        trace = trace_step(run, world, rank, lengths=LENGTHS)
+        closed = step_traffic(run, layout_of(run, world), rank, LENGTHS)
+        have = counted(trace)
+        want = {key: (c.calls, c.payload_bytes, c.sent_bytes) for key, c in closed.items() if c.calls}
+        assert have == want, f"{name}, rank {rank}"

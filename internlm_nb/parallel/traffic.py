@@ -61,6 +61,7 @@ def tensor_traffic(
     recomputed: int = 0,  # blocks that are recomputed, fully or selectively
     label_smoothing: bool = False,  # is there any?
     chunk: int = 0,  # of the head's loss, tokens; 0: as the head chooses
+    ends: tuple[bool, bool] = (True, True),  # are the embedding and the head here? Else they are another stage's
 ) -> Traffic:  # "partial gradients" once a step, everything else once a pack, forward and backward together
     """What one rank sends over the tensor axis
 
@@ -73,6 +74,7 @@ def tensor_traffic(
         recomputed: blocks that are recomputed, fully or selectively
         label_smoothing: is there any?
         chunk: of the head's loss, tokens; 0: as the head chooses
+        ends: are the embedding and the head here? Else they are another stage's
 
     Returns:
         "partial gradients" once a step, everything else once a pack, forward and backward together
@@ -93,15 +95,17 @@ def tensor_traffic(
             add(f"{half} out backward", "all_gather", states, blocks)
         add(f"{half} in backward", reduce, states, blocks)
         add(f"{half} out", reduce, states, blocks + (recomputed if half == "attention" else 0))
-    add("embedding", reduce, states, 1)
-    add("embedding backward", "all_gather", states, int(split))
-    add("head", "all_gather", states, int(split))
-    add("head backward", reduce, states, 1)
-    chunk = chunk or chunk_tokens(cfg.vocab_size // size)
-    numbers = (4 if label_smoothing else 3) * wide * size  # of each token, for the loss
-    add("loss", "all_gather", numbers * chunk, tokens // chunk)
-    add("loss", "all_gather", numbers * (tokens % chunk), int(tokens % chunk > 0))
-    norms = blocks * (2 + cfg.out_bias) + 1 if split else 0  # rows of hidden_size
+    if ends[0]:
+        add("embedding", reduce, states, 1)
+        add("embedding backward", "all_gather", states, int(split))
+    if ends[1]:
+        add("head", "all_gather", states, int(split))
+        add("head backward", reduce, states, 1)
+        chunk = chunk or chunk_tokens(cfg.vocab_size // size)
+        numbers = (4 if label_smoothing else 3) * wide * size  # of each token, for the loss
+        add("loss", "all_gather", numbers * chunk, tokens // chunk)
+        add("loss", "all_gather", numbers * (tokens % chunk), int(tokens % chunk > 0))
+    norms = blocks * (2 + cfg.out_bias) + ends[1] if split else 0  # rows of hidden_size
     partial = norms + blocks * cfg.num_experts
     add("partial gradients", "all_reduce", partial * cfg.hidden_size * wide, int(partial > 0))
     return out

@@ -167,7 +167,6 @@ class Tracer(TorchDispatchMode, Recorder):
         self._was = phase
         return Moment(phase, "", self._micro)
 
-
     def action(self, kind: str, micro: int, stage: int) -> None:
         "A pipeline begins an action"
         self._action = (kind, micro, stage)
@@ -182,7 +181,6 @@ class Tracer(TorchDispatchMode, Recorder):
         "Its result is needed from here on"
         if self.on:
             self.log.append(Exchange("wait", call, self.at(), self.blocks.moment))
-
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
