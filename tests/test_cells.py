@@ -19,7 +19,7 @@ LONGER: dict[str, tuple[int, str]] = {
     "bench.contest: Worker": (82, CLASS),
     "bench.gpu: gpu_result": (76, STORY),
     "bench.zero: sharded_contest": (67, STORY),
-    "checkpoint.reader: Checkpoint": (168, CLASS),
+    "checkpoint.reader: Checkpoint": (104, CLASS),
     "checkpoint.writer: Writer": (148, CLASS),
     "data.json_tokenizer: JsonTokenizer": (77, CLASS),
     "data.json_tokenizer: JsonVocabulary": (72, CLASS),
