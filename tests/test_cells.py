@@ -20,7 +20,7 @@ LONGER: dict[str, tuple[int, str]] = {
     "bench.gpu: gpu_result": (76, STORY),
     "bench.zero: sharded_contest": (67, STORY),
     "checkpoint.reader: Checkpoint": (104, CLASS),
-    "checkpoint.writer: Writer": (148, CLASS),
+    "checkpoint.writer: Writer": (75, CLASS),
     "data.json_tokenizer: JsonTokenizer": (77, CLASS),
     "data.json_tokenizer: JsonVocabulary": (72, CLASS),
     "data.loader: Loader": (115, CLASS),
