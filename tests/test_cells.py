@@ -31,8 +31,6 @@ LONGER: dict[str, tuple[int, str]] = {
     "data.tokenizer: Tokenizer": (94, CLASS),
     "hub.huggingface: HFCheckpoint": (61, CLASS),
     "hub.internevo: write_internevo": (65, STORY),
-    "hub.internevo_config: check_section": (90, STORY),
-    "hub.internevo_reader: InternEvoFolder": (158, CLASS),
     "hub.source: Weights": (68, CLASS),
     "model.beam: beam_search": (67, STORY),
     "model.config: ModelConfig": (161, CLASS),
