@@ -58,7 +58,7 @@ LONGER: dict[str, tuple[int, str]] = {
     "train.optim: Optimizer": (102, CLASS),
     "zero.hybrid: HybridZero": (146, CLASS),
     "zero.offload: HostAdamW": (63, CLASS),
-    "zero.reduce: Accumulator": (121, CLASS),
+    "zero.reduce: Accumulator": (94, CLASS),
     "zero.reduce: Rounds": (61, CLASS),
     "zero.sharding: Sharding": (85, CLASS),
     "zero.unit: FlatUnit": (64, CLASS),
