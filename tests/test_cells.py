@@ -56,7 +56,7 @@ LONGER: dict[str, tuple[int, str]] = {
     "run.trainer: Loop": (77, CLASS),
     "run.trainer: Trainer": (154, CLASS),
     "train.optim: Optimizer": (102, CLASS),
-    "zero.hybrid: HybridZero": (146, CLASS),
+    "zero.hybrid: HybridZero": (113, CLASS),
     "zero.offload: HostAdamW": (63, CLASS),
     "zero.reduce: Accumulator": (94, CLASS),
     "zero.reduce: Rounds": (61, CLASS),
