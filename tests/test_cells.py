@@ -23,7 +23,7 @@ LONGER: dict[str, tuple[int, str]] = {
     "checkpoint.writer: Writer": (75, CLASS),
     "data.json_tokenizer: JsonTokenizer": (77, CLASS),
     "data.json_tokenizer: JsonVocabulary": (72, CLASS),
-    "data.loader: Loader": (115, CLASS),
+    "data.loader: Loader": (84, CLASS),
     "data.order: ShuffledPacks": (101, CLASS),
     "data.tokenfile: TokenFile": (98, CLASS),
     "data.tokenfile: TokenWriter": (63, CLASS),
