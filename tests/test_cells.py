@@ -27,7 +27,7 @@ LONGER: dict[str, tuple[int, str]] = {
     "data.order: ShuffledPacks": (101, CLASS),
     "data.tokenfile: TokenFile": (98, CLASS),
     "data.tokenfile: TokenWriter": (63, CLASS),
-    "data.tokenfiles: TokenFolder": (104, CLASS),
+    "data.tokenfiles: TokenFolder": (67, CLASS),
     "data.tokenizer: Tokenizer": (94, CLASS),
     "hub.huggingface: HFCheckpoint": (61, CLASS),
     "hub.internevo: write_internevo": (65, STORY),
