@@ -51,7 +51,7 @@ LONGER: dict[str, tuple[int, str]] = {
     "parallel.vocab: SplitCrossEntropy": (75, CLASS),
     "run.folder: Guard": (78, CLASS),
     "run.recorder: Recorder": (61, CLASS),
-    "run.saver: Saver": (102, CLASS),
+    "run.saver: Saver": (74, CLASS),
     "run.stepper: Stepper": (64, CLASS),
     "run.trainer: Loop": (77, CLASS),
     "run.trainer: Trainer": (154, CLASS),
