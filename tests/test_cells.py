@@ -15,7 +15,6 @@ CLASS, STORY = "one class, in one piece", "one function, told in the order in wh
 LONGER: dict[str, tuple[int, str]] = {
     "apps.chat: Chatter": (62, CLASS),
     "apps.chat: parser": (68, STORY),
-    "apps.convert: parser": (100, STORY),
     "bench.contest: Worker": (82, CLASS),
     "bench.gpu: gpu_result": (76, STORY),
     "bench.zero: sharded_contest": (67, STORY),
@@ -55,7 +54,7 @@ LONGER: dict[str, tuple[int, str]] = {
     "run.stepper: Stepper": (64, CLASS),
     "run.trainer: Loop": (77, CLASS),
     "run.trainer: Trainer": (154, CLASS),
-    "train.optim: Optimizer": (102, CLASS),
+    "train.optim: Optimizer": (71, CLASS),
     "zero.hybrid: HybridZero": (113, CLASS),
     "zero.offload: HostAdamW": (63, CLASS),
     "zero.reduce: Accumulator": (94, CLASS),
