@@ -60,7 +60,6 @@ LONGER: dict[str, tuple[int, str]] = {
     "zero.reduce: Accumulator": (94, CLASS),
     "zero.reduce: Rounds": (61, CLASS),
     "zero.sharding: Sharding": (85, CLASS),
-    "zero.unit: FlatUnit": (64, CLASS),
     "zero.units: Gathers": (98, CLASS),
 }
 

@@ -256,6 +256,39 @@ def _check_copies(
             " last change"
         )
 
+# %% ../../nbs/zero/03_unit.ipynb #53cae47d
+def _place(axes: Nested, trained: bool) -> ShardCoord:
+    "This rank's place among the parts; a frozen unit is cut over param alone"
+    if not trained:
+        return ShardCoord(axes.param.coord)
+    return ShardCoord(axes.param.coord, axes.grad.coord, axes.optim.coord)
+
+
+def _cut_further(
+    param_shard: Tensor,  # (1/p of the elements,)
+    layout: FlatLayout,  # of the unit
+    spot: ShardCoord,  # this rank's place
+    master: torch.dtype,  # in which the optimizer keeps its slice
+    on_host: bool,  # does the master lie in the host's memory?
+) -> tuple[Tensor, Tensor, Tensor]:  # (1/g,) and (1/o,), parts of the shard, and the master, (1/o,)
+    """What a trained unit has besides its slice; of one dtype, the master and the optimizer's part are one memory
+
+    Args:
+        param_shard: (1/p of the elements,)
+        layout: of the unit
+        spot: this rank's place
+        master: in which the optimizer keeps its slice
+        on_host: does the master lie in the host's memory?
+
+    Returns:
+        (1/g,) and (1/o,), parts of the shard, and the master, (1/o,)
+    """
+    origin = layout.slice_of(spot, "param")[0]
+    (a, b), (c, d) = (layout.slice_of(spot, level) for level in ("grad", "optim"))
+    optim_shard = param_shard[c - origin : d - origin]
+    wide = optim_shard.to(master)
+    return param_shard[a - origin : b - origin], optim_shard, to_host(wide) if on_host else wide
+
 # %% ../../nbs/zero/03_unit.ipynb #2ef48288
 def _tell_kept(
     unit: FlatUnit,  # new, its whole still there
@@ -299,8 +332,7 @@ class FlatUnit:
         on_host: bool = False,  # does the master lie in the host's memory?
     ):
         self.name, self.params, self.layout, self.axes, self.check = name, dict(params), layout, axes, check
-        of_param, of_grad, of_optim = axes.param.coord, axes.grad.coord, axes.optim.coord
-        self.spot = ShardCoord(of_param) if master is None else ShardCoord(of_param, of_grad, of_optim)
+        self.spot = _place(axes, trained=master is not None)
         self.unsharded = _laid_out(name, params, layout)
         self.unsharded_bytes = self.unsharded.untyped_storage().nbytes()
         start, stop = layout.slice_of(self.spot, "param")
@@ -308,11 +340,8 @@ class FlatUnit:
         self.param_shard = self.unsharded[start:stop].clone() if self.is_sharded else self.unsharded
         self.master: Tensor | None = None
         if master is not None:
-            (a, b), (c, d) = (layout.slice_of(self.spot, level) for level in ("grad", "optim"))
-            self.grad_shard = self.param_shard[a - start : b - start]  # 1/g
-            self.optim_shard = self.param_shard[c - start : d - start]  # 1/o
-            wide = self.optim_shard.to(master)  # of one dtype they are one memory
-            self.master = to_host(wide) if on_host else wide
+            parts = _cut_further(self.param_shard, layout, self.spot, master, on_host)
+            self.grad_shard, self.optim_shard, self.master = parts
         _tell_kept(self, on_host)
         self.is_unsharded, self.is_stale = True, False  # is the whole usable; is the slice older than the master?
         self.versions = Versions(axes)
