@@ -199,15 +199,8 @@ class _FlatRanges:
         """
         return buffer[slice(*self.ranges[name])].view(self.shapes[name])
 
-    def clear_gaps(
-        self,
-        buffer: Tensor,  # (size,)
-    ) -> None:
-        """Zeros where no parameter lies
-
-        Args:
-            buffer: (size,)
-        """
+    def clear_gaps(self, buffer: Tensor) -> None:
+        "Zeros where no parameter lies in a buffer, (size,)"
         for start, stop in self.gaps:
             buffer[start:stop].zero_()
 
@@ -281,15 +274,8 @@ class _Sums:
                 self.flat.clear_gaps(self.memory)
         return self.memory
 
-    def add(
-        self,
-        x: Tensor,  # (size,)
-    ) -> None:
-        """Add a round's
-
-        Args:
-            x: (size,)
-        """
+    def add(self, x: Tensor) -> None:
+        "Add what a round brought, (size,)"
         first = self.memory is None
         self.take().copy_(x) if first else self.take().add_(x)
 
