@@ -51,7 +51,7 @@ def test_the_face_loads_nothing_before_it_is_asked():
 
 
 PURE = """base.check base.steps base.values base.docments data.config model.config model.flops parallel.layout parallel.record parallel.tokens parallel.traffic parallel.schedules parallel.timeline
-model.params train.schedules train.options train.config train.sizes zero.sharding zero.flat zero.formulas zero.costs zero.amsp""".split()
+model.params train.schedules train.options train.config train.sizes train.traffic zero.sharding zero.flat zero.formulas zero.costs zero.amsp""".split()
 
 
 def test_closed_forms_and_configurations_need_the_standard_library_alone():

@@ -301,17 +301,20 @@ FAULTS = {
 
 def planted(run: RunConfig):
     "Runs in check mode, with something left out of each: what was said"
+    from internlm_nb.zero import unit
     from internlm_nb.zero.reduce import Accumulator
     from internlm_nb.zero.unit import FlatUnit, ZeroError
     from internlm_nb.zero.units import Gathers
 
     enter, close, said = Gathers._enter, Accumulator._close, {}
-    faults: dict[str, tuple[type, str, Any]] = {
+    faults: dict[str, tuple[Any, str, Any]] = {
         "no publish": (
-            FlatUnit,
-            "_steps",
+            unit,
+            "_due",
             lambda self: (
-                [lambda: self._launch("unsharded", "param_shard", self._gather)] if not self.is_unsharded else []
+                [lambda: unit._gather(self, "unsharded", "param_shard", self.axes.param)]
+                if not self.is_unsharded
+                else []
             ),
         ),
         "freed too early": (

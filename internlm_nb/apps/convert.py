@@ -29,57 +29,56 @@ from ..model.config import num_params, preset
 # %% auto #0
 __all__ = ['COMMANDS', 'KINDS', 'READS', 'parser', 'source_folder', 'wanted_tokenizer', 'export', 'convert', 'main']
 
-# %% ../../nbs/apps/04_convert.ipynb #a88ad1bc
+# %% ../../nbs/apps/04_convert.ipynb #6f1b96fa
 COMMANDS = ("to-hf", "from-hf", "to-internevo", "from-internevo")
+_NATIVE = "a native checkpoint (RUN/checkpoints/STEP), or a run: its newest checkpoint"
+_NEW = "a new folder; an existing one is never written over"
 
 
-def parser() -> argparse.ArgumentParser:
-    "The command line of internlm-convert"
-    top = argparse.ArgumentParser(
-        prog=program("convert.py", "internlm-convert"),
-        description=(
-            "Convert weights, tensor by tensor. The native format stands in the middle: to-… reads it, from-…"
-            " writes it."
-        ),
+def _command(
+    commands: argparse._SubParsersAction,  # of the whole command line
+    name: str,  # one of `COMMANDS`
+    help: str,  # what it does, in a line
+    src: str,  # what it reads
+    dst: str,  # what it writes
+) -> argparse.ArgumentParser:
+    """A command with its two folders
+
+    Args:
+        commands: of the whole command line
+        name: one of `COMMANDS`
+        help: what it does, in a line
+        src: what it reads
+        dst: what it writes
+    """
+    p = commands.add_parser(
+        name,
+        help=help,
+        description=help,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    native = "a native checkpoint (RUN/checkpoints/STEP), or a run: its newest checkpoint"
-    new = "a new folder; an existing one is never written over"
+    p.add_argument("src", metavar="SRC", help=src)
+    p.add_argument("dst", metavar="DST", help=dst)
+    return p
 
-    def command(name: str, help: str, src: str, dst: str) -> argparse.ArgumentParser:
-        p = commands.add_parser(
-            name,
-            help=help,
-            description=help,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-            allow_abbrev=False,
-        )
-        p.add_argument("src", metavar="SRC", help=src)
-        p.add_argument("dst", metavar="DST", help=dst)
-        return p
+# %% ../../nbs/apps/04_convert.ipynb #ebe4b5f4
+def _add_dtype(p: argparse.ArgumentParser) -> None:
+    "The option of both commands of Hugging Face folders"
+    what = "of the weights to be written (default: as in SRC; where its tensors differ, as its config.json says)"
+    p.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16", "float64"), default=argparse.SUPPRESS, help=what
+    )
 
-    def ffn_order(p: argparse.ArgumentParser) -> None:
-        p.add_argument(
-            "--ffn-order",
-            choices=("new", "old"),
-            default="new",
-            help=(
-                "old: internlm checkpoints from before 2024-01-30, where w3 is the down projection and w2 the up"
-                " projection"
-            ),
-        )
 
-    def dtype(p: argparse.ArgumentParser) -> None:
-        what = "of the weights to be written (default: as in SRC; where its tensors differ, as its config.json says)"
-        p.add_argument(
-            "--dtype", choices=("float32", "bfloat16", "float16", "float64"), default=argparse.SUPPRESS, help=what
-        )
-
-    p = command(
+def _add_to_hf(commands: argparse._SubParsersAction) -> None:
+    "`to-hf` and its options"
+    p = _command(
+        commands,
         "to-hf",
         "native weights to a Hugging Face folder that transformers and servers load without remote code",
-        native,
-        new,
+        _NATIVE,
+        _NEW,
     )
     p.add_argument(
         "--tokenizer",
@@ -91,25 +90,46 @@ def parser() -> argparse.ArgumentParser:
     )
     bos = "the exported tokenizer puts bos in front of every text (default: as the model was trained)"
     p.add_argument("--add-bos", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=bos)
-    dtype(p)
-    p = command(
+    _add_dtype(p)
+
+
+def _add_from_hf(commands: argparse._SubParsersAction) -> None:
+    "`from-hf` and its options"
+    p = _command(
+        commands,
         "from-hf",
         "a Hugging Face folder (internlm, internlm2, internlm3, llama) to native weights",
         "a folder with config.json and safetensors",
-        new,
+        _NEW,
     )
     p.add_argument(
         "--tokenizer",
         metavar="FILE",
         help="SentencePiece .model or tokenizer.json to keep with the weights (default: that of SRC)",
     )
-    dtype(p)
+    _add_dtype(p)
 
-    p = command(
+# %% ../../nbs/apps/04_convert.ipynb #b04e88b6
+def _add_ffn_order(p: argparse.ArgumentParser) -> None:
+    "The option of both commands of the older system"
+    p.add_argument(
+        "--ffn-order",
+        choices=("new", "old"),
+        default="new",
+        help=(
+            "old: internlm checkpoints from before 2024-01-30, where w3 is the down projection and w2 the up projection"
+        ),
+    )
+
+
+def _add_to_internevo(commands: argparse._SubParsersAction) -> None:
+    "`to-internevo` and its options"
+    p = _command(
+        commands,
         "to-internevo",
         "native weights to a checkpoint of the older system",
-        native,
-        new + "; name it by the step, as the older system does",
+        _NATIVE,
+        _NEW + "; name it by the step, as the older system does",
     )
     p.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks to cut for")
     p.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages to cut for")
@@ -119,14 +139,19 @@ def parser() -> argparse.ArgumentParser:
         default="hidden",
         help="what the embedding is cut by; hidden is embed_split_hidden=True in the configuration",
     )
-    ffn_order(p)
-    p = command(
+    _add_ffn_order(p)
+
+
+def _add_from_internevo(commands: argparse._SubParsersAction) -> None:
+    "`from-internevo` and its options"
+    p = _command(
+        commands,
         "from-internevo",
         "a checkpoint of the older system to native weights",
         "the folder of one step, with model_tp0_pp0.pt",
-        new,
+        _NEW,
     )
-    ffn_order(p)
+    _add_ffn_order(p)
     p.add_argument("--model", metavar="PRESET", help="architecture, where model_config.pt is missing, e.g. internlm-7b")
     p.add_argument(
         "--allow-incomplete",
@@ -136,6 +161,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--tokenizer", metavar="FILE", help="SentencePiece .model (or tokenizer.json) to keep with the weights"
     )
+
+# %% ../../nbs/apps/04_convert.ipynb #a88ad1bc
+def parser() -> argparse.ArgumentParser:
+    "The command line of internlm-convert"
+    top = argparse.ArgumentParser(
+        prog=program("convert.py", "internlm-convert"),
+        description=(
+            "Convert weights, tensor by tensor. The native format stands in the middle: to-… reads it, from-…"
+            " writes it."
+        ),
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_to_hf(commands)
+    _add_from_hf(commands)
+    _add_to_internevo(commands)
+    _add_from_internevo(commands)
     return top
 
 # %% ../../nbs/apps/04_convert.ipynb #f1f3e4e2

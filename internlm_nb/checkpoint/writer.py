@@ -10,9 +10,9 @@ import contextlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -23,195 +23,30 @@ from .index import check_tensor, seal
 from .regions import Chunk, as_chunk, whole
 from .shards import check_size, dtype_name, write_shard
 
-# %% ../../nbs/checkpoint/05_writer.ipynb #96095aec
-def _fragment(rank: int) -> str:
-    "File name of a rank's part of the index"
-    return f"rank-{rank:05d}.json"
-
-# %% ../../nbs/checkpoint/05_writer.ipynb #cefe2a1f
-class Writer:
-    """One rank's part in saving a checkpoint
-
-    As a context manager it removes what it wrote unless the checkpoint was committed
+# %% ../../nbs/checkpoint/05_writer.ipynb #0ef25bbf
+def _check_place(
+    folder: Path,  # the destination
+    saving: Path,  # the temporary folder beside it
+    overwrite: bool,  # may a checkpoint that stands there be replaced?
+) -> None:
+    """CheckpointError for a checkpoint that is not to be replaced, and for a folder with something else in it
 
     Args:
-        folder: the destination, e.g. run/checkpoints/100; its parents are made
-        rank: of those who save
-        ranks: how many save
-        overwrite: replace an existing checkpoint, whole by whole
-        shard_bytes: a file is closed when the next tensor would make it larger
+        folder: the destination
+        saving: the temporary folder beside it
+        overwrite: may a checkpoint that stands there be replaced?
     """
-
-    def __init__(
-        self,
-        folder: str | Path,  # the destination, e.g. run/checkpoints/100; its parents are made
-        rank: int = 0,  # of those who save
-        ranks: int = 1,  # how many save
-        overwrite: bool = False,  # replace an existing checkpoint, whole by whole
-        shard_bytes: int = 2 << 30,  # a file is closed when the next tensor would make it larger
-    ):
-        if not 0 <= rank < ranks:
-            raise ValueError(f"rank {rank} of {ranks}")
-        self.folder, self.rank, self.ranks, self.overwrite, self.shard_bytes = (
-            Path(folder),
-            rank,
-            ranks,
-            overwrite,
-            shard_bytes,
+    if os.path.lexists(standing(folder)) and not overwrite:
+        raise CheckpointError(
+            f"{folder} exists and is not overwritten; choose another folder, delete it, or ask for overwrite=True"
         )
-        self.saving = sibling(self.folder, "saving")
-        # stands in the files of this save and in their index: a file of another save is known by it
-        self.id = secrets.token_hex(8)
-        self._chunks: list[tuple[str, str, Chunk]] = []  # name, key, chunk
-        self._globals: dict[str, dict[str, Any]] = {}  # name -> dtype, shape
-        self._committed = False
-        if os.path.lexists(standing(self.folder)) and not overwrite:
+    for place in (folder, saving):
+        if not place.is_symlink() and (names := strangers(place)):
             raise CheckpointError(
-                f"{self.folder} exists and is not overwritten; choose another folder, delete it, or ask for"
-                " overwrite=True"
+                f"{place} holds {names[0]}, which is no part of a checkpoint, and is not overwritten; move it away"
             )
-        for place in (self.folder, self.saving):
-            if not place.is_symlink() and (names := strangers(place)):
-                raise CheckpointError(
-                    f"{place} holds {names[0]}, which is no part of a checkpoint, and is not overwritten; move it away"
-                )
-        with _named(self.saving):
-            # what a killed save left there is written over, or dropped at commit
-            self.saving.mkdir(parents=True, exist_ok=True)
-            (self.saving / _fragment(rank)).unlink(missing_ok=True)
 
-    def add(
-        self,
-        name: str,  # of the logical tensor
-        tensor: Tensor | Chunk,  # all of it, or the part that this rank holds; may be called several times for one name
-    ) -> None:
-        """Take note of something to save; it must not change before write() returns
-
-        CheckpointError for a piece added twice, or unlike its others
-
-        Args:
-            name: of the logical tensor
-            tensor: all of it, or the part that this rank holds; may be called several times for one name
-        """
-        chunk = as_chunk(tensor)
-        entry = {"dtype": dtype_name(chunk.tensor.dtype), "shape": [int(n) for n in chunk.global_shape]}
-        if self._globals.setdefault(name, entry) != entry:
-            raise CheckpointError(f"{name}: added as {entry} and before as {self._globals[name]}")
-        if chunk.region.numel:  # a rank may hold nothing of it
-            taken = {key for n, key, _ in self._chunks if n == name}
-            key = name if chunk.region == whole(chunk.global_shape) else f"{name}#{len(taken)}"
-            if key in taken:
-                raise CheckpointError(f"{name}: added twice")
-            self._chunks.append((name, key, chunk))
-
-    @property
-    def size_bytes(self) -> int:
-        "What write() will put on disk, headers aside"
-        return sum(chunk.tensor.numel() * chunk.tensor.element_size() for _, _, chunk in self._chunks)
-
-    def _shards(self) -> Iterator[list[tuple[str, str, Chunk]]]:
-        "Group the chunks into files of at most shard_bytes; a larger tensor has a file of its own"
-        group, size = [], 0
-        for item in self._chunks:
-            more = item[2].tensor.numel() * item[2].tensor.element_size()
-            if group and size + more > self.shard_bytes:
-                yield group
-                group, size = [], 0
-            group.append(item)
-            size += more
-        if group:
-            yield group
-
-    def write(
-        self,
-        progress: bool = False,  # a bar over the bytes
-    ) -> None:
-        """Write this rank's shards and fragment, flushed to disk
-
-        On an error the temporary files go and CheckpointError says why
-
-        Args:
-            progress: a bar over the bytes
-        """
-        tensors: dict[str, Any] = {name: {**entry, "chunks": []} for name, entry in self._globals.items()}
-        files: dict[str, Any] = {}
-        with (
-            self._undo(),
-            _named(self.saving),
-            tqdm(
-                total=self.size_bytes, desc="save", unit="B", unit_scale=True, disable=None if progress else True
-            ) as bar,
-        ):
-            for number, group in enumerate(self._shards()):
-                file = f"rank-{self.rank:05d}-{number:05d}.safetensors"
-                facts = write_shard(self.saving / file, {key: chunk.tensor for _, key, chunk in group}, self.id)
-                files[file] = {"bytes": facts["bytes"], "header_crc32": facts["header"], "id": self.id}
-                for name, key, chunk in group:
-                    region = chunk.region
-                    place = {"offsets": list(region.offsets), "sizes": list(region.sizes)} | (
-                        {} if region.is_box else {"range": list(region.span)}
-                    )
-                    tensors[name]["chunks"].append({"file": file, "key": key, **place, "crc32": facts["data"][key]})
-                    bar.update(chunk.tensor.numel() * chunk.tensor.element_size())
-            _flush(
-                self.saving / _fragment(self.rank),
-                json.dumps({"ranks": self.ranks, "tensors": tensors, "files": files}),
-            )
-            sync_folder(self.saving)
-
-    def commit(
-        self,
-        state: Mapping[str, Any] | None = None,  # what is no tensor: JSON values
-    ) -> Path:  # the checkpoint folder
-        """On rank 0, after all ranks have written: check that nothing is missing or doubled, write the index, name the
-        folder. CheckpointError when they are, ValueError on another rank
-
-        Args:
-            state: what is no tensor: JSON values
-
-        Returns:
-            the checkpoint folder
-        """
-        if self.rank != 0:
-            raise ValueError("rank 0 commits, after a barrier behind every rank's write()")
-        with self._undo(), _named(self.saving):
-            body = _merge(self.saving, self.ranks)
-            text = seal({"id": self.id, **body, "state": dict(state or {})})
-            for path in self.saving.iterdir():  # fragments, and what killed saves left
-                if path.name not in body["files"]:
-                    path.unlink()
-            _flush(self.saving / "index.json", text)
-            publish(self.folder, self.overwrite)
-        self._committed = True
-        return self.folder
-
-    def abort(self) -> None:
-        "Remove what was written: rank 0 the whole temporary folder, another rank its own files"
-        if self.rank == 0:
-            remove_tree(self.saving)
-        else:
-            for path in self.saving.glob(f"rank-{self.rank:05d}*"):
-                path.unlink(missing_ok=True)
-
-    @contextlib.contextmanager
-    def _undo(self) -> Iterator[None]:
-        "Abort on any exception, Ctrl-C included"
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(OSError):
-                self.abort()
-            raise
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None or (self.rank == 0 and not self._committed):
-            with contextlib.suppress(OSError):
-                self.abort()
-
-# %% ../../nbs/checkpoint/05_writer.ipynb #597a1ecf
+# %% ../../nbs/checkpoint/05_writer.ipynb #f958b2cf
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
     "Turn an OSError of writing into one CheckpointError that names the place"
@@ -224,6 +59,84 @@ def _named(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _all_or_nothing(
+    saving: Path,  # where it is written, for the message
+    undo: Callable[[], None],  # removes what was written
+) -> Iterator[None]:
+    """Undo on any exception, Ctrl-C included; an OSError of writing becomes a CheckpointError
+
+    Args:
+        saving: where it is written, for the message
+        undo: removes what was written
+    """
+    try:
+        with _named(saving):
+            yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            undo()
+        raise
+
+# %% ../../nbs/checkpoint/05_writer.ipynb #7b07cd6d
+class _Part(NamedTuple):
+    """A piece of a tensor that this rank saves
+
+    Args:
+        name: of the logical tensor
+        key: under which it stands in its file
+    """
+
+    name: str  # of the logical tensor
+    key: str  # under which it stands in its file
+    chunk: Chunk
+
+    @property
+    def size_bytes(self) -> int:
+        return self.chunk.tensor.numel() * self.chunk.tensor.element_size()
+
+
+class _Parts:
+    "All that a rank saves, in the order in which it was added"
+
+    def __init__(self):
+        self.parts: list[_Part] = []
+        self.tensors: dict[str, dict[str, Any]] = {}  # by logical name: dtype, global shape
+
+    def add(self, name: str, chunk: Chunk) -> None:
+        "Take note of a piece; CheckpointError for one added twice, or unlike its others"
+        entry = {"dtype": dtype_name(chunk.tensor.dtype), "shape": [int(n) for n in chunk.global_shape]}
+        if self.tensors.setdefault(name, entry) != entry:
+            raise CheckpointError(f"{name}: added as {entry} and before as {self.tensors[name]}")
+        if chunk.region.numel:  # a rank may hold nothing of it
+            taken = {part.key for part in self.parts if part.name == name}
+            key = name if chunk.region == whole(chunk.global_shape) else f"{name}#{len(taken)}"
+            if key in taken:
+                raise CheckpointError(f"{name}: added twice")
+            self.parts.append(_Part(name, key, chunk))
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.size_bytes for part in self.parts)
+
+    def files(self, shard_bytes: int) -> Iterator[list[_Part]]:
+        "The parts of each file: at most shard_bytes together; a larger part has a file of its own"
+        group, size = [], 0
+        for part in self.parts:
+            if group and size + part.size_bytes > shard_bytes:
+                yield group
+                group, size = [], 0
+            group.append(part)
+            size += part.size_bytes
+        if group:
+            yield group
+
+# %% ../../nbs/checkpoint/05_writer.ipynb #4f7a09e3
+def _fragment(rank: int) -> str:
+    "File name of a rank's part of the index"
+    return f"rank-{rank:05d}.json"
+
+
 def _flush(path: Path, text: str) -> None:
     "Write a small file and flush it to disk"
     with open(path, "w", encoding="utf-8") as file:
@@ -231,7 +144,47 @@ def _flush(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
 
-# %% ../../nbs/checkpoint/05_writer.ipynb #149e259b
+
+def _write_shards(
+    saving: Path,  # the temporary folder
+    rank: int,  # of the one who writes
+    save_id: str,  # stands in each file
+    parts: _Parts,  # what to write
+    shard_bytes: int,  # a file is closed when the next part would make it larger
+    progress: bool,  # a bar over the bytes
+) -> dict[str, Any]:  # tensors with their chunks, and files: what the fragment says
+    """Write a rank's files, one tensor in memory at a time
+
+    Args:
+        saving: the temporary folder
+        rank: of the one who writes
+        save_id: stands in each file
+        parts: what to write
+        shard_bytes: a file is closed when the next part would make it larger
+        progress: a bar over the bytes
+
+    Returns:
+        tensors with their chunks, and files: what the fragment says
+    """
+    tensors: dict[str, Any] = {name: {**entry, "chunks": []} for name, entry in parts.tensors.items()}
+    files: dict[str, Any] = {}
+    total, silent = parts.size_bytes, None if progress else True
+    with tqdm(total=total, desc="save", unit="B", unit_scale=True, disable=silent) as bar:
+        for number, group in enumerate(parts.files(shard_bytes)):
+            file = f"rank-{rank:05d}-{number:05d}.safetensors"
+            facts = write_shard(saving / file, {part.key: part.chunk.tensor for part in group}, save_id)
+            files[file] = {"bytes": facts["bytes"], "header_crc32": facts["header"], "id": save_id}
+            for part in group:
+                region = part.chunk.region
+                place = {"offsets": list(region.offsets), "sizes": list(region.sizes)} | (
+                    {} if region.is_box else {"range": list(region.span)}
+                )
+                crc32 = facts["data"][part.key]
+                tensors[part.name]["chunks"].append({"file": file, "key": part.key, **place, "crc32": crc32})
+                bar.update(part.size_bytes)
+    return {"tensors": tensors, "files": files}
+
+# %% ../../nbs/checkpoint/05_writer.ipynb #6d68b255
 def _merge(saving: Path, ranks: int) -> dict[str, Any]:
     "All ranks' fragments as one: tensors and files. CheckpointError names the rank or tensor that is amiss"
     tensors: dict[str, Any] = {}
@@ -262,3 +215,138 @@ def _merge(saving: Path, ranks: int) -> dict[str, Any]:
     for name, entry in tensors.items():
         check_tensor(name, entry)
     return {"tensors": tensors, "files": files}
+
+# %% ../../nbs/checkpoint/05_writer.ipynb #e4c894e3
+def _publish_index(
+    folder: Path,  # the destination
+    saving: Path,  # the temporary folder, with the fragments of all ranks
+    ranks: int,  # how many saved
+    save_id: str,  # of this save
+    state: Mapping[str, Any],  # what is no tensor: JSON values
+    overwrite: bool,  # replace a checkpoint that stands there
+) -> None:
+    """Write the index of all fragments, drop the rest, name the folder; CheckpointError when something is amiss
+
+    Args:
+        folder: the destination
+        saving: the temporary folder, with the fragments of all ranks
+        ranks: how many saved
+        save_id: of this save
+        state: what is no tensor: JSON values
+        overwrite: replace a checkpoint that stands there
+    """
+    body = _merge(saving, ranks)
+    text = seal({"id": save_id, **body, "state": dict(state)})
+    for path in saving.iterdir():  # fragments, and what killed saves left
+        if path.name not in body["files"]:
+            path.unlink()
+    _flush(saving / "index.json", text)
+    publish(folder, overwrite)
+
+# %% ../../nbs/checkpoint/05_writer.ipynb #cefe2a1f
+class Writer:
+    """One rank's part in saving a checkpoint
+
+    As a context manager it removes what it wrote unless the checkpoint was committed
+
+    Args:
+        folder: the destination, e.g. run/checkpoints/100; its parents are made
+        rank: of those who save
+        ranks: how many save
+        overwrite: replace an existing checkpoint, whole by whole
+        shard_bytes: a file is closed when the next tensor would make it larger
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,  # the destination, e.g. run/checkpoints/100; its parents are made
+        rank: int = 0,  # of those who save
+        ranks: int = 1,  # how many save
+        overwrite: bool = False,  # replace an existing checkpoint, whole by whole
+        shard_bytes: int = 2 << 30,  # a file is closed when the next tensor would make it larger
+    ):
+        if not 0 <= rank < ranks:
+            raise ValueError(f"rank {rank} of {ranks}")
+        self.folder, self.saving = Path(folder), sibling(Path(folder), "saving")
+        self.rank, self.ranks = rank, ranks
+        self.overwrite, self.shard_bytes = overwrite, shard_bytes
+        self.id = secrets.token_hex(8)
+        self._parts = _Parts()
+        self._committed = False
+        _check_place(self.folder, self.saving, overwrite)
+        with _named(self.saving):
+            # what a killed save left there is written over, or dropped at commit
+            self.saving.mkdir(parents=True, exist_ok=True)
+            (self.saving / _fragment(rank)).unlink(missing_ok=True)
+
+    def add(
+        self,
+        name: str,  # of the logical tensor
+        tensor: Tensor | Chunk,  # all of it, or the part that this rank holds; may be called several times for one name
+    ) -> None:
+        """Take note of something to save; it must not change before write() returns
+
+        CheckpointError for a piece added twice, or unlike its others
+
+        Args:
+            name: of the logical tensor
+            tensor: all of it, or the part that this rank holds; may be called several times for one name
+        """
+        self._parts.add(name, as_chunk(tensor))
+
+    @property
+    def size_bytes(self) -> int:
+        "What write() will put on disk, headers aside"
+        return self._parts.size_bytes
+
+    def write(
+        self,
+        progress: bool = False,  # a bar over the bytes
+    ) -> None:
+        """Write this rank's shards and fragment, flushed to disk
+
+        On an error the temporary files go and CheckpointError says why
+
+        Args:
+            progress: a bar over the bytes
+        """
+        with _all_or_nothing(self.saving, self.abort):
+            written = _write_shards(self.saving, self.rank, self.id, self._parts, self.shard_bytes, progress)
+            _flush(self.saving / _fragment(self.rank), json.dumps({"ranks": self.ranks, **written}))
+            sync_folder(self.saving)
+
+    def commit(
+        self,
+        state: Mapping[str, Any] | None = None,  # what is no tensor: JSON values
+    ) -> Path:  # the checkpoint folder
+        """On rank 0, after all ranks have written: check that nothing is missing or doubled, write the index, name the
+        folder. CheckpointError when they are, ValueError on another rank
+
+        Args:
+            state: what is no tensor: JSON values
+
+        Returns:
+            the checkpoint folder
+        """
+        if self.rank != 0:
+            raise ValueError("rank 0 commits, after a barrier behind every rank's write()")
+        with _all_or_nothing(self.saving, self.abort):
+            _publish_index(self.folder, self.saving, self.ranks, self.id, state or {}, self.overwrite)
+        self._committed = True
+        return self.folder
+
+    def abort(self) -> None:
+        "Remove what was written: rank 0 the whole temporary folder, another rank its own files"
+        if self.rank == 0:
+            remove_tree(self.saving)
+        else:
+            for path in self.saving.glob(f"rank-{self.rank:05d}*"):
+                path.unlink(missing_ok=True)
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None or (self.rank == 0 and not self._committed):
+            with contextlib.suppress(OSError):
+                self.abort()

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 from .config import BatchSizes, DataConfig, SkippedBatches, parse_folders
 from .facts import folder_facts
@@ -21,6 +21,124 @@ from .tokenline import TokenFileError
 
 # %% auto #0
 __all__ = ['T', 'Loader', 'prefetch', 'Validation', 'make_validation']
+
+# %% ../../nbs/data/18_loader.ipynb #7d6e2e29
+class _Sources(NamedTuple):
+    """Where the packs of a run come from
+
+    Args:
+        names: of each stream: its folder as it was given
+        weights: of each stream in the mixture
+        types: of documents, over all streams
+    """
+
+    streams: list[ShuffledPacks | SyntheticPacks]
+    names: list[str]  # of each stream: its folder as it was given
+    weights: list[float]  # of each stream in the mixture
+    types: list[str]  # of documents, over all streams
+
+    @property
+    def folders(self) -> list[TokenFolder]:
+        "Those that were read, in the order of the streams"
+        return [stream.documents for stream in self.streams if isinstance(stream, ShuffledPacks)]
+
+
+def _open_sources(
+    config: DataConfig,  # what to read and how to cut it
+    seed: int,  # of the run
+    vocab_size: int,  # of the model
+) -> _Sources:
+    """The folders of a run, opened, or made-up data where there are none; TokenFileError for broken files
+
+    Args:
+        config: what to read and how to cut it
+        seed: of the run
+        vocab_size: of the model
+    """
+    shape = (config.seq_len, config.micro_bsz, config.pack_sample_into_one)
+    folders = parse_folders(config.train_folder)
+    if not folders:
+        made = SyntheticPacks(vocab_size, seed, *shape, config.synthetic_shortest, config.synthetic_longest)
+        return _Sources([made], ["synthetic"], [1], ["synthetic"])
+    opened = [read_tokens(folder, config.min_length, vocab_size) for folder, _ in folders]
+    types = sorted({name for folder in opened for name in folder.types})
+    streams: list[ShuffledPacks | SyntheticPacks] = []
+    for j, folder in enumerate(opened):
+        type_map = [types.index(name) for name in folder.types]
+        streams.append(ShuffledPacks(folder, seed, *shape, type_map=type_map, source=j))
+    weights = [folder.num_tokens if weight is None else weight for folder, (_, weight) in zip(opened, folders)]
+    return _Sources(streams, [folder for folder, _ in folders], weights, types)
+
+# %% ../../nbs/data/18_loader.ipynb #5c3cf355
+def _check_shares(
+    config: DataConfig,  # for the message
+    sizes: BatchSizes,  # of all batches
+    ranks: int,  # size of the data axis
+) -> None:
+    """ValueError unless every batch can be shared out evenly
+
+    Args:
+        config: for the message
+        sizes: of all batches
+        ranks: size of the data axis
+    """
+    for size in sizes.sizes():
+        if size % ranks:
+            where = "data.micro_num" if size == config.micro_num else f"data.rampup {config.rampup!r}"
+            raise ValueError(
+                f"{where}: a batch of {size} packs cannot be shared evenly by {ranks} data ranks; use multiples of"
+                f" {ranks}"
+            )
+
+
+def _with_way_out(
+    error: TokenFileError,  # of a document
+    config: DataConfig,  # says which batches are skipped already
+    step: int,  # for which it was read
+    batch: int,  # its number, skipped ones counted
+) -> TokenFileError:
+    """The error with what the user can do about it
+
+    Args:
+        error: of a document
+        config: says which batches are skipped already
+        step: for which it was read
+        batch: its number, skipped ones counted
+    """
+    skip = ",".join(filter(None, [config.skip_batches, str(batch)]))
+    way = f"mend it there, or leave its batch out: --data.skip-batches {skip}"
+    return TokenFileError(error.path, error.line, f"{error.fault} (read for step {step}, batch {batch}; {way})")
+
+# %% ../../nbs/data/18_loader.ipynb #0a25e78f
+def _count(start: int) -> Iterator[int]:
+    while True:
+        yield start
+        start += 1
+
+# %% ../../nbs/data/18_loader.ipynb #f8485a6e
+def _tokens_of(
+    sources: _Sources,
+    mixture: Mixture,  # of them
+    spans: Iterable[tuple[int, int]],  # global packs: first, one past the last
+) -> dict[str, int]:  # by name of the source
+    """Real tokens of each source in these packs, without reading any
+
+    Args:
+        mixture: of them
+        spans: global packs: first, one past the last
+
+    Returns:
+        by name of the source
+    """
+    seen = [0] * len(sources.streams)
+    for first, last in spans:
+        low, high = mixture.before(first), mixture.before(last)
+        for j, stream in enumerate(sources.streams):
+            seen[j] += stream.tokens_before(high[j]) - stream.tokens_before(low[j])
+    totals: dict[str, int] = {}
+    for name, count in zip(sources.names, seen):
+        totals[name] = totals.get(name, 0) + count
+    return totals
 
 # %% ../../nbs/data/18_loader.ipynb #d0e6b0b0
 class Loader:
@@ -43,24 +161,9 @@ class Loader:
         self.config, self.seed, self.vocab_size = config, seed, vocab_size
         self.sizes = BatchSizes(config.micro_num, config.rampup)
         self.skipped = SkippedBatches(config.skip_batches)
-        folders = parse_folders(config.train_folder)
-        shape = (config.seq_len, config.micro_bsz, config.pack_sample_into_one)
-        self.streams: list[ShuffledPacks | SyntheticPacks]
-        if folders:
-            opened = [read_tokens(folder, config.min_length, vocab_size) for folder, _ in folders]
-            self.types: list[str] = sorted({name for folder in opened for name in folder.types})
-            maps = [[self.types.index(name) for name in folder.types] for folder in opened]
-            self.streams = [
-                ShuffledPacks(folder, seed, *shape, type_map=maps[j], source=j) for j, folder in enumerate(opened)
-            ]
-            weights = [folder.num_tokens if weight is None else weight for folder, (_, weight) in zip(opened, folders)]
-            self.sources: list[str] = [folder for folder, _ in folders]
-        else:
-            self.types, self.sources, weights = ["synthetic"], ["synthetic"], [1]
-            self.streams = [
-                SyntheticPacks(vocab_size, seed, *shape, config.synthetic_shortest, config.synthetic_longest)
-            ]
-        self.mixture = Mixture(weights, derive_key(seed, 0x3117))
+        self._opened = _open_sources(config, seed, vocab_size)
+        self.streams, self.sources, self.types = self._opened.streams, self._opened.names, self._opened.types
+        self.mixture = Mixture(self._opened.weights, derive_key(seed, 0x3117))
         self._facts: list[dict[str, Any]] | None = None
 
     def check_ranks(
@@ -72,13 +175,7 @@ class Loader:
         Args:
             ranks: size of the data axis
         """
-        for size in self.sizes.sizes():
-            if size % ranks:
-                where = "data.micro_num" if size == self.config.micro_num else f"data.rampup {self.config.rampup!r}"
-                raise ValueError(
-                    f"{where}: a batch of {size} packs cannot be shared evenly by {ranks} data ranks; use multiples of"
-                    f" {ranks}"
-                )
+        _check_shares(self.config, self.sizes, ranks)
 
     def batch_size(
         self,
@@ -126,24 +223,20 @@ class Loader:
         try:
             return [self.pack(first + i) for i in range(coord, size, ranks)]
         except TokenFileError as error:
-            skip = ",".join(filter(None, [self.config.skip_batches, str(batch)]))
-            way = f"mend it there, or leave its batch out: --data.skip-batches {skip}"
-            raise TokenFileError(
-                error.path, error.line, f"{error.fault} (read for step {step}, batch {batch}; {way})"
-            ) from None
+            raise _with_way_out(error, self.config, step, batch) from None
 
     def facts(self) -> list[dict[str, Any]]:
         """What each folder holds, for a checkpoint and for other ranks to compare (`data.facts`); an empty list for
         synthetic data. Found once, when first asked for
         """
         if self._facts is None:
-            self._facts = [folder_facts(s.documents) for s in self.streams if isinstance(s, ShuffledPacks)]
+            self._facts = [folder_facts(folder) for folder in self._opened.folders]
         return self._facts
 
     @property
     def remarks(self) -> list[str]:
         "What of the folders was left out, a line each"
-        return [line for s in self.streams if isinstance(s, ShuffledPacks) for line in s.documents.remarks]
+        return [line for folder in self._opened.folders for line in folder.remarks]
 
     def tokens_seen(
         self,
@@ -154,15 +247,9 @@ class Loader:
         Args:
             step: steps done
         """
-        seen = [0] * len(self.streams)
-        for begin, end in self.skipped.spans_before(step):
-            low, high = (self.mixture.before(self.sizes.first(batch)) for batch in (begin, end))
-            for j, stream in enumerate(self.streams):
-                seen[j] += stream.tokens_before(high[j]) - stream.tokens_before(low[j])
-        totals: dict[str, int] = {}
-        for name, count in zip(self.sources, seen):
-            totals[name] = totals.get(name, 0) + count
-        return totals
+        first = self.sizes.first
+        spans = ((first(begin), first(end)) for begin, end in self.skipped.spans_before(step))
+        return _tokens_of(self._opened, self.mixture, spans)
 
     def iterate(
         self,
@@ -182,12 +269,6 @@ class Loader:
         self.check_ranks(ranks)
         steps = iter(range(start, stop)) if stop is not None else iter(_count(start))
         return prefetch((self.batch(step, coord, ranks) for step in steps), self.config.prefetch)
-
-# %% ../../nbs/data/18_loader.ipynb #535b6a43
-def _count(start: int) -> Iterator[int]:
-    while True:
-        yield start
-        start += 1
 
 # %% ../../nbs/data/18_loader.ipynb #ea29ba66
 T = TypeVar("T")

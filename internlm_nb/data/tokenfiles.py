@@ -153,11 +153,120 @@ class _OpenFiles:
                     if file.touched:
                         file.give_back()
 
+# %% ../../nbs/data/09_tokenfiles.ipynb #ae743d40
+def _files_to_read(
+    root: Path,  # the folder, or one `.bin` file
+) -> Walk:
+    """The token files under a root; TokenFileError where there are none, and for a part that cannot be read
+
+    Args:
+        root: the folder, or one `.bin` file
+    """
+    found = find_token_files(root)
+    for path, why in found.faults:
+        raise TokenFileError(path, None, f"{why}: mend it, or take it out of the folder")
+    if not found.files:
+        left_out = f" ({found.remarks[0]})" if found.remarks else ""
+        raise TokenFileError(
+            root, None, f"no .bin files in this folder: make them with prepare_data.py build{left_out}"
+        )
+    return found
+
+
+def _type_name(
+    root: Path,
+    path: Path,  # of a file under it, or the root itself
+) -> str:
+    """The first folder under the root; of a file that lies in the root itself, the root's name
+
+    Args:
+        path: of a file under it, or the root itself
+    """
+    if path == root:
+        return root.parent.name
+    parts = path.relative_to(root).parts
+    return parts[0] if len(parts) > 1 else root.resolve().name
+
+# %% ../../nbs/data/09_tokenfiles.ipynb #fbb93c60
+class _DocumentTable:
+    """Which document is in which row of which file
+
+    Args:
+        files: in order
+        min_length: tokens; shorter documents have no number
+    """
+
+    def __init__(
+        self,
+        files: _OpenFiles,  # in order
+        min_length: int,  # tokens; shorter documents have no number
+    ):
+        self.files, self.num_tokens = files, 0
+        self.kept: dict[int, Kept] = {}  # of files in which some documents are too short
+        counts = []
+        for i in range(len(files.paths)):
+            tokens, kept = _count_file(files[i], min_length)
+            if kept is not None:
+                self.kept[i] = kept
+            counts.append(len(files[i] if kept is None else kept))
+            self.num_tokens += tokens
+        self.starts = np.concatenate([[0], np.cumsum(counts)])  # first document of each file, and their number
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def files_of(
+        self,
+        indices: np.ndarray,  # (n,) documents
+    ) -> np.ndarray:
+        """(n,) numbers of their files
+
+        Args:
+            indices: (n,) documents
+        """
+        return np.searchsorted(self.starts, indices, side="right") - 1
+
+    def rows_of(
+        self,
+        i: int,  # a file
+        indices: np.ndarray,  # (n,) documents, all in this file
+    ) -> np.ndarray:
+        """(n,) rows in the file
+
+        Args:
+            i: a file
+            indices: (n,) documents, all in this file
+        """
+        rows = indices - self.starts[i]
+        return self.kept[i].select(rows) if i in self.kept else rows
+
+    def lengths(
+        self,
+        indices: np.ndarray,  # (n,) documents, in any order
+    ) -> np.ndarray:
+        """(n,) tokens of each, file by file, from the meta files alone
+
+        Args:
+            indices: (n,) documents, in any order
+        """
+        which = self.files_of(indices)
+        lengths = np.empty(len(indices), dtype=np.int64)
+        order = np.argsort(which, kind="stable")
+        borders = np.flatnonzero(np.diff(which[order])) + 1
+        for group in np.split(order, borders) if len(order) else []:
+            i = int(which[group[0]])
+            rows = self.rows_of(i, indices[group])
+            file = self.files[i]
+            lengths[group] = file.lengths(rows)
+            size = min(len(rows) * _TOUCH, file.rows.nbytes)
+            file.touched += size
+            self.files.touch(size)
+        return lengths
+
 # %% ../../nbs/data/09_tokenfiles.ipynb #de9a7d68
 class TokenFolder(Sequence):
-    """All documents of a folder `root/<type>/**/*.bin` as a sequence of int64 arrays, mapped, in sorted
-
-    Order of the files
+    """All documents of a folder `root/<type>/**/*.bin` as a sequence of int64 arrays, mapped, in sorted order of
+    the files
 
     Args:
         root: the folder, or one `.bin` file
@@ -172,43 +281,22 @@ class TokenFolder(Sequence):
         vocab_size: int | None = None,  # check each document that is read against it
     ):
         self.root, self.min_length, self.vocab_size = Path(root), min_length, vocab_size
-        found = find_token_files(self.root)
-        for path, why in found.faults:
-            raise TokenFileError(path, None, f"{why}: mend it, or take it out of the folder")
+        found = _files_to_read(self.root)
         self.files, self.remarks = found.files, found.remarks  # what was left out, to be said once
-        if not self.files:
-            left_out = f" ({self.remarks[0]})" if self.remarks else ""
-            raise TokenFileError(
-                self.root, None, f"no .bin files in this folder: make them with prepare_data.py build{left_out}"
-            )
-        names = [self._type_name(p) for p in self.files]
+        names = [_type_name(self.root, path) for path in self.files]
         self.types: list[str] = sorted(set(names))
         self._file_type = np.array([self.types.index(name) for name in names], dtype=np.int64)
         self._file = _OpenFiles(self.files)
-        self._kept: dict[int, Kept] = {}
-        self.num_tokens: int = 0  # of all documents that are kept
-        counts = []
-        for i in range(len(self.files)):
-            tokens, kept = _count_file(self._file[i], min_length)
-            if kept is not None:
-                self._kept[i] = kept
-            counts.append(len(self._file[i] if kept is None else kept))
-            self.num_tokens += tokens
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        self._table = _DocumentTable(self._file, min_length)
+        self.num_tokens: int = self._table.num_tokens  # of all documents that are kept
         if len(self) == 0:
             raise TokenFileError(self.root, None, f"no document has {min_length} tokens or more (min_length)")
-
-    def _type_name(self, path: Path) -> str:
-        if path == self.root:
-            return self.root.parent.name
-        parts = path.relative_to(self.root).parts
-        return parts[0] if len(parts) > 1 else self.root.resolve().name
 
     def __reduce__(self):
         return type(self), (self.root, self.min_length, self.vocab_size)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._table)
 
     def locate(
         self,
@@ -219,11 +307,9 @@ class TokenFolder(Sequence):
         Args:
             index: a document
         """
-        i = int(np.searchsorted(self._starts, index, side="right")) - 1
-        row = index - int(self._starts[i])
-        if i in self._kept:
-            row = int(self._kept[i].select(np.array([row]))[0])
-        return i, row
+        documents = np.array([index])
+        i = int(self._table.files_of(documents)[0])
+        return i, int(self._table.rows_of(i, documents)[0])
 
     @overload
     def __getitem__(self, index: int) -> np.ndarray: ...
@@ -249,22 +335,7 @@ class TokenFolder(Sequence):
         Args:
             indices: (n,) documents, in any order
         """
-        indices = np.asarray(indices)
-        which = np.searchsorted(self._starts, indices, side="right") - 1
-        lengths = np.empty(len(indices), dtype=np.int64)
-        order = np.argsort(which, kind="stable")
-        borders = np.flatnonzero(np.diff(which[order])) + 1
-        for group in np.split(order, borders) if len(order) else []:
-            i = int(which[group[0]])
-            rows = indices[group] - self._starts[i]
-            if i in self._kept:
-                rows = self._kept[i].select(rows)
-            file = self._file[i]
-            lengths[group] = file.lengths(rows)
-            size = min(len(rows) * _TOUCH, file.rows.nbytes)
-            file.touched += size
-            self._file.touch(size)
-        return lengths
+        return self._table.lengths(np.asarray(indices))
 
     def type_of(
         self,
@@ -275,12 +346,12 @@ class TokenFolder(Sequence):
         Args:
             indices: (n,) documents
         """
-        return self._file_type[np.searchsorted(self._starts, np.asarray(indices), side="right") - 1]
+        return self._file_type[self._table.files_of(np.asarray(indices))]
 
     @property
     def type_ids(self) -> np.ndarray:
         "(documents,) type ids of all documents; made anew when asked for"
-        return np.repeat(self._file_type, np.diff(self._starts))
+        return np.repeat(self._file_type, np.diff(self._table.starts))
 
     @property
     def lengths(self) -> np.ndarray:

@@ -7,8 +7,9 @@ __all__ = ['Facts', 'shard_grid', 'facts_of', 'family_of', 'InternEvoFolder']
 
 # %% ../../nbs/hub/10_internevo_reader.ipynb #79efc8ff
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,6 +117,240 @@ def family_of(
         f" llama (layers.0.attention.wq.weight) among {', '.join(list(facts)[:4])} ..."
     )
 
+# %% ../../nbs/hub/10_internevo_reader.ipynb #568dd293
+class _Stage(NamedTuple):
+    """The files of one pipeline stage, by tensor-parallel rank
+
+    Args:
+        facts: what each holds
+    """
+
+    paths: list[Path]
+    facts: list[Facts]  # what each holds
+
+    @property
+    def blocks(self) -> int:
+        return len({m[1] for name in self.facts[0] if (m := re.match(r"(?:blocks|layers)\.(\d+)\.", name))})
+
+
+def _stages_of(folder: Path, allow_incomplete: bool) -> list[_Stage]:
+    "The files of each stage, looked into"
+    grid = shard_grid(folder, allow_incomplete)
+    return [_Stage(paths, [facts_of(path) for path in paths]) for paths in grid]
+
+
+def _config_of(
+    folder: Path,  # of one step
+    stages: Sequence[_Stage],  # its files
+) -> ModelConfig:
+    """The architecture, by model_config.pt and the names in the files; CheckpointError where it cannot be known
+
+    Args:
+        folder: of one step
+        stages: its files
+    """
+    family = family_of(stages[0].facts[0], stages[0].paths[0])
+    path = folder / "model_config.pt"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; copy it, or say which model it is (config=, --model)")
+    found = {name for stage in stages for facts in stage.facts for name in facts}
+    biases = (
+        any(re.search(rf"\.({names})\.bias$", name) for name in found) for names in ("Wqkv|wqkv|wq", "out_proj|wo")
+    )
+    return config_from_section(load_pt(path), family, *biases, where=str(path))
+
+# %% ../../nbs/hub/10_internevo_reader.ipynb #964dac6d
+def _parts_of(
+    folder: Path,  # for the message
+    cfg: ModelConfig,  # the model
+    stages: Sequence[_Stage],  # of the folder
+    ffn_order: FfnOrder,  # of its files
+) -> list[list[StagePart]]:  # by stage
+    """The tensors that each stage should hold; CheckpointError when the stages do not add up to the model
+
+    Args:
+        folder: for the message
+        cfg: the model
+        stages: of the folder
+        ffn_order: of its files
+
+    Returns:
+        by stage
+    """
+    counts = [stage.blocks for stage in stages]
+    if sum(counts) != cfg.num_layers:
+        raise CheckpointError(
+            f"{folder}: its stages have {' + '.join(map(str, counts))} blocks, but num_layers is"
+            f" {cfg.num_layers}: a stage's files are missing, or the section is another model's"
+        )
+    starts = [sum(counts[:stage]) for stage in range(len(counts))]
+    return [
+        [_renamed(part, stage.facts[0]) for part in stage_parts(cfg, range(start, start + count), ffn_order)]
+        for start, count, stage in zip(starts, counts, stages)
+    ]
+
+
+def _renamed(part: StagePart, facts: Facts) -> StagePart:
+    "With the older name of a tensor where the file has that"
+    older = next((name for name in part.older if name in facts and part.disk[0] not in facts), None)
+    return part if older is None else StagePart(part.name, (older,), part.shape, part.cut)
+
+# %% ../../nbs/hub/10_internevo_reader.ipynb #7d3b02d9
+def _wrong_order(
+    cfg: ModelConfig,  # the model
+    part: StagePart,  # whose shapes do not fit
+    row: Sequence[Facts],  # its stage's files
+) -> str:  # to be added to a fault; empty: it is something else
+    """A hint, when the shapes are those of the other feed-forward order
+
+    Args:
+        cfg: the model
+        part: whose shapes do not fit
+        row: its stage's files
+
+    Returns:
+        to be added to a fault; empty: it is something else
+    """
+    if cfg.family != "internlm" or not part.name.endswith(("w2.weight", "w3.weight")):
+        return ""
+    other = re.sub(r"w[23](?=\.weight$)", lambda m: "w3" if m[0] == "w2" else "w2", part.disk[0])
+    try:
+        sliced_dim(part, cfg, [[facts[other][0]] for facts in row])
+    except (KeyError, ValueError):
+        return ""
+    order = "new" if part.name.endswith("w2.weight") == part.disk[0].endswith("w3.weight") else "old"
+    return (
+        f"; {other} has that shape, so the files are of the other feed-forward order: ask for ffn_order {order}"
+        f" (convert.py from-internevo --ffn-order {order})"
+    )
+
+
+def _faults_of_part(
+    cfg: ModelConfig,  # the model
+    part: StagePart,  # a tensor that the stage should hold
+    stage: _Stage,
+    number: int,  # of the stage
+) -> list[str]:
+    """Where a tensor is missing, and what of its types and shapes does not fit
+
+    Args:
+        cfg: the model
+        part: a tensor that the stage should hold
+        number: of the stage
+    """
+    holders = stage.facts[:1] if part.cut == "rank 0" else stage.facts
+    missing = [
+        f"{path.name}: {name} is missing"
+        for path, facts in zip(stage.paths, holders)
+        for name in part.disk
+        if name not in facts
+    ]
+    if missing:
+        return missing
+    faults = []
+    kinds = {facts[name][1] for facts in holders for name in part.disk}
+    if len(kinds) > 1:
+        told = ", ".join(sorted(map(str, kinds)))
+        faults.append(f"{part.disk[0]}: of different types, {told}, in the files of stage {number}")
+    try:
+        sliced_dim(part, cfg, [[facts[name][0] for name in part.disk] for facts in holders])
+    except ValueError as error:
+        faults.append(f"stage {number}: {error}{_wrong_order(cfg, part, stage.facts)}")
+    return faults
+
+# %% ../../nbs/hub/10_internevo_reader.ipynb #83820f0d
+def _faults_of_stage(
+    cfg: ModelConfig,  # the model
+    parts: Sequence[StagePart],  # what the stage should hold
+    stage: _Stage,
+    number: int,  # of the stage
+) -> list[str]:
+    """All that does not fit in the files of a stage, tensors without a place included
+
+    Args:
+        cfg: the model
+        parts: what the stage should hold
+        number: of the stage
+    """
+    faults = [fault for part in parts for fault in _faults_of_part(cfg, part, stage, number)]
+    known = {name for part in parts for name in part.disk}
+    return faults + [
+        f"{path.name}: {name} {facts[name][0]} has no place in this model"
+        for path, facts in zip(stage.paths, stage.facts)
+        for name in facts
+        if name not in known
+    ]
+
+
+def _check_parts(
+    folder: Path,  # for the message
+    cfg: ModelConfig,  # the model
+    stages: Sequence[_Stage],  # of the folder
+    parts: Sequence[Sequence[StagePart]],  # what each stage should hold
+) -> None:
+    """CheckpointError that lists what does not fit, the first twenty faults in full
+
+    Args:
+        folder: for the message
+        cfg: the model
+        stages: of the folder
+        parts: what each stage should hold
+    """
+    faults = [
+        fault for number, stage in enumerate(stages) for fault in _faults_of_stage(cfg, parts[number], stage, number)
+    ]
+    if faults:
+        told = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
+        raise CheckpointError(
+            f"{folder} does not fit a model of {cfg.family} with {cfg.num_layers} layers of width"
+            f" {cfg.hidden_size}:\n  {told}"
+        )
+
+# %% ../../nbs/hub/10_internevo_reader.ipynb #23cc9312
+def _located(
+    folder: Path,  # for messages
+    cfg: ModelConfig,  # the model
+    stages: Sequence[_Stage],  # of the folder
+    ffn_order: FfnOrder,  # of its files
+) -> dict[str, tuple[_Stage, StagePart]]:  # by our name, in the model's order
+    """Where each tensor of the model is; CheckpointError when anything does not fit
+
+    Args:
+        folder: for messages
+        cfg: the model
+        stages: of the folder
+        ffn_order: of its files
+
+    Returns:
+        by our name, in the model's order
+    """
+    parts = _parts_of(folder, cfg, stages, ffn_order)
+    _check_parts(folder, cfg, stages, parts)
+    return {part.name: (stage, part) for stage, some_parts in zip(stages, parts) for part in some_parts}
+
+# %% ../../nbs/hub/10_internevo_reader.ipynb #18e144e4
+class _MappedFiles(dict[Path, Mapping[str, Tensor]]):
+    "Content of shards by path: a file is mapped when it is first asked for"
+
+    def __missing__(self, path: Path) -> Mapping[str, Tensor]:
+        self[path] = load_pt(path)
+        return self[path]
+
+
+def _counters(
+    folder: Path,  # of one step
+) -> dict[str, int]:
+    """The run's counters, from context.pt; at least the step, which the name of the `.step` file says
+
+    Args:
+        folder: of one step
+    """
+    steps = [int(path.stem) for path in folder.glob("*.step") if path.stem.isdigit()]
+    path = folder / "context.pt"
+    found = load_pt(path) if path.is_file() else {}
+    counters = {str(k): v for k, v in found.items() if isinstance(v, int)} if isinstance(found, Mapping) else {}
+    return {"step_count": max(steps, default=0)} | counters
+
 # %% ../../nbs/hub/10_internevo_reader.ipynb #e1c60aa3
 class InternEvoFolder(TensorSource):
     """A checkpoint of the older system, opened: tensors by our names, in our order of rows, read one at a time
@@ -137,110 +372,10 @@ class InternEvoFolder(TensorSource):
         allow_incomplete: bool = False,  # read a folder without its `.step` file
     ):
         self.folder = Path(folder)
-        self._grid = shard_grid(self.folder, allow_incomplete)
-        self._facts = [[facts_of(path) for path in row] for row in self._grid]
-        first = self._facts[0][0]
-        self.cfg = self._config(family_of(first, self._grid[0][0])) if config is None else config
-        self._stages = self._parts(ffn_order)
-        self._check()
-        self._where: dict[str, tuple[int, StagePart]] = {
-            part.name: (stage, part) for stage, parts in enumerate(self._stages) for part in parts
-        }
-        self._open: dict[Path, Mapping[str, Tensor]] = {}
-
-    def _config(self, family: Family) -> ModelConfig:
-        path = self.folder / "model_config.pt"
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing; copy it, or say which model it is (config=, --model)")
-        found = {name for row in self._facts for facts in row for name in facts}
-        biases = (
-            any(re.search(rf"\.({names})\.bias$", name) for name in found) for names in ("Wqkv|wqkv|wq", "out_proj|wo")
-        )
-        return config_from_section(load_pt(path), family, *biases, where=str(path))
-
-    def _parts(self, ffn_order: FfnOrder) -> list[list[StagePart]]:
-        "What each stage should hold; its files say how many blocks that is"
-        counts = [
-            len({m[1] for name in row[0] if (m := re.match(r"(?:blocks|layers)\.(\d+)\.", name))})
-            for row in self._facts
-        ]
-        if sum(counts) != self.cfg.num_layers:
-            raise CheckpointError(
-                f"{self.folder}: its stages have {' + '.join(map(str, counts))} blocks, but num_layers is"
-                f" {self.cfg.num_layers}: a stage's files are missing, or the section is another model's"
-            )
-        starts = [sum(counts[:stage]) for stage in range(len(counts))]
-        return [
-            self._renamed(stage_parts(self.cfg, range(a, a + n), ffn_order), row[0])
-            for a, n, row in zip(starts, counts, self._facts)
-        ]
-
-    @staticmethod
-    def _renamed(parts: list[StagePart], facts: Facts) -> list[StagePart]:
-        "With the older name of a tensor where the file has that"
-        names = [
-            next((old for old in part.older if old in facts and part.disk[0] not in facts), None) for part in parts
-        ]
-        return [
-            part if name is None else StagePart(part.name, (name,), part.shape, part.cut)
-            for part, name in zip(parts, names)
-        ]
-
-    def _check(self) -> None:
-        faults = [fault for stage in range(len(self._stages)) for fault in self._faults(stage)]
-        if faults:
-            told = "\n  ".join(faults[:20]) + (f"\n  and {len(faults) - 20} more" if len(faults) > 20 else "")
-            raise CheckpointError(
-                f"{self.folder} does not fit a model of {self.cfg.family} with {self.cfg.num_layers} layers of width"
-                f" {self.cfg.hidden_size}:\n  {told}"
-            )
-
-    def _faults(self, stage: int) -> list[str]:
-        faults, row = [], self._facts[stage]
-        for part in self._stages[stage]:
-            holders = row[:1] if part.cut == "rank 0" else row
-            missing = [
-                f"{self._grid[stage][rank].name}: {name} is missing"
-                for rank, facts in enumerate(holders)
-                for name in part.disk
-                if name not in facts
-            ]
-            faults += missing
-            if missing:
-                continue
-            kinds = {facts[name][1] for facts in holders for name in part.disk}
-            if len(kinds) > 1:
-                faults.append(
-                    f"{part.disk[0]}: of different types, {', '.join(sorted(map(str, kinds)))}, in the files of stage"
-                    f" {stage}"
-                )
-            try:
-                sliced_dim(part, self.cfg, [[facts[name][0] for name in part.disk] for facts in holders])
-            except ValueError as error:
-                faults.append(f"stage {stage}: {error}{self._swapped(part, row)}")
-        known = {name for part in self._stages[stage] for name in part.disk}
-        for path, facts in zip(self._grid[stage], row):
-            faults += [
-                f"{path.name}: {name} {facts[name][0]} has no place in this model"
-                for name in facts
-                if name not in known
-            ]
-        return faults
-
-    def _swapped(self, part: StagePart, row: list[Facts]) -> str:
-        "A hint, when the shapes are those of the other feed-forward order"
-        if self.cfg.family != "internlm" or not part.name.endswith(("w2.weight", "w3.weight")):
-            return ""
-        other = re.sub(r"w[23](?=\.weight$)", lambda m: "w3" if m[0] == "w2" else "w2", part.disk[0])
-        try:
-            sliced_dim(part, self.cfg, [[facts[other][0]] for facts in row])
-        except (KeyError, ValueError):
-            return ""
-        order = "new" if part.name.endswith("w2.weight") == part.disk[0].endswith("w3.weight") else "old"
-        return (
-            f"; {other} has that shape, so the files are of the other feed-forward order: ask for ffn_order {order}"
-            f" (convert.py from-internevo --ffn-order {order})"
-        )
+        self._stages = _stages_of(self.folder, allow_incomplete)
+        self.cfg = _config_of(self.folder, self._stages) if config is None else config
+        self._where = _located(self.folder, self.cfg, self._stages, ffn_order)
+        self._open = _MappedFiles()
 
     @property
     def names(self) -> list[str]:
@@ -250,7 +385,7 @@ class InternEvoFolder(TensorSource):
     def __contains__(self, name: str) -> bool:
         return name in self._where
 
-    def _at(self, name: str) -> tuple[int, StagePart]:
+    def _at(self, name: str) -> tuple[_Stage, StagePart]:
         if name not in self._where:
             raise CheckpointError(f"{self.folder}: has no tensor {name!r}; it has {some(self.names)}")
         return self._where[name]
@@ -276,7 +411,7 @@ class InternEvoFolder(TensorSource):
             name: of a logical tensor
         """
         stage, part = self._at(name)
-        return self._facts[stage][0][part.disk[0]][1]
+        return stage.facts[0][part.disk[0]][1]
 
     def read(
         self,
@@ -288,10 +423,7 @@ class InternEvoFolder(TensorSource):
             name: of a logical tensor
         """
         stage, part = self._at(name)
-        paths = self._grid[stage][:1] if part.cut in ("same", "rank 0") else self._grid[stage]
-        for path in paths:
-            if path not in self._open:
-                self._open[path] = load_pt(path)
+        paths = stage.paths[:1] if part.cut in ("same", "rank 0") else stage.paths
         return join(part, self.cfg, [[self._open[path][name] for name in part.disk] for path in paths])
 
     def release(self) -> None:
@@ -301,12 +433,8 @@ class InternEvoFolder(TensorSource):
     @property
     def largest_file_bytes(self) -> int:
         "Size of the largest shard"
-        return max(path.stat().st_size for row in self._grid for path in row)
+        return max(path.stat().st_size for stage in self._stages for path in stage.paths)
 
     def context(self) -> dict[str, int]:
         "The run's counters, from context.pt; at least the step, which the name of the `.step` file says"
-        steps = [int(path.stem) for path in self.folder.glob("*.step") if path.stem.isdigit()]
-        path = self.folder / "context.pt"
-        found = load_pt(path) if path.is_file() else {}
-        counters = {str(k): v for k, v in found.items() if isinstance(v, int)} if isinstance(found, Mapping) else {}
-        return {"step_count": max(steps, default=0)} | counters
+        return _counters(self.folder)

@@ -25,7 +25,6 @@ from ..observe.metrics import TypeMeter
 from ..parallel.batch import Batch
 from ..parallel.layout import Layout
 from ..parallel.mesh import Mesh, Place, destroy, has_groups, init_distributed, make_mesh, single
-from ..parallel.record import Call
 from .blocks import Block, alive, by_owner, peak_of
 from .tracer import Exchange, TracedClock, Tracer, Work, gpu_without_numbers, watching
 from ..train.config import RunConfig
@@ -165,7 +164,8 @@ def claim(
         if u.master is not None and u.master is not u.optim_shard:
             blocks.claim([u.master], "masters", on_host=host)
     for sums in engine.sums.values():
-        blocks.claim([sums.sums] if sums.sums is not None else sums.held.values(), "gradients")
+        summed = sums.sums.memory
+        blocks.claim(sums.held.values() if summed is None else [summed], "gradients")
 
 # %% ../../nbs/perf/04_trace.ipynb #eb5c9802
 def look_over(

@@ -8,6 +8,7 @@ __all__ = ['Saver']
 # %% ../../nbs/run/10_saver.ipynb #110d81d4
 import os
 import time
+from collections.abc import Container
 from functools import partial
 from pathlib import Path
 
@@ -22,9 +23,76 @@ from ..parallel.mesh import Mesh
 from ..parallel.consensus import RankFailed, broadcast_text, run_on_all
 from .start import weights_are_finite
 from .state import TrainState, data_facts, save_run
-from ..train.config import RunConfig
+from ..train.config import CheckpointConfig, RunConfig
 from ..train.optim import Optimizer
 from ..zero.copies import drifted
+
+# %% ../../nbs/run/10_saver.ipynb #dcdd2f5d
+def _folder_for(
+    checkpoints: Path,  # the run's folder of checkpoints
+    step: int,  # that is saved
+    snapshot: bool,  # into one of the two snapshot folders instead
+    own: Container[int],  # steps of the checkpoints that are the run's own
+    say: Say,  # takes remarks
+) -> str:
+    """The folder of a checkpoint; CheckpointError where somebody else's is there. Its parents are made
+
+    Args:
+        checkpoints: the run's folder of checkpoints
+        step: that is saved
+        snapshot: into one of the two snapshot folders instead
+        own: steps of the checkpoints that are the run's own
+        say: takes remarks
+    """
+    folder = snapshot_folder(checkpoints, say=say) if snapshot else checkpoints / str(step)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if not snapshot and step not in own and os.path.lexists(folder):
+        raise CheckpointError(
+            f"{folder} came while the run was under way and is not its own: move it away, and start again"
+        )
+    return str(folder)
+
+# %% ../../nbs/run/10_saver.ipynb #96f19490
+def _check_copies(
+    run: RunConfig,  # says whether kernels are compiled
+    optimizer: Optimizer,
+    mesh: Mesh,  # ranks that save together
+) -> None:
+    """CheckpointError on rank 0, RankFailed on the others, where ranks that hold the same weights do not have the same
+    numbers: nothing is saved of them
+
+    Args:
+        run: says whether kernels are compiled
+        mesh: ranks that save together
+    """
+    same_kernels = not (run.train.compile and mesh.device.type == "cuda")
+    if names := drifted(optimizer.engine, same_kernels):
+        message = (
+            f"nothing is saved: {some(names)} differ between ranks that hold copies of them. A memory or a link is"
+            " broken, or code changes weights on some ranks alone; go on from the newest checkpoint, on other"
+            " machines"
+        )
+        raise CheckpointError(message) if mesh.axis("world").coord == 0 else RankFailed(message)
+
+# %% ../../nbs/run/10_saver.ipynb #031a6042
+def _tidy(
+    checkpoints: Path,  # the run's folder of checkpoints
+    keep: CheckpointConfig,  # how many, and which of the older ones
+    state: TrainState,  # of now
+    lost_at: int | None,  # the first step after which a weight was found not to be finite
+) -> None:
+    """Delete what is no longer to be kept
+
+    Args:
+        checkpoints: the run's folder of checkpoints
+        keep: how many, and which of the older ones
+        state: of now
+        lost_at: the first step after which a weight was found not to be finite
+    """
+    before = state.step - state.bad_in_a_row if lost_at is None else lost_at - 1
+    in_doubt = state.bad_in_a_row or lost_at is not None
+    protect = [f.step for f in steps(checkpoints) if f.step <= before] if in_doubt else []
+    prune(checkpoints, keep.keep_last, keep.keep_every, protect)
 
 # %% ../../nbs/run/10_saver.ipynb #62810f68
 class Saver:
@@ -75,38 +143,24 @@ class Saver:
         """
         begin = time.monotonic()
         step = state.step
-        chosen = run_on_all(
-            partial(self._choose, step, snapshot), self.world, "choosing where to save", only_first=True
-        )
+        choose = partial(_folder_for, self.checkpoints, step, snapshot, self.own, self.say)
+        chosen = run_on_all(choose, self.world, "choosing where to save", only_first=True)
         folder = Path(broadcast_text(chosen or "", self.world, "where to save"))
         missing = snapshot or step not in {f.step for f in steps(self.checkpoints)}
         self.wrote = bool(all_reduce_number(int(missing and self.world.coord == 0), self.world, "is it to be saved?"))
         if self.wrote:
-            self._refuse_drifted()
+            _check_copies(self.run, self.optimizer, self.mesh)
             self.own |= set() if snapshot else {step}
             facts, valid = data_facts(self.loader), data_facts(self.validation)
             save_run(folder, self.model, self.optimizer, state, self.run, snapshot, facts, valid, self.mesh)
         if not self.sound(step):
             self.say(f"WARNING: weights are not finite after step {step}; what was saved before is kept")
         if self.run.checkpoint.keep_last:
-            tidy = partial(self._tidy, state)
+            tidy = partial(_tidy, self.checkpoints, self.run.checkpoint, state, self.lost_at)
             run_on_all(tidy, self.world, "deleting old checkpoints", only_first=True)
         if self.wrote:
             self.seconds = time.monotonic() - begin
         return Found(step, folder)
-
-    def _refuse_drifted(self) -> None:
-        """Raise CheckpointError where ranks that hold the same weights do not have the same numbers: nothing is saved
-        of them
-        """
-        same_kernels = not (self.run.train.compile and self.mesh.device.type == "cuda")
-        if names := drifted(self.optimizer.engine, same_kernels):
-            message = (
-                f"nothing is saved: {some(names)} differ between ranks that hold copies of them. A memory or a link is"
-                " broken, or code changes weights on some ranks alone; go on from the newest checkpoint, on other"
-                " machines"
-            )
-            raise CheckpointError(message) if self.world.coord == 0 else RankFailed(message)
 
     def sound(
         self,
@@ -152,20 +206,3 @@ class Saver:
         """
         mark = partial(mark_best, self.checkpoints, step, loss)
         run_on_all(mark, self.world, "marking the best checkpoint", only_first=True)
-
-    def _choose(self, step: int, snapshot: bool) -> str:
-        folder = snapshot_folder(self.checkpoints, say=self.say) if snapshot else self.checkpoints / str(step)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if not snapshot and step not in self.own and os.path.lexists(folder):
-            raise CheckpointError(
-                f"{folder} came while the run was under way and is not its own: move it away, and start again"
-            )
-        return str(folder)
-
-    def _tidy(self, state: TrainState) -> None:
-        "Whatever was saved before a streak of bad steps, or before a weight was lost, stays while that lasts"
-        keep = self.run.checkpoint
-        before = state.step - state.bad_in_a_row if self.lost_at is None else self.lost_at - 1
-        in_doubt = state.bad_in_a_row or self.lost_at is not None
-        protect = [f.step for f in steps(self.checkpoints) if f.step <= before] if in_doubt else []
-        prune(self.checkpoints, keep.keep_last, keep.keep_every, protect)

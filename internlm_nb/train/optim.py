@@ -113,6 +113,96 @@ def freeze(
     for n, p in params.items():
         p.requires_grad_(n not in frozen)
 
+# %% ../../nbs/train/04_optim.ipynb #9f10bfad
+def _check_frozen(
+    engine: HybridZero,  # has gradients of what was not frozen
+    groups: Sequence[ParamGroup],  # of what the optimizer trains
+) -> None:
+    """ValueError where a parameter is frozen for one and not for the other
+
+    Args:
+        engine: has gradients of what was not frozen
+        groups: of what the optimizer trains
+    """
+    trained = {n for n, p in engine.params.items() if p.requires_grad}
+    if wrong := trained ^ {n for group in groups for n in group.names}:
+        raise ValueError(
+            f"{some(sorted(wrong))}: frozen for the engine and not for the optimizer, or the other way round; call"
+            " freeze(model, cfg) before the engine is made"
+        )
+
+
+def _torch_groups(
+    engine: HybridZero,  # has a master for each shard
+    groups: Sequence[ParamGroup],  # its parameters, by name
+) -> list[dict[str, Any]]:  # params and weight_decay of each group
+    """The groups as PyTorch has them: of masters
+
+    Args:
+        engine: has a master for each shard
+        groups: its parameters, by name
+
+    Returns:
+        params and weight_decay of each group
+    """
+    out: list[dict[str, Any]] = [{"params": [], "weight_decay": group.weight_decay} for group in groups]
+    group_of = {name: made for group, made in zip(groups, out) for name in group.names}
+    for shard in engine.shards:
+        group_of[shard.name]["params"].append(shard.master)
+    return out
+
+# %% ../../nbs/train/04_optim.ipynb #cb99c320
+def _make_moments(
+    inner: FusedAdamW | HostAdamW,  # gets a state for each master
+    engine: HybridZero,
+) -> None:
+    """Moments of zero; a recorder of memory hears of them
+
+    Args:
+        inner: gets a state for each master
+    """
+    recorder, device = engine.mesh.recorder, engine.mesh.device
+    for shard, *moments in zip(engine.shards, zeros_like_masters(engine), zeros_like_masters(engine)):
+        count = torch.zeros((), dtype=torch.float32, device=device)
+        inner.state[shard.master] = {"step": count, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+        if recorder is not None:
+            size = sum(m.numel() * m.element_size() for m in moments)
+            recorder.memory("host moments" if engine.offload else "moments", size)
+
+
+def _named_state(
+    inner: FusedAdamW | HostAdamW,  # has a state for each master
+    engine: HybridZero,
+    saving: bool,  # only what this rank writes into a checkpoint?
+) -> dict[str, ParamRange]:  # by master.NAME, exp_avg.NAME, exp_avg_sq.NAME and adam_step.NAME
+    """What this rank has of masters, moments and numbers of updates: shared memory
+
+    Args:
+        inner: has a state for each master
+        saving: only what this rank writes into a checkpoint?
+
+    Returns:
+        by master.NAME, exp_avg.NAME, exp_avg_sq.NAME and adam_step.NAME
+    """
+    shards = engine.shards
+    states = [inner.state[shard.master] for shard in shards]
+    kinds = {
+        "master": [shard.master for shard in shards],
+        "exp_avg": [state["exp_avg"] for state in states],
+        "exp_avg_sq": [state["exp_avg_sq"] for state in states],
+    }
+    out = {
+        f"{kind}.{part.name}": part
+        for kind, tensors in kinds.items()
+        for part in trained_parts(engine, tensors, saving)
+    }
+    counts = {shard.name: state["step"] for shard, state in zip(shards, states)}
+    return out | {
+        f"adam_step.{part.name}": part._replace(tensor=counts[part.name])
+        for name, part in out.items()
+        if name.startswith("master.")
+    }
+
 # %% ../../nbs/train/04_optim.ipynb #a5f539e9
 @dataclass(frozen=True)
 class UpdateInfo:
@@ -148,26 +238,12 @@ class Optimizer:
         self.engine, self.cfg = engine, cfg
         self.loss_scale = loss_scale or LossScale(LossScaleConfig(), engine.mesh.device, enabled=False)
         self.groups = param_groups(list(names or engine.params), cfg, engine.params)
-        trained = {n for n, p in engine.params.items() if p.requires_grad}
-        if wrong := trained ^ {n for group in self.groups for n in group.names}:
-            raise ValueError(
-                f"{some(sorted(wrong))}: frozen for the engine and not for the optimizer, or the other way round; call"
-                " freeze(model, cfg) before the engine is made"
-            )
-        kinds: list[dict[str, Any]] = [{"params": [], "weight_decay": group.weight_decay} for group in self.groups]
-        group_of = {name: kind for group, kind in zip(self.groups, kinds) for name in group.names}
-        for shard in engine.shards:
-            group_of[shard.name]["params"].append(shard.master)
+        _check_frozen(engine, self.groups)
+        kinds = _torch_groups(engine, self.groups)
         rates, device = (cfg.lr, (cfg.beta1, cfg.beta2), cfg.eps), engine.mesh.device
         self.inner = HostAdamW(kinds, *rates, device) if engine.offload else FusedAdamW(kinds, *rates)
         self.grads: list[Tensor] | None = None  # of the engine's shards, once they are collected
-        # now, not at the first step: a checkpoint is loaded into them
-        for shard, *moments in zip(engine.shards, zeros_like_masters(engine), zeros_like_masters(engine)):
-            count = torch.zeros((), dtype=torch.float32, device=device)
-            self.inner.state[shard.master] = {"step": count, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
-            if engine.mesh.recorder is not None:
-                size = sum(m.numel() * m.element_size() for m in moments)
-                engine.mesh.recorder.memory("host moments" if engine.offload else "moments", size)
+        _make_moments(self.inner, engine)
 
     def zero_grad(
         self,
@@ -246,21 +322,4 @@ class Optimizer:
         Args:
             saving: only what this rank writes into a checkpoint?
         """
-        shards = self.engine.shards
-        states = [self.inner.state[shard.master] for shard in shards]
-        kinds = {
-            "master": [shard.master for shard in shards],
-            "exp_avg": [s["exp_avg"] for s in states],
-            "exp_avg_sq": [s["exp_avg_sq"] for s in states],
-        }
-        out = {
-            f"{kind}.{part.name}": part
-            for kind, tensors in kinds.items()
-            for part in trained_parts(self.engine, tensors, saving)
-        }
-        counts = {shard.name: state["step"] for shard, state in zip(shards, states)}
-        return out | {
-            f"adam_step.{part.name}": part._replace(tensor=counts[part.name])
-            for name, part in out.items()
-            if name.startswith("master.")
-        }
+        return _named_state(self.inner, self.engine, saving)

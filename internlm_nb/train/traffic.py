@@ -16,7 +16,13 @@ from ..parallel.layout import Coords, Layout
 from ..parallel.record import Count
 from ..parallel.schedules import Schedule, make_schedule, split_layers
 from internlm_nb.parallel.traffic import (
-    Traffic, add_call, context_traffic, expert_traffic, pipeline_traffic, sequence_traffic, tensor_traffic,
+    Traffic,
+    add_call,
+    context_traffic,
+    expert_traffic,
+    pipeline_traffic,
+    sequence_traffic,
+    tensor_traffic,
 )
 from .config import RunConfig
 from .options import ELEMENT_BYTES
@@ -137,7 +143,9 @@ def pack_traffic(
         capacity = bool(cfg.capacity_factor)
         rows = cfg.num_experts * capacity_of(cfg, mine) if capacity else mine * cfg.experts_per_token
         away = rows * (layout.expert - 1) // layout.expert
-        add_traffic(out, expert_traffic(cfg, rows, away, layout.expert, size, None, recomputed, not capacity, len(layers)))
+        add_traffic(
+            out, expert_traffic(cfg, rows, away, layout.expert, size, None, recomputed, not capacity, len(layers))
+        )
     return out
 
 # %% ../../nbs/train/12_traffic.ipynb #ebe2729f

@@ -7,7 +7,7 @@ __all__ = ['OptimShard', 'ParamRange', 'ExtraSum', 'shares', 'ZeroCut', 'cuts_of
            'zeros_like_masters', 'trained_parts', 'frozen_parts', 'held_bytes']
 
 # %% ../../nbs/zero/06_hybrid.ipynb #e668d5e4
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, get_args
@@ -144,6 +144,11 @@ class BufferPlan(NamedTuple):
     params: dict[str, nn.Parameter]
 
     @property
+    def cut(self) -> str:
+        "weights or experts: as which it is cut"
+        return "experts" if "experts" in self.kind else "weights"
+
+    @property
     def name(self) -> str:
         "For messages"
         units = self.units[0] if len(self.units) == 1 else f"{self.units[0]} to {self.units[-1]}"
@@ -177,6 +182,92 @@ def plan_buffers(
         plans.append(BufferPlan(members[0][1], tuple(spec.name for spec, _, _ in members), params))
     return plans
 
+# %% ../../nbs/zero/06_hybrid.ipynb #299eb09d
+def _squares(
+    shards: Sequence[OptimShard],  # of this rank
+    grads: Sequence[Tensor],  # for each shard
+    dtype: torch.dtype,  # in which norms of single tensors are computed
+    mesh: Mesh,
+) -> Tensor:  # () float64
+    """Sum of squares of the whole model's gradient, the same on every rank
+
+    Args:
+        shards: of this rank
+        grads: for each shard
+        dtype: in which norms of single tensors are computed
+
+    Returns:
+        () float64
+    """
+    mine = [g for shard, g in zip(shards, grads) if shard.counted and shard.unit.axes.copies.coord == 0]
+    norms = torch._foreach_norm(mine, 2, dtype) if mine else []  # type: ignore[reportPrivateImportUsage]
+    total = (
+        torch.stack([n.double() for n in norms]).square().sum()
+        if norms
+        else torch.zeros((), dtype=torch.float64, device=mesh.device)
+    )
+    return all_reduce(total, mesh.axis("world"), "gradient norm")
+
+
+def _check_arrived(
+    sums: Mapping[FlatUnit, Accumulator],  # of all trained units
+    pool: BufferPool,  # their buffers
+) -> None:
+    """ZeroError where a gradient was lost on its way
+
+    Args:
+        sums: of all trained units
+        pool: their buffers
+    """
+    lost = [unit.name for unit, of_unit in sums.items() if not of_unit.done]
+    if lost or pool.in_use:
+        raise ZeroError(f"unit {some(lost)}: its gradient never arrived, or a buffer was not given back")
+
+
+def _check_finite(
+    shards: Sequence[OptimShard],  # of this rank
+    grads: Sequence[Tensor],  # for each shard
+) -> None:
+    """ZeroError where a gradient is not finite
+
+    Args:
+        shards: of this rank
+        grads: for each shard
+    """
+    for shard, g in zip(shards, grads):
+        if not g.isfinite().all():
+            raise ZeroError(
+                f"unit {shard.unit.name}: its gradient is not finite. If the loss is sound, freed memory was read"
+            )
+
+# %% ../../nbs/zero/06_hybrid.ipynb #98c45c0f
+def _grads_of(
+    shards: Sequence[OptimShard],  # of this rank
+    sums: Mapping[FlatUnit, Accumulator],  # all journeys over
+    extra_sums: Sequence[ExtraSum],  # over further axes
+    dtype: torch.dtype | None,  # to be cast to; None: as they were summed
+) -> list[Tensor]:  # for each shard
+    """The step's gradients, of all ranks and micro-batches
+
+    Args:
+        shards: of this rank
+        sums: all journeys over
+        extra_sums: over further axes
+        dtype: to be cast to; None: as they were summed
+
+    Returns:
+        for each shard
+    """
+    grads = []
+    for shard in shards:
+        origin = shard.unit.layout.slice_of(shard.unit.spot)[0]
+        grads.append(sums[shard.unit].piece(shard.name, shard.start, shard.stop, origin))
+    if dtype is not None:
+        grads = [g.to(dtype) for g in grads]
+    for names, axis, purpose, coords in extra_sums:
+        add_up([g for shard, g in zip(shards, grads) if shard.name in names], axis, purpose, coords)
+    return grads
+
 # %% ../../nbs/zero/06_hybrid.ipynb #a71425f7
 def _flat(plan: BufferPlan, cut: ZeroCut, master: torch.dtype, check: bool, offload: bool) -> FlatUnit:
     "A planned buffer, made"
@@ -185,6 +276,25 @@ def _flat(plan: BufferPlan, cut: ZeroCut, master: torch.dtype, check: bool, offl
         {n: tuple(w.shape) for n, w in plan.params.items()}, Factors(p, p, p) if frozen else Factors(p, g, o)
     )
     return FlatUnit(plan.name, plan.params, layout, cut.axes, None if frozen else master, check, offload)
+
+
+def _accumulators(
+    units: Sequence[FlatUnit],
+    dtype: torch.dtype,  # of all sums
+    pool: BufferPool,  # of whole gradients
+) -> dict[FlatUnit, Accumulator]:  # of those that are trained
+    """Where gradients are summed
+
+    Args:
+        dtype: of all sums
+        pool: of whole gradients
+
+    Returns:
+        of those that are trained
+    """
+    return {
+        u: Accumulator(u.name, u.layout, u.axes, dtype, u.unsharded.device, pool) for u in units if u.master is not None
+    }
 
 # %% ../../nbs/zero/06_hybrid.ipynb #26bc9858
 def _optim_shards(units: Sequence[FlatUnit], placements: Mapping[str, Placement]) -> list[OptimShard]:
@@ -234,6 +344,25 @@ def _chains(
         chain.append(Stop(spec, here, back))
     return list(chains.values())
 
+# %% ../../nbs/zero/06_hybrid.ipynb #1349f532
+def _hooked(
+    sums: Mapping[FlatUnit, Accumulator],  # of all trained units
+    arrived: Callable[[Accumulator, str, Tensor], None],  # is told of each parameter that has a gradient
+) -> list[Callable[[], None]]:  # take the hooks off
+    """A hook on every trained parameter
+
+    Args:
+        sums: of all trained units
+        arrived: is told of each parameter that has a gradient
+
+    Returns:
+        take the hooks off
+    """
+    trained = [(of_unit, name, p) for unit, of_unit in sums.items() for name, p in unit.params.items()]
+    return [
+        p.register_post_accumulate_grad_hook(partial(arrived, of_unit, name)).remove for of_unit, name, p in trained
+    ]
+
 # %% ../../nbs/zero/06_hybrid.ipynb #8a6fc535
 class HybridZero:
     """Shards a model over the ranks that hold the same weights, and runs all exchanges of a step from hooks
@@ -282,24 +411,14 @@ class HybridZero:
         plans = plan_buffers(
             units, self.placements, {kind: bucket_bytes // summed.itemsize for kind, cut in cuts.items() if cut.joins}
         )
-        self.units = [
-            _flat(plan, cuts["experts" if "experts" in plan.kind else "weights"], master, check, offload)
-            for plan in plans
-        ]
-        self.sums = {
-            u: Accumulator(u.name, u.layout, u.axes, summed, u.unsharded.device, self.pool)
-            for u in self.units
-            if u.master is not None
-        }
+        self.units = [_flat(plan, cuts[plan.cut], master, check, offload) for plan in plans]
+        self.sums = _accumulators(self.units, summed, self.pool)
         kinds = [[u for u in self.sums if u.axes is axes] for axes in dict.fromkeys(cut.axes for cut in cuts.values())]
         self.shards = [shard for some_units in kinds for shard in _optim_shards(some_units, self.placements)]
         of_spec = {spec.name: [u for u, plan in zip(self.units, plans) if spec.name in plan.units] for spec in units}
         self.chains = _chains(units, of_spec, self.sums)
         self.gathers = Gathers(self.chains, reshard, overlap)
-        trained = [(sums, name, p) for unit, sums in self.sums.items() for name, p in unit.params.items()]
-        self._undo = [
-            p.register_post_accumulate_grad_hook(partial(self._arrived, sums, name)).remove for sums, name, p in trained
-        ]
+        self._undo = _hooked(self.sums, self._arrived)
 
     def _arrived(self, sums: Accumulator, name: str, p: Tensor) -> None:
         "A gradient is there: the unit's may be complete with it"
@@ -347,30 +466,12 @@ class HybridZero:
             self.forget()
         self.pool.clear()
         if self.check:
-            self._look_for_lost()
-        grads = [
-            self.sums[x.unit].piece(x.name, x.start, x.stop, x.unit.layout.slice_of(x.unit.spot)[0])
-            for x in self.shards
-        ]
-        if not self.offload:  # otherwise each is cast when its turn comes: there may be no room for all
-            grads = [g.to(self.master) for g in grads]
-        for names, axis, purpose, coords in self.extra_sums:
-            add_up([g for shard, g in zip(self.shards, grads) if shard.name in names], axis, purpose, coords)
+            _check_arrived(self.sums, self.pool)
+        # with offload each is cast when its turn comes: there may be no room for all
+        grads = _grads_of(self.shards, self.sums, self.extra_sums, None if self.offload else self.master)
         if self.check:
-            self._look(grads)
+            _check_finite(self.shards, grads)
         return grads
-
-    def _look_for_lost(self) -> None:
-        lost = [unit.name for unit, sums in self.sums.items() if not sums.done]
-        if lost or self.pool.in_use:
-            raise ZeroError(f"unit {some(lost)}: its gradient never arrived, or a buffer was not given back")
-
-    def _look(self, grads: Sequence[Tensor]) -> None:
-        for shard, g in zip(self.shards, grads):
-            if not g.isfinite().all():
-                raise ZeroError(
-                    f"unit {shard.unit.name}: its gradient is not finite. If the loss is sound, freed memory was read"
-                )
 
     def squares(
         self,
@@ -384,14 +485,7 @@ class HybridZero:
         Returns:
             () float64
         """
-        mine = [g for shard, g in zip(self.shards, grads) if shard.counted and shard.unit.axes.copies.coord == 0]
-        norms = torch._foreach_norm(mine, 2, self.master) if mine else []  # type: ignore[reportPrivateImportUsage]
-        total = (
-            torch.stack([n.double() for n in norms]).square().sum()
-            if norms
-            else torch.zeros((), dtype=torch.float64, device=self.mesh.device)
-        )
-        return all_reduce(total, self.mesh.axis("world"), "gradient norm")
+        return _squares(self.shards, grads, self.master, self.mesh)
 
     def master_updated(self) -> None:
         "Masters have changed: slices follow now, wholes when they are next used"

@@ -7,7 +7,7 @@ __all__ = ['BufferPool', 'Rounds', 'Accumulator', 'ReductionQueue']
 
 # %% ../../nbs/zero/04_reduce.ipynb #86ce43c7
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -169,6 +169,169 @@ class Rounds:
             )
         self.missing.clear()
 
+# %% ../../nbs/zero/04_reduce.ipynb #c016ab01
+class _FlatRanges:
+    "Where each parameter's gradient lies in a unit's buffer"
+
+    def __init__(self, layout: FlatLayout):
+        self.size, self.names = layout.size, layout.names
+        self.ranges = {n: layout.range_of(n) for n in layout.names}
+        self.shapes = dict(zip(layout.names, layout.shapes))
+        ends = [*(start for start, _ in self.ranges.values()), layout.size]
+        # (start, stop) of what belongs to no parameter
+        self.gaps = [
+            (stop, following) for (_, stop), following in zip(self.ranges.values(), ends[1:]) if stop < following
+        ]
+
+    def view(
+        self,
+        buffer: Tensor,  # (size,)
+        name: str,  # of a parameter
+    ) -> Tensor:  # of the parameter's shape
+        """A parameter's part of a buffer
+
+        Args:
+            buffer: (size,)
+            name: of a parameter
+
+        Returns:
+            of the parameter's shape
+        """
+        return buffer[slice(*self.ranges[name])].view(self.shapes[name])
+
+    def clear_gaps(self, buffer: Tensor) -> None:
+        "Zeros where no parameter lies in a buffer, (size,)"
+        for start, stop in self.gaps:
+            buffer[start:stop].zero_()
+
+    def fill(
+        self,
+        buffer: Tensor,  # (size,), of any content
+        grads: Mapping[str, Tensor],  # by parameter; a missing one counts as zero
+    ) -> None:
+        """Lay gradients flat
+
+        Args:
+            buffer: (size,), of any content
+            grads: by parameter; a missing one counts as zero
+        """
+        self.clear_gaps(buffer)
+        for name in self.names:
+            if name not in grads:
+                buffer[slice(*self.ranges[name])].zero_()
+        to = [self.view(buffer, name) for name in grads]
+        torch._foreach_copy_(to, list(grads.values()))  # type: ignore[reportPrivateImportUsage]
+
+# %% ../../nbs/zero/04_reduce.ipynb #76e8897d
+def _tell(
+    axes: Nested,  # the recorder, if there is one, is theirs
+    change: int,  # bytes
+) -> None:
+    """Say that memory for gradients was taken, or let go
+
+    Args:
+        axes: the recorder, if there is one, is theirs
+        change: bytes
+    """
+    if change and axes.param.recorder is not None:
+        axes.param.recorder.memory("gradients", change)
+
+
+class _Sums:
+    """This rank's 1/g of a unit's summed gradients, in memory that is taken when it is first asked for
+
+    Args:
+        flat: of the unit
+        axes: over which it is cut
+        size: elements: 1/g of the buffer
+    """
+
+    def __init__(
+        self,
+        flat: _FlatRanges,  # of the unit
+        axes: Nested,  # over which it is cut
+        size: int,  # elements: 1/g of the buffer
+        dtype: torch.dtype,
+        device: torch.device,
+    ):
+        self.flat, self.axes, self.size, self.dtype, self.device = flat, axes, size, dtype, device
+        self.memory: Tensor | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        return 0 if self.memory is None else self.size * self.dtype.itemsize
+
+    def take(self) -> Tensor:  # (size,), of any content but for gaps where it is the whole buffer
+        """The memory; a new one at a step's first gradient
+
+        Returns:
+            (size,), of any content but for gaps where it is the whole buffer
+        """
+        if self.memory is None:
+            self.memory = torch.empty(self.size, dtype=self.dtype, device=self.device)
+            _tell(self.axes, self.held_bytes)
+            if self.size == self.flat.size:
+                self.flat.clear_gaps(self.memory)
+        return self.memory
+
+    def add(self, x: Tensor) -> None:
+        "Add what a round brought, (size,)"
+        first = self.memory is None
+        self.take().copy_(x) if first else self.take().add_(x)
+
+    def drop(self) -> None:
+        "Let the memory go"
+        _tell(self.axes, -self.held_bytes)
+        self.memory = None
+
+    @property
+    def mine(self) -> Tensor:  # (1/o of the elements,)
+        """The part of it that the step's result is written to
+
+        Returns:
+            (1/o of the elements,)
+        """
+        assert self.memory is not None
+        return self.memory.chunk(self.axes.optim.size)[self.axes.optim.coord]
+
+# %% ../../nbs/zero/04_reduce.ipynb #08d7b6d6
+def _scattered(
+    x: Tensor,  # (elements,) whole gradients, which are overwritten
+    axes: Nested,  # over which they are cut
+) -> Generator[Handle, None, Tensor]:  # returns this rank's 1/g of the sum, a view of x
+    """The part of a journey that each round has
+
+    Args:
+        x: (elements,) whole gradients, which are overwritten
+        axes: over which they are cut
+
+    Returns:
+        returns this rank's 1/g of the sum, a view of x
+    """
+    for axis in (axes.param, axes.grad):
+        if axis.size > 1:
+            part = x.chunk(axis.size)[axis.coord]  # in place: a rank's part stays where it lies
+            yield start_reduce_scatter(x, axis, "gradients", out=part)
+            x = part
+    return x
+
+
+def _summed(
+    sums: Tensor,  # (elements / g,) of all rounds; overwritten
+    mine: Tensor,  # (elements / o,) this rank's part of it
+    axes: Nested,
+) -> Iterator[Handle]:
+    """The part of a journey that a step has
+
+    Args:
+        sums: (elements / g,) of all rounds; overwritten
+        mine: (elements / o,) this rank's part of it
+    """
+    if axes.optim.size > 1:
+        yield start_reduce_scatter(sums, axes.optim, "summed gradients", out=mine)
+    if axes.copies.size > 1:
+        yield start_all_reduce(mine, axes.copies, "summed gradients")
+
 # %% ../../nbs/zero/04_reduce.ipynb #bc994310
 class Accumulator:
     """The gradient side of a unit: `start`, `arrive` for each gradient, and the journeys that it returns
@@ -194,13 +357,9 @@ class Accumulator:
         local_only = layout.factors.grad == 1  # no exchange until the step's end
         self.alone = local_only and axes.optim.size * axes.copies.size == 1  # nor then
         self.rounds = Rounds(name, layout.names, local_only)
-        self.ranges, self.shapes = {n: layout.range_of(n) for n in layout.names}, dict(zip(layout.names, layout.shapes))
-        ends = [*(start for start, _ in self.ranges.values()), layout.size]
+        self.flat = _FlatRanges(layout)
         self.held: dict[str, Tensor] = {}  # gradients of this round; with `alone` of the step
-        self.sums: Tensor | None = None  # 1/g
-        self.gaps = [
-            (stop, following) for (_, stop), following in zip(self.ranges.values(), ends[1:]) if stop < following
-        ]
+        self.sums = _Sums(self.flat, axes, layout.size // layout.factors.grad, dtype, device)
         self.start(None)
 
     def start(
@@ -214,8 +373,9 @@ class Accumulator:
             due: gradients that each parameter will get in this step; None: until `arrive` is told of the last
         """
         self.rounds.start(due)
-        self._tell(-self.held_bytes)
-        self.held, self.sums = {}, None
+        _tell(self.axes, -self._alone_bytes)
+        self.sums.drop()
+        self.held = {}
         self.done = False  # is the last journey over?
 
     @property
@@ -225,20 +385,16 @@ class Accumulator:
         Returns:
             (1/o of the elements,)
         """
-        assert self.sums is not None
-        return self.sums.chunk(self.axes.optim.size)[self.axes.optim.coord]
+        return self.sums.mine
 
     @property
     def held_bytes(self) -> int:
         "Bytes of what is kept of gradients, whole ones under way apart"
-        return sum(
-            t.numel() * t.element_size()
-            for t in ([self.sums] if self.sums is not None else self.held.values() if self.alone else ())
-        )
+        return self.sums.held_bytes + self._alone_bytes
 
-    def _tell(self, change: int) -> None:
-        if change and self.axes.param.recorder is not None:
-            self.axes.param.recorder.memory("gradients", change)
+    @property
+    def _alone_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.held.values()) if self.alone else 0
 
     def piece(
         self,
@@ -278,9 +434,9 @@ class Accumulator:
         first = self.rounds.arrived(name, last)
         if self.alone:
             self.held[name] = grad.to(self.dtype) if first else self.held[name].add_(grad)
-            self._tell(grad.numel() * self.dtype.itemsize if first else 0)
+            _tell(self.axes, grad.numel() * self.dtype.itemsize if first else 0)
         elif self.rounds.local_only:
-            view = self._sums()[slice(*self.ranges[name])].view(self.shapes[name])
+            view = self.flat.view(self.sums.take(), name)
             view.copy_(grad) if first else view.add_(grad)
         else:
             self.held[name] = self.held[name].to(self.dtype) + grad if name in self.held else grad
@@ -294,25 +450,13 @@ class Accumulator:
         self.rounds.flush()
         return None if self.rounds.left else self._close()
 
-    def _sums(self) -> Tensor:
-        "Memory for the sums"
-        if self.sums is None:
-            self.sums = torch.empty(self.layout.size // self.layout.factors.grad, dtype=self.dtype, device=self.device)
-            self._tell(self.held_bytes)
-            for start, stop in self.gaps if self.rounds.local_only else ():
-                self.sums[start:stop].zero_()
-        return self.sums
-
     def _close(self) -> Iterator[Handle]:
         "End a round"
         self.rounds.close()
         if self.rounds.local_only or not self.held:  # or a last round of nothing
             return self._reduce(None)
         buffer = self.pool.acquire(self.layout.size, self.dtype, self.device)
-        for start, stop in [*self.gaps, *(self.ranges[n] for n in self.layout.names if n not in self.held)]:
-            buffer[start:stop].zero_()
-        to = [buffer[slice(*self.ranges[n])].view(self.shapes[n]) for n in self.held]
-        torch._foreach_copy_(to, list(self.held.values()))  # type: ignore[reportPrivateImportUsage]
+        self.flat.fill(buffer, self.held)
         self.held = {}
         return self._reduce(buffer)
 
@@ -321,22 +465,13 @@ class Accumulator:
         "One round's journey, and with the last round the step's"
         final = self.rounds.left
         if buffer is not None:
-            x = buffer
-            for axis in (self.axes.param, self.axes.grad):
-                if axis.size > 1:
-                    part = x.chunk(axis.size)[axis.coord]  # in place: a rank's part stays where it lies
-                    yield start_reduce_scatter(x, axis, "gradients", out=part)
-                    x = part
-            first = self.sums is None
-            self._sums().copy_(x) if first else self._sums().add_(x)
+            x = yield from _scattered(buffer, self.axes)
+            self.sums.add(x)
             self.pool.release(buffer)
-        if not final:
-            return
-        if self.axes.optim.size > 1:
-            yield start_reduce_scatter(self._sums(), self.axes.optim, "summed gradients", out=self.mine)
-        if self.axes.copies.size > 1:
-            yield start_all_reduce(self.mine, self.axes.copies, "summed gradients")
-        self.done = True
+        if final:
+            if not self.alone:
+                yield from _summed(self.sums.take(), self.sums.mine, self.axes)
+            self.done = True
 
 # %% ../../nbs/zero/04_reduce.ipynb #0830e3e2
 class ReductionQueue:
