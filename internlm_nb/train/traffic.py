@@ -29,7 +29,6 @@ from .options import ELEMENT_BYTES
 from .sizes import engine_sizes
 from ..zero.flat import ShardCoord
 from ..zero.formulas import EngineSizes, traffic
-from ..zero.sharding import Sharding
 
 # %% ../../nbs/train/12_traffic.ipynb #03b002c3
 def add_traffic(
