@@ -2288,6 +2288,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'internlm_nb/parallel/axis.py'),
                                            'internlm_nb.parallel.axis._Aside.wait': ( 'parallel/axis.html#_aside.wait',
                                                                                       'internlm_nb/parallel/axis.py'),
+                                           'internlm_nb.parallel.axis._nothing': ( 'parallel/axis.html#_nothing',
+                                                                                   'internlm_nb/parallel/axis.py'),
                                            'internlm_nb.parallel.axis._post': ('parallel/axis.html#_post', 'internlm_nb/parallel/axis.py'),
                                            'internlm_nb.parallel.axis._store': ( 'parallel/axis.html#_store',
                                                                                  'internlm_nb/parallel/axis.py'),

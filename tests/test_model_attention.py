@@ -141,6 +141,7 @@ def test_the_flash_kernel_is_called_as_it_wants(monkeypatch):
     ],
 )
 def test_what_a_gpu_kernel_asks_for(monkeypatch, dtype, head_dim, capability, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     got = why_not("varlen", "cuda", dtype, head_dim)
