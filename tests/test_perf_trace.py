@@ -227,7 +227,7 @@ def small(run: RunConfig) -> tuple[RunConfig, int]:
 @pytest.mark.parametrize("name", names_of(shipped_runs()))
 def test_ranks_of_shipped_runs_agree(name):
     run, world = small(load_run_file(name, shipped_runs()).run())
-    ranks = range(world) if world <= 8 else sorted({0, 1, 2, 3, world // 2, world - 2, world - 1})
+    ranks = range(world) if world <= 8 else sorted({0, 1, world // 2, world - 1})
     traces = check_ranks(run, world, ranks)
     assert all(launched(t) for t in traces.values())
 
