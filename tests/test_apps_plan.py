@@ -75,7 +75,7 @@ def test_help(capsys):
 
 
 def test_a_dry_run_says_what_is_needed(capsys):
-    line = "demo --dry-run --gpus 4 --cluster a100-80 --parallel.pipeline 2".split()
+    line = "demo --dry-run --gpus 4 --cluster a100-80 --parallel.pipeline 2 --train.device cuda".split()  # not here
     assert pretrain.main([*line, *SMALL]) is None
     out = capsys.readouterr().out
     assert "data 2, pipeline 2" in out and "rank 0" in out and "rank 2" in out and "fits:" in out

@@ -114,11 +114,6 @@ def trace(
     cluster = check_options(own)
     run = parse_run(load_run_file(own.run, shipped_runs()), rest, prog=f"{program()} trace {own.run}")
     lengths = [int(n) for n in own.lengths.split(",")] if own.lengths else None
-    if lengths and sum(lengths) > run.data.packed_length:
-        raise UsageError(
-            f"--lengths {own.lengths} are {sum(lengths)} tokens, and a pack has {run.data.packed_length}"
-            f" (--data.seq-len {run.data.seq_len} times --data.micro-bsz {run.data.micro_bsz})"
-        )
     try:
         capability = cluster.device.compute_capability
         out = trace_step(run, own.gpus, own.rank, lengths=lengths, compute_capability=capability)
@@ -150,7 +145,7 @@ def dry_run(
         raise UsageError(f"--gpus is {gpus}: give the ranks of the world, 1 or more")
     try:
         found = find_cluster(cluster) if cluster else None
-        here = choose_device(run.train.device)
+        here = choose_device(run.train.device if found is None else "cpu")  # a cluster's device need not be here
     except ValueError as e:
         raise UsageError(str(e)) from e
     if found is not None:

@@ -91,12 +91,9 @@ def flops(
     count = FLOPS.get(op._overloadpacket) or FLOPS.get(getattr(aten, name.removesuffix("_"), None))  # in place, too
     if count is not None:
         return count(*args, **kwargs, out_val=out)
-    if name in _UNKNOWN or not any(word in name for word in ("mm", "attention", "attn", "conv")):
+    if not any(word in name for word in ("mm", "attention", "attn", "conv")):
         return 0
     raise NotImplementedError(f"no formula for the FLOPs of {op}: add one to perf.operators.FLOPS")
-
-
-_UNKNOWN = {"comm"}  # names that only look like products
 
 # %% ../../nbs/perf/01_operators.ipynb #464cf41e
 FREE = {
